@@ -1,0 +1,1 @@
+"""ControlNet on top of latent diffusion: the networks, checkpoints, data, sampling and logging."""

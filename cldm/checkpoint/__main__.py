@@ -1,0 +1,82 @@
+"""`python -m cldm.checkpoint FILE`: what is this weights file?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.layout import Report, identify
+
+_LAYOUTS = {
+    "full": "full: base model and ControlNet",
+    "base": "base model without a ControlNet",
+    "control": "ControlNet alone, keys with the prefix control_model.",
+    "control-plain": "ControlNet alone, keys without a prefix",
+    "difference": "ControlNet as the difference to its base",
+    "diffusers-controlnet": "ControlNet of diffusers",
+    "diffusers-unet": "UNet of diffusers",
+    "diffusers-pipeline": "pipeline of diffusers",
+    "unknown": "unknown",
+}
+_FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "tiny": "tiny", "unknown": "unknown"}
+_SHOWN = 3  # keys of a long list
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report of each file named; 0, or 2 if one of them cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cldm.checkpoint",
+        description="Recognise weights files: layout, base model, what is missing or extra. They are never executed.",
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a weights file, or a folder of diffusers")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a file, all keys listed")
+    arguments = parser.parse_args(argv)
+    code = 0
+    for file in arguments.files:
+        try:
+            report = identify(file)
+        except CheckpointError as error:
+            print(_printable(" ".join(str(error).split())), file=sys.stderr)
+            code = 2
+        else:
+            print(json.dumps(report.as_dict()) if arguments.json else table(report))
+    return code
+
+
+def table(report: Report) -> str:
+    """The report for people, a few lines of name and value."""
+    layout = _LAYOUTS[report.layout] + (", in a Lightning checkpoint" if report.lightning else "")
+    family = _FAMILIES[report.family] + (f" (configuration {report.config})" if report.config else "")
+    rows = [
+        ("file", str(report.path)),
+        ("format", report.format + (f", under {' / '.join(report.wrapping)}" if report.wrapping else "")),
+        ("layout", layout),
+        ("family", family),
+        ("prediction", report.prediction or "not told by the file"),
+        ("entries", f"{sum(report.parts.values()):,}: " + _counts(report.parts)),
+        ("dtypes", _counts(report.dtypes)),
+        ("size", f"{report.parameters:,} numbers, {report.bytes / 1e9:.2f} GB"),
+        ("EMA", "yes" if report.ema else "no"),
+    ]
+    for name in ("missing", "extra", "mismatched"):
+        keys = getattr(report, name)
+        if keys:
+            rows.append((name, f"{len(keys):,}: " + ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")))
+    rows += [("", line) for line in report.suggestions]
+    return "\n".join(_printable(f"{name:<11} {value}".rstrip()) for name, value in rows)
+
+
+def _printable(text: str) -> str:
+    """Without the control characters that a file's keys might send to the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in numbers.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

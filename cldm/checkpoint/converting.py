@@ -1,0 +1,563 @@
+"""From any layout to any other: every file is brought under this library's names first, and written from there.
+
+`_READERS` and `TARGETS` are the tables of what can be read and written; a further layout is a further row. Entries stay lazy throughout,
+so neither the file nor the model is ever in memory whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cldm.checkpoint.diffusers_config import (
+    controlnet_config,
+    model_index,
+    schedule_options,
+    scheduler_config,
+    text_config,
+    tokenizer_files,
+    unet_config,
+    vae_config,
+)
+from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.layout import (
+    CONTROL_PREFIX,
+    DIFFERENCE,
+    EMA_PREFIX,
+    SCHEDULE_KEYS,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    Report,
+    identify,
+)
+from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, constant, lazy_entries, zeros
+from cldm.checkpoint.names import (
+    NETWORKS,
+    is_open_clip,
+    text_from_diffusers,
+    text_to_diffusers,
+)
+from cldm.checkpoint.reading import Checkpoint, TensorInfo, open_checkpoint
+from cldm.checkpoint.writing import check_target, is_weights_file, write_checkpoint, write_folder
+
+POOLING = "global_average_pooling"  # also its name in a file's metadata
+_PREDICTION = "modelspec.prediction_type"
+_EMA_UNET = EMA_PREFIX + "diffusion_model"
+_BASE_PARTS = {"UNet": UNET_PREFIX, "VAE": VAE_PREFIX, "text encoder": TEXT_PREFIX}
+_UNET_FILE = "diffusion_pytorch_model.safetensors"
+_TEXT_FILE = "model.safetensors"
+
+
+@dataclass
+class Model:
+    """The weights of one file or folder under this library's names, whatever its layout.
+
+    Attributes:
+        path: where they lie.
+        report: what `identify` said.
+        entries: lazy, under the keys of a full checkpoint.
+        metadata, configs: as of `Checkpoint`.
+        notes: what was left out, filled in or taken from elsewhere, a line each.
+    """
+
+    path: Path
+    report: Report
+    entries: Entries
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def part(self, prefix: str) -> Entries:
+        """The entries below a prefix, under their keys without it."""
+        return below(self.entries, prefix)
+
+    def has(self, prefix: str) -> bool:
+        """Whether any entry lies below the prefix."""
+        return any(key.startswith(prefix) for key in self.entries)
+
+    def state_dict(self, prefix: str = "") -> LazyEntries:
+        """The entries (below a prefix, without it) as a mapping from key to tensor, each read when asked for."""
+        return LazyEntries(self.part(prefix), self.path)
+
+
+@contextmanager
+def open_model(path: str | Path, base: Model | None = None, ema: bool = False) -> Iterator[Model]:
+    """Open a weights file or folder of any known layout.
+
+    Args:
+        path: what to open.
+        base: the model that a difference was taken from; only differences need one.
+        ema: give the UNet its averaged weights. They are left out otherwise, and in any case as entries of their own.
+
+    Raises:
+        CheckpointError: it cannot be read, is of no known layout, or lacks what was asked for.
+    """
+    with open_checkpoint(path) as checkpoint:
+        report = identify(checkpoint)
+        reader = _READERS.get(report.layout)
+        if reader is None:
+            raise CheckpointError(f"{path}: no layout known here. {'; '.join(report.suggestions)}")
+        model = Model(
+            checkpoint.path,
+            report,
+            {},
+            {k: v for k, v in checkpoint.metadata.items() if k != "format"},
+            checkpoint.configs,
+        )
+        try:
+            model.entries = reader(model, checkpoint, base)
+            _settle_averages(model, ema)
+        except CheckpointError as error:
+            raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        yield model
+
+
+def below(entries: Entries, prefix: str) -> Entries:
+    """The entries whose keys begin with a prefix, without it."""
+    return {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+
+
+def under(entries: Entries, prefix: str) -> Entries:
+    """The entries with a prefix before their keys."""
+    return {prefix + key: entry for key, entry in entries.items()}
+
+
+# Reading: one function a layout, from the entries as they lie in the file to those of a full checkpoint.
+
+
+def _read_flat(model: Model, checkpoint: Checkpoint, _base: Model | None) -> Entries:
+    return lazy_entries(checkpoint)
+
+
+def _read_control(model: Model, checkpoint: Checkpoint, _base: Model | None) -> Entries:
+    entries = lazy_entries(checkpoint)
+    control = under(below(entries, model.report.prefix), CONTROL_PREFIX)
+    if len(control) < len(entries):
+        model.notes.append(f"{model.path}: {len(entries) - len(control)} entries beside the ControlNet are left out")
+    return control
+
+
+def _read_difference(model: Model, checkpoint: Checkpoint, base: Model | None) -> Entries:
+    if base is None:
+        raise CheckpointError("a ControlNet stored as the difference to its base; name that base model with --base")
+    stored = {key: entry for key, entry in lazy_entries(checkpoint).items() if key != DIFFERENCE}
+    unet = base.part(UNET_PREFIX)
+    control = below(stored, model.report.prefix)
+    return under({k: _combined(e, unet[k], torch.add) if k in unet else e for k, e in control.items()}, CONTROL_PREFIX)
+
+
+def _combined(a: LazyTensor, b: LazyTensor, operation: Callable[[Tensor, Tensor], Tensor]) -> LazyTensor:
+    """`operation(a, b)`, computed in float32 at least, in the wider of the two dtypes."""
+    if a.info.shape != b.info.shape:
+        raise CheckpointError(
+            f"shapes {list(a.info.shape)} and {list(b.info.shape)} do not belong to one kind of model"
+        )
+    dtype = torch.promote_types(a.info.dtype, b.info.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return LazyTensor(
+        TensorInfo(a.info.shape, dtype), lambda: operation(a.read().to(wide), b.read().to(wide)).to(dtype)
+    )
+
+
+def _read_diffusers(component: str) -> Callable[[Model, Checkpoint, Model | None], Entries]:
+    def read(_model: Model, checkpoint: Checkpoint, _base: Model | None) -> Entries:
+        network = NETWORKS[component]
+        return under(network.from_diffusers(lazy_entries(checkpoint))[0], network.prefix)
+
+    return read
+
+
+def _read_pipeline(model: Model, checkpoint: Checkpoint, _base: Model | None) -> Entries:
+    entries = lazy_entries(checkpoint)
+    made: Entries = {}
+    for component, network in NETWORKS.items():
+        part = below(entries, f"{component}/")
+        if part:
+            converted, unknown = network.from_diffusers(part)
+            made |= under(converted, network.prefix)
+            _note_unknown(model, component, unknown)
+    text = below(entries, "text_encoder/")
+    if text:
+        activation = checkpoint.configs.get("text_encoder", {}).get("hidden_act")
+        open_clip = activation == "gelu" if activation else model.report.family == "sd2"
+        converted, unknown = text_from_diffusers(text, open_clip)
+        made |= under(converted, TEXT_PREFIX)
+        _note_unknown(model, "text_encoder", unknown)
+    return made
+
+
+def _note_unknown(model: Model, component: str, unknown: list[str]) -> None:
+    if unknown:
+        model.notes.append(
+            f"{model.path}: {len(unknown)} entries of {component} have no counterpart: {', '.join(unknown[:3])}"
+        )
+
+
+_READERS: dict[str, Callable[[Model, Checkpoint, Model | None], Entries]] = {
+    "full": _read_flat,
+    "base": _read_flat,
+    "control": _read_control,
+    "control-plain": _read_control,
+    "difference": _read_difference,
+    "diffusers-controlnet": _read_diffusers("controlnet"),
+    "diffusers-unet": _read_diffusers("unet"),
+    "diffusers-pipeline": _read_pipeline,
+}
+
+
+def _settle_averages(model: Model, ema: bool) -> None:
+    """Drop the averaged weights, or put them in the place of those they are averages of."""
+    averages = {key: entry for key, entry in model.entries.items() if key.startswith(EMA_PREFIX)}
+    if ema and not averages:
+        raise CheckpointError("holds no averaged weights (model_ema.*); convert it without --ema")
+    kept = {key: entry for key, entry in model.entries.items() if key not in averages}
+    if ema:
+        names = {
+            key: _EMA_UNET + key.removeprefix(UNET_PREFIX).replace(".", "")
+            for key in kept
+            if key.startswith(UNET_PREFIX)
+        }
+        replaced = {key: averages[name] for key, name in names.items() if name in averages}
+        kept |= replaced
+        model.notes.append(
+            f"{model.path}: the UNet takes its averaged weights, {len(replaced)} of {len(names)} entries"
+        )
+    elif averages:
+        model.notes.append(f"{model.path}: {len(averages)} averaged entries ({EMA_PREFIX}*) are left out")
+    model.entries = kept
+
+
+# What a checkpoint needs and no other layout keeps: the noise schedule, and weights that the model has but does not use.
+
+
+def model_params(config: str | Path) -> Mapping[str, Any]:
+    """The parameters of the model that a configuration names."""
+    from cldm.config import load_config, model_section
+
+    return model_section(load_config(config), config).get("params") or {}
+
+
+def schedule_entries(params: Mapping[str, Any]) -> Entries:
+    """The noise schedule's entries, as a model with these parameters has them, `logvar` among them."""
+    from ldm.models.diffusion.schedule import diffusion_quantities, make_beta_schedule
+
+    betas = params.get("given_betas")
+    if betas is None:
+        betas = make_beta_schedule(
+            params.get("beta_schedule", "linear"),
+            params.get("timesteps", 1000),
+            params.get("linear_start", 1e-4),
+            params.get("linear_end", 2e-2),
+            params.get("cosine_s", 8e-3),
+        )
+    quantities = diffusion_quantities(np.asarray(betas, dtype=np.float64), params.get("v_posterior", 0.0))
+    quantities["logvar"] = np.full(len(betas), params.get("logvar_init", 0.0))
+    return {key: constant(torch.from_numpy(values.astype(np.float32))) for key, values in quantities.items()}
+
+
+def unused_text_entries(text: Entries, config: str | Path) -> Entries:
+    """Zeros for what diffusers leaves out of SD 2.x's text encoder, since nothing reads it: the last layer, the projection.
+
+    Args:
+        text: the entries that are there, under our names without prefix.
+        config: of the model whose text encoder is to be complete.
+    """
+    if not is_open_clip(text):
+        return {}
+    from cldm.model import expected_entries
+
+    every = expected_entries(config).items()
+    expected = {key.removeprefix(TEXT_PREFIX): info for key, info in every if key.startswith(TEXT_PREFIX)}
+    layers = [int(m[1]) for key in expected if (m := re.search(r"resblocks\.(\d+)\.", key))]
+    unused = re.compile(rf"model\.(transformer\.resblocks\.{max(layers, default=0)}\..+|text_projection|logit_scale)")
+    return {key: zeros(info) for key, info in expected.items() if key not in text and unused.fullmatch(key)}
+
+
+# Writing: one function a target, from a model to the content of a file, or of a folder's files.
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the targets need to know beside the weights.
+
+    Attributes:
+        base: the model that the control belongs to, if it was named.
+        config: name or path of the configuration; None if the family is unknown and none was named.
+        pooling: whether the ControlNet's outputs are averaged over height and width.
+        prediction: "eps", "v" or "x0", where it was told.
+    """
+
+    base: Model | None
+    config: str | None
+    pooling: bool
+    prediction: str | None
+
+    def params(self, model: Model) -> Mapping[str, Any]:
+        """The parameters of the configuration, with the noise schedule of a folder's scheduler."""
+        if self.config is None:
+            raise CheckpointError(f"{model.path}: of no known family; name its configuration with --config")
+        return {**model_params(self.config), **schedule_options(model.configs.get("scheduler", {}))}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layout that can be written.
+
+    Attributes:
+        help: what it is, for people.
+        needs: prefix of the entries that it is made of; "" if it takes what there is.
+        build: the entries of one file, or of a folder its files by name.
+        folder: whether OUTPUT is a folder; None where its suffix decides.
+    """
+
+    help: str
+    needs: str
+    build: Callable[[Model, Options, bool], dict[str, Any]]
+    folder: bool | None = False
+
+
+def _build_full(model: Model, options: Options, _folder: bool) -> Entries:
+    made = dict(model.entries)
+    for name, prefix in _BASE_PARTS.items():
+        if model.has(prefix):
+            continue
+        if options.base is not None and options.base.has(prefix):
+            made |= under(options.base.part(prefix), prefix)
+            model.notes.append(f"the {name} is that of {options.base.path}")
+        else:
+            where = f"{model.path} and {options.base.path} have" if options.base else f"{model.path} has"
+            raise CheckpointError(f"{where} no {name}; name a base model that has one with --base")
+    if options.config is not None:
+        schedule = schedule_entries(options.params(model))
+        if not model.has(CONTROL_PREFIX):
+            del schedule["logvar"]  # as published base models
+        if options.base is not None:
+            schedule |= {k: e for k, e in options.base.entries.items() if k in SCHEDULE_KEYS}
+        unused = unused_text_entries(below(made, TEXT_PREFIX), options.config)
+        if unused:
+            model.notes.append(f"{len(unused)} entries of the text encoder that the model does not use are zeros")
+        made = {**schedule, **under(unused, TEXT_PREFIX), **made}
+    if not model.has(CONTROL_PREFIX):
+        model.notes.append(f"{model.path} holds no ControlNet, so this is a base model; tool_add_control.py adds one")
+    return made
+
+
+def _build_base(model: Model, options: Options, folder: bool) -> Entries:
+    entries = {k: e for k, e in model.entries.items() if not k.startswith(CONTROL_PREFIX) and k != "logvar"}
+    without = Model(model.path, model.report, entries, model.metadata, model.configs)
+    made = _build_full(without, options, folder)
+    model.notes += [note for note in without.notes if "no ControlNet" not in note]
+    return made
+
+
+def _build_control(model: Model, _options: Options, _folder: bool) -> Entries:
+    return under(model.part(CONTROL_PREFIX), CONTROL_PREFIX)
+
+
+def _build_plain(model: Model, _options: Options, _folder: bool) -> Entries:
+    return model.part(CONTROL_PREFIX)
+
+
+def _build_difference(model: Model, options: Options, _folder: bool) -> Entries:
+    unet = (options.base or model).part(UNET_PREFIX)
+    if not unet:
+        raise CheckpointError(f"{model.path}: holds no base model to take the difference to; name one with --base")
+    control = model.part(CONTROL_PREFIX)
+    made = {key: _combined(e, unet[key], torch.sub) if key in unet else e for key, e in control.items()}
+    return {**under(made, CONTROL_PREFIX), DIFFERENCE: constant(torch.ones(1))}
+
+
+def _build_controlnet(model: Model, options: Options, folder: bool) -> dict[str, Any]:
+    control = model.part(CONTROL_PREFIX)
+    converted, _ = NETWORKS["controlnet"].to_diffusers(control)
+    if not folder:
+        return converted
+    return {"config.json": controlnet_config(control, options.params(model), options.pooling), _UNET_FILE: converted}
+
+
+def _build_pipeline(model: Model, options: Options, folder: bool) -> dict[str, Any]:
+    params = options.params(model)
+    entries = _build_full(model, options, folder)
+    prediction = options.prediction or params.get("parameterization", "eps")
+    if options.prediction is None and model.report.family == "sd2":
+        model.notes.append(
+            f"SD 2.x weights do not tell what they predict: {prediction} is assumed (--prediction v for 768 pixels)"
+        )
+    parts = {name: below(entries, network.prefix) for name, network in NETWORKS.items()}
+    text = below(entries, TEXT_PREFIX)
+    configs = {"unet": unet_config(parts["unet"], params, prediction), "vae": vae_config(parts["vae"], params)}
+    if parts["controlnet"]:
+        configs["controlnet"] = controlnet_config(parts["controlnet"], params, options.pooling)
+    files: dict[str, Any] = {"model_index.json": model_index([name for name, part in parts.items() if part])}
+    for name, config in configs.items():
+        converted, unknown = NETWORKS[name].to_diffusers(parts[name])
+        _note_unknown(model, name, unknown)
+        files |= {f"{name}/config.json": config, f"{name}/{_UNET_FILE}": converted}
+    converted, unknown = text_to_diffusers(text)
+    _note_unknown(model, "text_encoder", unknown)
+    files |= {"text_encoder/config.json": text_config(text, converted, params), f"text_encoder/{_TEXT_FILE}": converted}
+    files["scheduler/scheduler_config.json"] = scheduler_config(params, prediction)
+    return files | under(tokenizer_files(is_open_clip(text)), "tokenizer/")
+
+
+TARGETS = {
+    "full": Target("one file with base and ControlNet, for training and the scripts here", "", _build_full),
+    "base": Target("one file with the base model alone", "", _build_base),
+    "control": Target("the ControlNet alone, keys with the prefix control_model.", CONTROL_PREFIX, _build_control),
+    "control-plain": Target("the ControlNet alone, keys without a prefix, for web UIs", CONTROL_PREFIX, _build_plain),
+    "difference": Target(
+        "the ControlNet less its base's encoder (rounded, not exact)", CONTROL_PREFIX, _build_difference
+    ),
+    "diffusers": Target(
+        "the ControlNet for ControlNetModel.from_pretrained; one file if OUTPUT ends in .safetensors or .bin",
+        CONTROL_PREFIX,
+        _build_controlnet,
+        None,
+    ),
+    "diffusers-pipeline": Target("a pipeline folder of diffusers, ControlNet included", "", _build_pipeline, True),
+}
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    base: str | Path | None = None,
+    with_base: bool = False,
+    config: str | Path | None = None,
+    ema: bool = False,
+    dtype: torch.dtype | str | None = None,
+    global_average_pooling: bool | None = None,
+    prediction: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> list[str]:
+    """Convert a weights file or folder of any known layout.
+
+    Args:
+        source: the file or folder to convert.
+        output: where to write; the suffix of a file chooses its format.
+        to: a key of `TARGETS`.
+        base: the model that the ControlNet belongs to. It supplies what `source` lacks, and a difference is taken to it. Where a
+            ControlNet is taken out of a full checkpoint and its base is not this one any more (trained with
+            `sd_locked=False`), the changed base is written beside `output`.
+        with_base: write the base beside `output` in any case.
+        config: name or path of the configuration, for models of no known family.
+        ema: give the UNet its averaged weights.
+        dtype: of floating-point entries; as they are by default.
+        global_average_pooling: of the ControlNet; read from the source or the configuration by default.
+        prediction: "eps" or "v"; read from the source or the configuration by default.
+        overwrite: replace existing files.
+        progress: show a bar on stderr.
+
+    Returns:
+        what was done and what deserves notice, a line each.
+
+    Raises:
+        CheckpointError: the source cannot be read or lacks what the target needs, or the output cannot be written.
+    """
+    output = Path(output)
+    if to not in TARGETS:
+        raise CheckpointError(f"unknown layout {to!r}; known are {', '.join(TARGETS)}")
+    target = TARGETS[to]
+    folder = not is_weights_file(output) if target.folder is None else target.folder
+    check_target(output, overwrite, folder)
+    with ExitStack() as opened:
+        base_model = opened.enter_context(open_model(base)) if base is not None else None
+        model = opened.enter_context(open_model(source, base_model, ema))
+        if target.needs and not model.has(target.needs):
+            raise CheckpointError(
+                f"{source}: holds no ControlNet, which {to!r} is made of; add one with tool_add_control.py"
+            )
+        known = (opened_model.report.config for opened_model in (model, base_model) if opened_model is not None)
+        options = Options(
+            base_model,
+            str(config) if config is not None else next(filter(None, known), None),
+            _pooling(model, config) if global_average_pooling is None else global_average_pooling,
+            prediction or model.report.prediction,
+        )
+        _note_incomplete(model)
+        outputs = {output: target.build(model, options, folder)}
+        if target.needs and model.has(UNET_PREFIX):
+            outputs |= _base_beside(model, options, output, folder, with_base, overwrite)
+        for path, content in outputs.items():
+            if folder:
+                files = {name: LazyEntries(part) if is_weights_file(name) else part for name, part in content.items()}
+                write_folder(path, files, dtype, overwrite, progress)
+            else:
+                write_checkpoint(path, LazyEntries(content), _metadata(model, options), dtype, overwrite, progress)
+            model.notes.append(f"wrote {path}")
+        return [*(base_model.notes if base_model else ()), *model.notes]
+
+
+def _base_beside(
+    model: Model, options: Options, output: Path, folder: bool, with_base: bool, overwrite: bool
+) -> dict[Path, dict[str, Any]]:
+    """The base to be written beside an extracted ControlNet, if it is asked for or has changed."""
+    path = output.with_name(f"{output.stem}_base{output.suffix}" if not folder else f"{output.name}_base")
+    if not with_base:
+        if options.base is None:
+            model.notes.append(
+                f"the base model in {model.path} is left out; if it was trained too (sd_locked=False), name the original "
+                "with --base, or export it with --with-base"
+            )
+            return {}
+        changed = changed_entries(model, options.base)
+        if not changed:
+            model.notes.append(f"the UNet in {model.path} is that of {options.base.path}")
+            return {}
+        model.notes.append(f"{len(changed)} entries of the UNet differ from {options.base.path}: exported to {path}")
+    check_target(path, overwrite, folder)
+    plain = {k: e for k, e in model.entries.items() if not k.startswith(CONTROL_PREFIX)}
+    alone = Model(model.path, model.report, plain, model.metadata, model.configs)
+    made = {path: (_build_pipeline if folder else _build_base)(alone, options, folder)}
+    model.notes += [note for note in alone.notes if "no ControlNet" not in note]
+    return made
+
+
+def changed_entries(model: Model, base: Model) -> list[str]:
+    """Keys of the UNet whose values differ between two models, beyond what the narrower dtype of the two can tell."""
+    ours, theirs = model.part(UNET_PREFIX), base.part(UNET_PREFIX)
+    if ours.keys() != theirs.keys():
+        raise CheckpointError(f"{base.path}: its UNet has other entries than that of {model.path}; it is not its base")
+    return [key for key in ours if not _equal(ours[key], theirs[key])]
+
+
+def _equal(a: LazyTensor, b: LazyTensor) -> bool:
+    dtype = min(a.info.dtype, b.info.dtype, key=lambda dtype: dtype.itemsize)
+    return a.info.shape == b.info.shape and torch.equal(a.read().to(dtype), b.read().to(dtype))
+
+
+def _note_incomplete(model: Model) -> None:
+    if model.report.missing and model.report.layout != "diffusers-pipeline":
+        missing = model.report.missing
+        model.notes.append(f"{model.path}: incomplete, {len(missing)} entries are missing, first {missing[0]!r}")
+
+
+def _pooling(model: Model, config: str | Path | None) -> bool:
+    """Whether the ControlNet averages its outputs, as told by a diffusers configuration, metadata, or the configuration."""
+    told = model.configs.get("controlnet", model.configs.get("", {})).get("global_pool_conditions")
+    if told is None and POOLING in model.metadata:
+        told = model.metadata[POOLING] == "true"
+    if told is None and config is not None:
+        told = model_params(config).get(POOLING)
+    if told and model.has(CONTROL_PREFIX):
+        model.notes.append(
+            f"the ControlNet averages its outputs: set {POOLING}: true in the configuration that loads it"
+        )
+    return bool(told)
+
+
+def _metadata(model: Model, options: Options) -> dict[str, str]:
+    told = {POOLING: "true" if options.pooling and model.has(CONTROL_PREFIX) else None, _PREDICTION: options.prediction}
+    return {**model.metadata, **{key: value for key, value in told.items() if value}}

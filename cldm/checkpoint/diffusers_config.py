@@ -1,0 +1,247 @@
+"""The configuration files that diffusers and transformers need beside the weights, told from the weights and our configuration.
+
+Widths, depths and channels are read from the weights' shapes; from the configuration comes what shapes do not show: attention heads, the
+noise schedule, the latents' scale, and what the network predicts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.lazy import Entries
+from cldm.checkpoint.names import HINT_ENCODER, encoder_levels, is_open_clip
+
+_GROUPS = 32  # of every group normalisation
+_START_TOKEN, _END_TOKEN = 49406, 49407
+_BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # diffusers calls linear what is linear in beta
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+def unet_config(entries: Entries, params: Mapping[str, Any], prediction: str) -> dict[str, Any]:
+    """`config.json` of a `UNet2DConditionModel`.
+
+    Args:
+        entries: of the UNet, under our names without prefix.
+        params: of the whole model, as the YAML file gives them.
+        prediction: "eps", "v" or "x0".
+    """
+    encoder, attended = _encoder_config(entries, params["unet_config"]["params"])
+    up = [f"{'CrossAttn' if a else ''}UpBlock2D" for a in reversed(attended)]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        **encoder,
+        "up_block_types": up,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "out_channels": _shape(entries, "out.2.weight")[0],
+        "sample_size": params["image_size"],
+        "center_input_sample": False,
+        "mid_block_scale_factor": 1,
+        "upcast_attention": prediction == "v",  # as of SD 2.1: in half precision its attention overflows
+    }
+
+
+def controlnet_config(entries: Entries, params: Mapping[str, Any], pooling: bool) -> dict[str, Any]:
+    """`config.json` of a `ControlNetModel`; `pooling` is `global_average_pooling`."""
+    encoder, _ = _encoder_config(entries, params["control_stage_config"]["params"])
+    hint = [_shape(entries, f"{ours}.weight") for ours, _ in HINT_ENCODER]
+    return {
+        "_class_name": "ControlNetModel",
+        **encoder,
+        "conditioning_channels": hint[0][1],
+        "conditioning_embedding_out_channels": [shape[0] for shape in hint[0:-1:2]],
+        "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": pooling,
+    }
+
+
+def _encoder_config(entries: Entries, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[bool]]:
+    """What UNet and ControlNet have in common, and whether each level has attention."""
+    counts = encoder_levels(entries)
+    _check_levels(counts, options)
+    channels, attended, position = [], [], 1
+    for count in counts:
+        blocks = range(position, position + count)
+        having = [f"input_blocks.{i}.1.norm.weight" in entries for i in blocks]
+        if any(having) != all(having):
+            raise CheckpointError("some but not all blocks of a level have attention, which diffusers cannot express")
+        channels.append(_shape(entries, f"input_blocks.{position}.0.out_layers.3.weight")[0])
+        attended.append(having[0])
+        position += count + 1
+    context = next((entry.info.shape[1] for key, entry in entries.items() if key.endswith("attn2.to_k.weight")), None)
+    if context is None:
+        raise CheckpointError("a UNet without attention to a text, which diffusers keeps in other classes")
+    transformer = "middle_block.1.transformer_blocks"
+    depth = len({m[1] for key in entries if (m := re.match(re.escape(transformer) + r"\.(\d+)\.", key))})
+    heads = options.get("num_heads", -1)
+    width = options.get("num_head_channels", -1)
+    config = {
+        "act_fn": "silu",
+        "attention_head_dim": heads
+        if width == -1
+        else [max(c // width, 1) for c in channels],  # a count, despite its name
+        "block_out_channels": channels,
+        "cross_attention_dim": context,
+        "down_block_types": [f"{'CrossAttn' if a else ''}DownBlock2D" for a in attended],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": _shape(entries, "input_blocks.0.0.weight")[1],
+        "layers_per_block": counts[0],
+        "norm_eps": 1e-05,
+        "norm_num_groups": _GROUPS,
+        "only_cross_attention": False,
+        "transformer_layers_per_block": depth,
+        "use_linear_projection": len(_shape(entries, "middle_block.1.proj_in.weight")) == 2,
+    }
+    return config, attended
+
+
+def _check_levels(counts: list[int], options: Mapping[str, Any]) -> None:
+    configured = options.get("num_res_blocks", 2)
+    levels = len(options.get("channel_mult", (1, 2, 4, 8)))
+    expected = [configured] * levels if isinstance(configured, int) else list(configured)
+    if counts != expected:
+        raise CheckpointError(
+            f"the weights have {counts} blocks a level, the configuration {expected}; name the right --config"
+        )
+    if len(set(counts)) != 1:
+        raise CheckpointError(f"levels of different depth, {counts}, which diffusers cannot express")
+
+
+def vae_config(entries: Entries, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of an `AutoencoderKL`; entries under our names without prefix."""
+    blocks = [m for key in entries if (m := re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight", key))]
+    levels = len({m[1] for m in blocks})
+    channels = [_shape(entries, f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": _shape(entries, "encoder.conv_in.weight")[1],
+        "out_channels": _shape(entries, "decoder.conv_out.weight")[0],
+        "latent_channels": _shape(entries, "decoder.conv_in.weight")[1],
+        "layers_per_block": len(blocks) // levels,
+        "norm_num_groups": _GROUPS,
+        "sample_size": params["image_size"] * 2 ** (levels - 1),
+        "scaling_factor": float(params.get("scale_factor", 1.0)),
+    }
+
+
+def text_config(entries: Entries, converted: Entries, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of a `CLIPTextModel`.
+
+    SD 2.x uses the output of OpenCLIP's next-to-last layer, so the configuration counts one layer less than the file holds.
+
+    Args:
+        entries: of the text encoder, under our names without prefix.
+        converted: the same under those of transformers.
+        params: of the whole model.
+    """
+    options = params["cond_stage_config"].get("params") or {}
+    open_clip = is_open_clip(entries)
+    vocabulary, width = _shape(converted, "text_model.embeddings.token_embedding.weight")
+    layers = len({m[1] for key in converted if (m := re.match(r"text_model\.encoder\.layers\.(\d+)\.", key))})
+    unused = 1 if open_clip and options.get("layer", "last") == "penultimate" else 0
+    projection = converted.get("text_projection.weight")
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "bos_token_id": _START_TOKEN,
+        "eos_token_id": _END_TOKEN,
+        "pad_token_id": 0 if open_clip else _END_TOKEN,
+        "hidden_act": "gelu" if open_clip else "quick_gelu",
+        "hidden_size": width,
+        "intermediate_size": _shape(converted, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": _shape(converted, "text_model.embeddings.position_embedding.weight")[0],
+        "num_attention_heads": options.get("heads") or max(width // 64, 1),
+        "num_hidden_layers": layers - unused,
+        "projection_dim": width if projection is None else projection.info.shape[0],
+        "vocab_size": vocabulary,
+    }
+
+
+def scheduler_config(params: Mapping[str, Any], prediction: str) -> dict[str, Any]:
+    """`scheduler_config.json` of a `DDIMScheduler` that steps as the sampler here does."""
+    schedule = params.get("beta_schedule", "linear")
+    if schedule not in _BETA_SCHEDULES or params.get("given_betas") is not None:
+        raise CheckpointError(f"the beta schedule {schedule!r} has no name in diffusers")
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_start": params.get("linear_start", 1e-4),
+        "beta_end": params.get("linear_end", 2e-2),
+        "beta_schedule": _BETA_SCHEDULES[schedule],
+        "clip_sample": False,
+        "num_train_timesteps": params.get("timesteps", 1000),
+        "prediction_type": PREDICTIONS[prediction],
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+
+
+def schedule_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of our beta schedule that a diffusers scheduler's configuration names; what it leaves out is left out."""
+    ours = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}
+    named = {
+        "linear_start": config.get("beta_start"),
+        "linear_end": config.get("beta_end"),
+        "timesteps": config.get("num_train_timesteps"),
+        "beta_schedule": ours.get(config.get("beta_schedule", "")),
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def model_index(components: Iterable[str]) -> dict[str, Any]:
+    """`model_index.json` of a Stable Diffusion pipeline, with a ControlNet if that is among the components."""
+    control = "controlnet" in components
+    return {
+        "_class_name": f"StableDiffusion{'ControlNet' if control else ''}Pipeline",
+        **({"controlnet": ["diffusers", "ControlNetModel"]} if control else {}),
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def tokenizer_files(open_clip: bool) -> dict[str, Any]:
+    """The files of a `CLIPTokenizer`, made from the vocabulary inside open_clip; SD 2.x pads with token 0, SD 1.x with the end token."""
+    from open_clip.tokenizer import SimpleTokenizer  # heavy, and needed for whole pipelines alone
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    tokenizer = SimpleTokenizer()
+    vocabulary = {
+        {_START_TOKEN: start, _END_TOKEN: end}.get(number, token): number for token, number in tokenizer.encoder.items()
+    }
+    merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
+    padding = "!" if open_clip else end
+    return {
+        "vocab.json": vocabulary,
+        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)]) + "\n",
+        "special_tokens_map.json": {"bos_token": start, "eos_token": end, "pad_token": padding, "unk_token": end},
+        "tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer",
+            "bos_token": start,
+            "eos_token": end,
+            "pad_token": padding,
+            "unk_token": end,
+            "do_lower_case": True,
+            "model_max_length": 77,
+        },
+    }
+
+
+def _shape(entries: Entries, key: str) -> tuple[int, ...]:
+    if key not in entries:
+        raise CheckpointError(f"the weights are incomplete: {key!r} is missing")
+    return entries[key].info.shape

@@ -1,0 +1,393 @@
+"""Writing weights files: one tensor at a time, and all or nothing.
+
+A file is written under another name beside its target and renamed when it is complete and on the disk. What interrupts the
+writing removes it; what kills the process leaves it under a name that nobody takes for weights.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import threading
+import uuid
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.layout import SCHEDULE_KEYS
+from cldm.checkpoint.lazy import LazyTensor, lazy_entries
+from cldm.checkpoint.reading import TensorInfo
+from cldm.checkpoint.safetensors_file import DTYPES, MAX_HEADER, METADATA
+from cldm.checkpoint.storage import contiguous_stride
+
+SAFETENSORS_SUFFIX = ".safetensors"
+TORCH_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")
+FLOAT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_STORAGE_NAMES = {
+    **{torch.float64: "DoubleStorage", torch.float32: "FloatStorage", torch.float16: "HalfStorage"},
+    **{torch.bfloat16: "BFloat16Storage", torch.int64: "LongStorage", torch.int32: "IntStorage"},
+    **{torch.int16: "ShortStorage", torch.int8: "CharStorage", torch.uint8: "ByteStorage", torch.bool: "BoolStorage"},
+    **{torch.complex64: "ComplexFloatStorage", torch.complex128: "ComplexDoubleStorage"},
+}
+_ALIGNMENT = 64  # bytes; where torch.save places tensors in its archives, so that they can be mapped
+_SPARE = 1 << 20  # bytes beyond the tensors' own: headers and directories
+_CHUNK = 1 << 20  # bytes handed to the file at once; few enough to stay in the processor's cache between read and write
+_FOLDER_SIGNS = ("config.json", "model_index.json")
+
+
+def write_checkpoint(
+    path: str | Path,
+    entries: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write a weights file, holding one tensor in memory at a time.
+
+    Args:
+        path: its suffix chooses the format: `.safetensors`, or torch's zip format for `.ckpt`, `.pth`, `.pt` and `.bin`.
+        entries: tensors by key; an open checkpoint or `LazyEntries` is read as it is written.
+        metadata: texts to keep in a safetensors file; torch's format has no place for them.
+        dtype: of floating-point entries, e.g. `torch.float16` or "bfloat16"; as they are by default. The noise schedule's
+            entries keep theirs, since half precision would change the sampling steps.
+        overwrite: replace an existing file.
+        progress: show a bar on stderr.
+
+    Raises:
+        CheckpointError: the file exists, the suffix is unknown, the disk has too little space, a tensor cannot be stored
+            in the format, or a value is too large for `dtype`. Nothing is left behind.
+    """
+    path = Path(path)
+    write = _writer(path)
+    plans = _plan(path, entries, parse_dtype(dtype))
+    check_target(path, overwrite, folder=False)
+    _check_space(path, _needed(plans))
+    with _bar(path.name, sum(plan.info.nbytes for plan in plans), progress) as bar, interruptible():
+        with _replacing(path, overwrite) as temporary, open(temporary, "xb") as file:
+            write(file, plans, dict(metadata or {}), bar.update)
+            _flush(file)
+    return path
+
+
+def write_folder(
+    path: str | Path,
+    files: Mapping[str, Mapping[str, Tensor] | dict[str, Any] | str],
+    dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Write a folder of weights and configurations, complete or not at all.
+
+    Args:
+        path: the folder, which must not exist, be empty, or (with `overwrite`) be one of diffusers.
+        files: content by name relative to the folder: tensors for a weights file, a dict for `.json`, or a text.
+        dtype, overwrite, progress: as of `write_checkpoint`.
+
+    Raises:
+        CheckpointError: as `write_checkpoint`.
+    """
+    path = Path(path)
+    dtype = parse_dtype(dtype)
+    texts = {name: _text(content) for name, content in files.items() if not is_weights_file(name)}
+    plans = {name: _plan(path / name, content, dtype) for name, content in files.items() if is_weights_file(name)}
+    check_target(path, overwrite, folder=True)
+    _check_space(path, sum(map(_needed, plans.values())) + sum(len(text) for text in texts.values()))
+    total = sum(plan.info.nbytes for part in plans.values() for plan in part)
+    with _bar(path.name, total, progress) as bar, interruptible(), _replacing(path, overwrite) as temporary:
+        for name, content in {**texts, **plans}.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary / name, "xb") as file:
+                if isinstance(content, str):
+                    file.write(content.encode("utf-8"))
+                else:
+                    _writer(path / name)(file, content, {"format": "pt"}, bar.update)
+                _flush(file)
+    return path
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype by its name, `float32`, `float16` (`fp16`, `half`) or `bfloat16` (`bf16`)."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    name = _DTYPE_ALIASES.get(dtype, dtype)
+    if name not in FLOAT_DTYPES:
+        raise CheckpointError(f"unknown dtype {dtype!r}; known are {', '.join([*FLOAT_DTYPES, *_DTYPE_ALIASES])}")
+    return FLOAT_DTYPES[name]
+
+
+def is_weights_file(path: str | Path) -> bool:
+    """Whether a path's suffix is that of a weights file, rather than of a folder."""
+    return Path(path).suffix.lower() in (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn the signals that would end the process at once into an exception, so that what is half done is cleared away.
+
+    Signals for which the program has a handler of its own keep it. Outside the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    replaced = [s for s in (getattr(signal, name) for name in names) if signal.getsignal(s) is signal.SIG_DFL]
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    for number in replaced:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An entry to be written: its description in the file, and what it is made of."""
+
+    key: str
+    info: TensorInfo
+    entry: LazyTensor
+
+    def write(self, file: BinaryIO, advance: Callable[[int], Any]) -> None:
+        for chunk in self._copied() if self.entry.stored and self.entry.info == self.info else self._read():
+            advance(file.write(chunk))
+
+    def _copied(self) -> Iterator[memoryview]:
+        """The bytes as they lie in another file, a chunk at a time."""
+        stored, buffer = self.entry.stored, memoryview(bytearray(_CHUNK))
+        for done in range(0, self.info.nbytes, _CHUNK):
+            chunk = buffer[: min(_CHUNK, self.info.nbytes - done)]
+            stored.file.read_into(stored.start + done, chunk)
+            yield chunk
+
+    def _read(self) -> Iterator[memoryview]:
+        """The bytes of the tensor in the dtype of the file, a chunk at a time."""
+        tensor = self.entry.read()
+        if tuple(tensor.shape) != self.info.shape:
+            raise CheckpointError(f"{self.key!r} was announced as {self.info.shape}, and is {tuple(tensor.shape)}")
+        stored = tensor.detach().to(device="cpu", dtype=self.info.dtype).contiguous()
+        if stored.dtype != tensor.dtype and not torch.isfinite(stored).all() and torch.isfinite(tensor).all():
+            raise CheckpointError(f"{self.key!r} has values too large for {self.info.dtype}; use bfloat16 or float32")
+        if stored.numel():
+            data = memoryview(stored.view(-1).view(torch.uint8).numpy())
+            yield from (data[start : start + _CHUNK] for start in range(0, len(data), _CHUNK))
+
+
+def _plan(path: Path, entries: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[_Plan]:
+    if not entries:
+        raise CheckpointError(f"{path}: there is nothing to write")
+
+    def plan(key: str, entry: LazyTensor) -> _Plan:
+        info = entry.info
+        if dtype is not None and info.dtype.is_floating_point and key not in SCHEDULE_KEYS:
+            info = TensorInfo(info.shape, dtype)
+        return _Plan(key, info, entry)
+
+    return [plan(key, entry) for key, entry in lazy_entries(entries).items()]
+
+
+def _needed(plans: list[_Plan]) -> int:
+    return sum(plan.info.nbytes for plan in plans) + _SPARE
+
+
+def _bar(name: str, total: int, progress: bool) -> tqdm:
+    return tqdm(
+        desc=name, total=total, unit="B", unit_scale=True, unit_divisor=1000, disable=not progress, dynamic_ncols=True
+    )
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+
+
+# The target: checked before anything is made, and replaced in one step.
+
+
+def check_target(path: Path, overwrite: bool, folder: bool) -> None:
+    """Raise unless a file (or a folder) may be written at `path`, so that long work need not begin in vain."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: its folder {str(path.parent)!r} does not exist; create it first")
+    if not path.exists():
+        return
+    if path.is_dir() and not (folder and not any(path.iterdir())):
+        if not folder:
+            raise CheckpointError(f"{path}: is a folder; name a file")
+        if not any((path / sign).is_file() for sign in _FOLDER_SIGNS):
+            raise CheckpointError(f"{path}: is a folder with something else in it; name a new one")
+    elif folder and not path.is_dir():
+        raise CheckpointError(f"{path}: is a file; name a folder")
+    elif folder:
+        return
+    if not overwrite:
+        raise CheckpointError(f"{path}: exists already; choose another name, or overwrite it with --force")
+
+
+def _check_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"{path}: needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; "
+            "choose another disk, or half precision with --dtype float16"
+        )
+
+
+@contextmanager
+def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A free name beside `path`; what was made there takes the place of `path` at the end, and is removed on any failure."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield temporary
+        if path.exists() and not overwrite and not path.is_dir():  # it may have appeared in the meantime
+            raise CheckpointError(f"{path}: was created by someone else while this was being written")
+        if path.is_dir():
+            previous = temporary.with_suffix(".previous")
+            path.rename(previous)
+            try:
+                temporary.rename(path)
+            except OSError:
+                previous.rename(path)
+                raise
+            shutil.rmtree(previous)
+        else:
+            os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Put the rename itself on the disk, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # a system that does not open folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:  # a file system that does not flush them
+        pass
+    finally:
+        os.close(handle)
+
+
+# The formats. A writer takes the file, the plans, the metadata, and what to call with the number of bytes written.
+
+_Writer = Callable[[BinaryIO, list[_Plan], dict[str, str], Callable[[int], Any]], None]
+
+
+def _write_safetensors(
+    file: BinaryIO, plans: list[_Plan], metadata: dict[str, str], advance: Callable[[int], Any]
+) -> None:
+    """Length, JSON header, tensors; wide dtypes first, so that every tensor is aligned for its own."""
+    plans = sorted(plans, key=lambda plan: -plan.info.dtype.itemsize)
+    header: dict[str, Any] = {METADATA: {"format": "pt", **metadata}}
+    position = 0
+    for plan in plans:
+        name = _SAFETENSORS_NAMES.get(plan.info.dtype)
+        if name is None or plan.key == METADATA:
+            raise CheckpointError(f"entry {plan.key!r} of {plan.info.dtype} cannot be stored in a safetensors file")
+        span = [position, position + plan.info.nbytes]
+        header[plan.key] = {"dtype": name, "shape": list(plan.info.shape), "data_offsets": span}
+        position = span[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError("the metadata is too long for a safetensors file")
+    file.write(len(text).to_bytes(8, "little") + text)
+    for plan in plans:
+        plan.write(file, advance)
+
+
+class _StorageMark:
+    """Stands for a tensor's storage while the pickle is made."""
+
+    def __init__(self, number: int, plan: _Plan) -> None:
+        kind = getattr(torch, _STORAGE_NAMES[plan.info.dtype])
+        self.identity = ("storage", kind, str(number), "cpu", plan.info.numel)
+
+
+class _TensorMark:
+    """Stands for a tensor; its pickle is what torch's own tensors write of themselves."""
+
+    def __init__(self, number: int, plan: _Plan) -> None:
+        shape = plan.info.shape
+        self.arguments = (_StorageMark(number, plan), 0, shape, contiguous_stride(shape), False, OrderedDict())
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.identity if isinstance(obj, _StorageMark) else None
+
+
+def _write_torch(file: BinaryIO, plans: list[_Plan], _metadata: dict[str, str], advance: Callable[[int], Any]) -> None:
+    """The zip archive of `torch.save`: a pickle that rebuilds a dict of tensors, and one stored member for each."""
+    unknown = next((plan for plan in plans if plan.info.dtype not in _STORAGE_NAMES), None)
+    if unknown is not None:
+        raise CheckpointError(f"entry {unknown.key!r} of {unknown.info.dtype} cannot be stored so; write .safetensors")
+    pickled = io.BytesIO()
+    _Pickler(pickled, protocol=2).dump({plan.key: _TensorMark(i, plan) for i, plan in enumerate(plans)})
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+
+        def member(name: str, size: int) -> BinaryIO:
+            info = zipfile.ZipInfo(f"archive/{name}")
+            info.file_size = size
+            start = file.tell() + 30 + len(info.filename) + 4  # the fixed part, the name, this field's own head
+            if size * 1.05 > zipfile.ZIP64_LIMIT:
+                start += 20  # the field of long sizes, which is added to it
+            padding = -start % _ALIGNMENT
+            info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
+            return archive.open(info, "w")
+
+        small = {"data.pkl": pickled.getvalue(), "byteorder": b"little", "version": b"3\n"}
+        for name, content in small.items():
+            with member(name, len(content)) as stream:
+                stream.write(content)
+        for number, plan in enumerate(plans):
+            with member(f"data/{number}", plan.info.nbytes) as stream:
+                plan.write(stream, advance)
+
+
+_WRITERS: dict[str, _Writer] = {
+    SAFETENSORS_SUFFIX: _write_safetensors,
+    **dict.fromkeys(TORCH_SUFFIXES, _write_torch),
+}
+
+
+def _writer(path: Path) -> _Writer:
+    writer = _WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise CheckpointError(f"{path}: end its name in one of {', '.join(_WRITERS)}, which chooses the format")
+    return writer

@@ -1,0 +1,401 @@
+"""ControlNet: a trainable copy of the UNet's encoder, joined to the locked UNet by zero convolutions (Zhang et al. 2023, section 3).
+
+Shapes: B batch, h w the latent, H = 8h and W = 8w the hint, M tokens of the text, K number of control outputs (13 for four
+levels of two residual blocks).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.diffusionmodules.openaimodel import BlockOptions, TimestepEmbedSequential, UNetModel, build_encoder
+from ldm.modules.diffusionmodules.util import conv_nd, timestep_embedding, zero_module
+from ldm.util import ConfigError, instantiate_from_config, log_txt_as_img
+
+# Output channels and strides of the hint encoder's convolutions before the last: 8 times smaller in all, as the latent is.
+_HINT_ENCODER = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
+
+
+class ControlNet(nn.Module):
+    """The trainable copy: hint encoder, UNet encoder and middle block, and a zero convolution for each output.
+
+    Takes UNetModel's arguments (but for `out_channels`, `num_classes` and what else the decoder alone uses) and
+
+    Args:
+        hint_channels: of the hint picture.
+    """
+
+    def __init__(
+        self,
+        image_size: int | None = None,
+        in_channels: int = 4,
+        model_channels: int = 320,
+        hint_channels: int = 3,
+        num_res_blocks: int | Sequence[int] = 2,
+        attention_resolutions: Sequence[int] = (4, 2, 1),
+        dropout: float = 0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | Sequence[int] | None = None,
+        n_embed: int | None = None,
+        legacy: bool = True,
+        disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_middle_self_attn: bool = False,
+        use_linear_in_transformer: bool = False,
+    ) -> None:
+        super().__init__()
+        options = BlockOptions.from_arguments(
+            model_channels=model_channels,
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions,
+            dropout=dropout,
+            channel_mult=channel_mult,
+            conv_resample=conv_resample,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            num_heads_upsample=num_heads_upsample,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+            use_spatial_transformer=use_spatial_transformer,
+            transformer_depth=transformer_depth,
+            context_dim=context_dim,
+            legacy=legacy,
+            disable_self_attentions=disable_self_attentions,
+            num_attention_blocks=num_attention_blocks,
+            disable_middle_self_attn=disable_middle_self_attn,
+            use_linear_in_transformer=use_linear_in_transformer,
+        )
+        self.dims = dims
+        self.image_size = image_size
+        self.in_channels = in_channels
+        self.model_channels = model_channels
+        self.hint_channels = hint_channels
+        self.dtype = torch.float16 if use_fp16 else torch.float32
+
+        self.time_embed = options.timestep_mlp()
+        self.input_blocks, self.middle_block, channels = build_encoder(options, in_channels)
+        self.zero_convs = nn.ModuleList(self.make_zero_conv(c) for c in channels)
+        self.input_hint_block = self.make_hint_encoder()
+        self.middle_block_out = self.make_zero_conv(channels[-1])
+        if use_fp16:
+            self.half()
+
+    def make_zero_conv(self, channels: int) -> TimestepEmbedSequential:
+        """A 1x1 convolution whose weights and biases start at zero (section 3.1)."""
+        return TimestepEmbedSequential(zero_module(conv_nd(self.dims, channels, channels, 1)))
+
+    def make_hint_encoder(self) -> TimestepEmbedSequential:
+        """Eight 3x3 convolutions with SiLU between them, from the hint's size to the latent's; the last starts at zero."""
+        layers: list[nn.Module] = []
+        width = self.hint_channels
+        for out, stride in _HINT_ENCODER:
+            layers += [conv_nd(self.dims, width, out, 3, padding=1, stride=stride), nn.SiLU()]
+            width = out
+        layers.append(zero_module(conv_nd(self.dims, width, self.model_channels, 3, padding=1)))
+        return TimestepEmbedSequential(*layers)
+
+    @property
+    def output_count(self) -> int:
+        """Number K of control outputs."""
+        return len(self.zero_convs) + 1
+
+    def encode_hint(self, hint: Tensor) -> Tensor:
+        """hint (B, hint_channels, H, W) in [0, 1] -> (B, model_channels, h, w). Does not depend on the timestep."""
+        weight = self.input_hint_block[0].weight
+        # The first layers work on eight times the latent's height and width with few channels, where channels-last is fastest.
+        return self.input_hint_block(hint.to(weight.dtype), None, None)
+
+    def forward(
+        self, x: Tensor, hint: Tensor | None, timesteps: Tensor, context: Tensor | None = None, *, guided_hint: Tensor | None = None
+    ) -> list[Tensor]:
+        """The K control outputs, each of the shape of the UNet activation that it is added to.
+
+        Args:
+            x: noisy latents (B, in_channels, h, w).
+            hint: (B, hint_channels, 8h, 8w) in [0, 1]; or None with
+            guided_hint: what `encode_hint` made of it, so that sampling encodes a hint once.
+            timesteps: (B,).
+            context: (B, M, context_dim).
+        """
+        dtype = self.input_blocks[0][0].weight.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))  # (B, E)
+        if guided_hint is None:
+            guided_hint = self.encode_hint(hint)  # (B, model_channels, h, w)
+        hidden = self.input_blocks[0](x.to(dtype), emb, context)
+        if guided_hint.shape[2:] != hidden.shape[2:]:
+            size = tuple(8 * s for s in x.shape[2:])
+            raise ValueError(f"latents of {tuple(x.shape[2:])} need a hint of {size}, eight times their height and width")
+        hidden = hidden + guided_hint
+        outputs = [self.zero_convs[0](hidden, emb, context)]
+        for block, zero_conv in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
+            hidden = block(hidden, emb, context)
+            outputs.append(zero_conv(hidden, emb, context))
+        hidden = self.middle_block(hidden, emb, context)
+        return [*outputs, self.middle_block_out(hidden, emb, context)]
+
+
+class ControlledUnetModel(UNetModel):
+    """The locked UNet: encoder and middle block without gradient, control added to the middle and to each skip connection."""
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor | None = None,
+        context: Tensor | None = None,
+        control: Sequence[Tensor] | None = None,
+        only_mid_control: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """x (B, in_channels, h, w), timesteps (B,), context (B, M, context_dim) -> (B, out_channels, h, w).
+
+        Args:
+            control: the ControlNet's K outputs, or None. (The list is left as it is; the reference empties it.)
+            only_mid_control: add only the last of them.
+        """
+        with torch.no_grad():
+            emb = self.embed_timesteps(timesteps, kwargs.get("y"))
+            hidden, skips = self.encode(x, emb, context)
+        if control is not None:
+            if len(control) != len(skips) + 1:
+                raise ValueError(f"this UNet takes {len(skips) + 1} control outputs, found {len(control)}")
+            hidden = hidden + control[-1]
+            if not only_mid_control:
+                skips = [skip + c for skip, c in zip(skips, control[:-1], strict=True)]
+        return self.decode(hidden, skips, emb, context).to(x.dtype)
+
+
+class ControlLDM(LatentDiffusion):
+    """Stable Diffusion with a ControlNet. Batches hold the target picture, the prompt and the hint.
+
+    Set `sd_locked`, `only_mid_control`, `control_scales` and `learning_rate` as attributes. What is not trained has
+    `requires_grad=False`, always: by default everything but the ControlNet; with `sd_locked = False` the UNet's decoder
+    (`output_blocks` and `out`) is trained too. (The reference never locks the UNet's weights, so gradients for them are computed and thrown away.)
+
+    Args:
+        control_stage_config: the ControlNet.
+        control_key: name of the hint in a batch, (B, H, W, 3) in [0, 1].
+        only_mid_control: use the middle output alone.
+        global_average_pooling: average each output over height and width (ControlNet 1.1, shuffle).
+        *args, **kwargs: see LatentDiffusion.
+    """
+
+    def __init__(
+        self,
+        control_stage_config: Mapping[str, Any],
+        control_key: str,
+        only_mid_control: bool,
+        global_average_pooling: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.model.diffusion_model, ControlledUnetModel):
+            raise ConfigError("unet_config of a ControlLDM must name cldm.cldm.ControlledUnetModel or a subclass")
+        self.control_model = instantiate_from_config(control_stage_config)
+        self.control_key = control_key
+        self.control_scales = [1.0] * self.control_model.output_count
+        self.global_average_pooling = global_average_pooling
+        self.learning_rate = 1e-5
+        self._sd_locked = True
+        self.only_mid_control = only_mid_control
+
+    # -- what is trained ------------------------------------------------------------------------------
+
+    @property
+    def sd_locked(self) -> bool:
+        """Whether the whole UNet keeps its weights; otherwise its decoder is trained too."""
+        return self._sd_locked
+
+    @sd_locked.setter
+    def sd_locked(self, locked: bool) -> None:
+        self._sd_locked = bool(locked)
+        self._lock()
+
+    @property
+    def only_mid_control(self) -> bool:
+        """Whether only the middle output is added; the zero convolutions of the others are then not trained."""
+        return self._only_mid_control
+
+    @only_mid_control.setter
+    def only_mid_control(self, only_mid: bool) -> None:
+        self._only_mid_control = bool(only_mid)
+        self._lock()
+
+    def _lock(self) -> None:
+        """Set `requires_grad` on everything by what the two switches say."""
+        self.control_model.requires_grad_(True)
+        self.control_model.zero_convs.requires_grad_(not self._only_mid_control)
+        unet = self.model.diffusion_model
+        unet.requires_grad_(False)
+        for part in (unet.output_blocks, unet.out):
+            part.requires_grad_(not self._sd_locked)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The ControlNet's parameters and, if unlocked, those of the UNet's decoder."""
+        self._lock()
+        parameters = list(self.control_model.parameters())
+        if not self.sd_locked:
+            unet = self.model.diffusion_model
+            parameters += [*unet.output_blocks.parameters(), *unet.out.parameters()]
+        if self.cond_stage_trainable:
+            parameters += list(self.cond_stage_model.parameters())
+        return parameters + ([self.logvar] if self.learn_logvar else [])
+
+    # -- inputs -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_input(self, batch: Mapping[str, Any], k: str, bs: int | None = None, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, list[Any]]]:
+        """A batch -> latents (B, 4, h, w) and `{"c_crossattn": [text], "c_concat": [hint (B, 3, H, W)]}`."""
+        if self.control_key not in batch:
+            raise KeyError(f"the batch has no {self.control_key!r}; it has {', '.join(map(repr, batch))}")
+        z, c = super().get_input(batch, self.first_stage_key, bs)[:2]
+        hint = batch[self.control_key][:bs].to(self.device)
+        hint = hint.permute(0, 3, 1, 2).float().contiguous()
+        return z, {"c_crossattn": [c], "c_concat": [hint]}
+
+    def get_learned_conditioning(self, c: Any) -> Any:
+        """Text conditioning; what a dict already holds encoded stays as it is."""
+        if isinstance(c, Mapping):
+            texts = [entry if torch.is_tensor(entry) else super(ControlLDM, self).get_learned_conditioning(entry) for entry in c["c_crossattn"]]
+            return {**c, "c_crossattn": texts}
+        return super().get_learned_conditioning(c)
+
+    @torch.no_grad()
+    def get_unconditional_conditioning(self, N: int, null_label: Any = None) -> Tensor:
+        """The empty prompt, N times: (N, M, D)."""
+        return super().get_unconditional_conditioning(N, null_label)
+
+    # -- the model --------------------------------------------------------------------------------------
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The UNet's output (B, 4, h, w), with control where `cond["c_concat"]` holds a hint.
+
+        Args:
+            x_noisy: (B, 4, h, w).
+            t: (B,).
+            cond: `c_crossattn`, a list of (B, M, D), and `c_concat`, a list of hints (B, C, H, W), or None for no control.
+                `c_guided_hint`, the hint as `control_model.encode_hint` gave it, may stand in for `c_concat`.
+        """
+        if not isinstance(cond, Mapping) or "c_crossattn" not in cond:
+            raise ValueError('the conditioning must be a dict with "c_crossattn" (text) and "c_concat" (hint or None)')
+        context = torch.cat(list(cond["c_crossattn"]), dim=1)
+        return self.model.diffusion_model(
+            x=x_noisy,
+            timesteps=t,
+            context=context,
+            control=self.control(x_noisy, t, cond, context),
+            only_mid_control=self.only_mid_control,
+        )
+
+    def control(self, x_noisy: Tensor, t: Tensor, cond: Mapping[str, Any], context: Tensor) -> list[Tensor] | None:
+        """The ControlNet's outputs, scaled and, if configured, averaged; None without a hint."""
+        guided = cond.get("c_guided_hint")
+        if cond.get("c_concat") is None and guided is None:
+            return None
+        if len(self.control_scales) != self.control_model.output_count:
+            raise ValueError(f"control_scales has {len(self.control_scales)} entries for {self.control_model.output_count} outputs")
+        outputs = self.control_model(
+            x=x_noisy,
+            hint=None if guided is not None else torch.cat(list(cond["c_concat"]), dim=1),
+            timesteps=t,
+            context=context,
+            guided_hint=guided,
+        )
+        outputs = [c if scale == 1.0 else c * scale for c, scale in zip(outputs, self.control_scales, strict=True)]
+        if self.global_average_pooling:
+            outputs = [c.mean(dim=(2, 3), keepdim=True) for c in outputs]
+        return outputs
+
+    # -- logging ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_images(
+        self,
+        batch: Mapping[str, Any],
+        N: int = 4,
+        n_row: int = 2,
+        sample: bool = False,
+        ddim_steps: int | None = 50,
+        ddim_eta: float = 0.0,
+        return_keys: Sequence[str] | None = None,
+        unconditional_guidance_scale: float = 9.0,
+        use_ema_scope: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Pictures for a logger, (B, 3, H, W) in [-1, 1]: target's reconstruction, hint, prompt, and samples with guidance.
+
+        Args:
+            N: number of pictures.
+            sample: also sample without guidance.
+            ddim_steps, ddim_eta: of DDIM.
+            unconditional_guidance_scale: the hint guides both halves; 1 or less leaves the guided samples out.
+            n_row, use_ema_scope: accepted for compatibility.
+        """
+        z, c = self.get_input(batch, self.first_stage_key, bs=N)
+        text, hint = c["c_crossattn"][0], c["c_concat"][0]
+        prompts = list(batch[self.cond_stage_key])[:N]
+        log = {
+            "reconstruction": self.decode_first_stage(z),
+            "control": hint * 2.0 - 1.0,
+            "conditioning": log_txt_as_img((hint.shape[3], hint.shape[2]), prompts, size=max(hint.shape[3] // 25, 8)),
+        }
+        steps = {"ddim": ddim_steps is not None, "ddim_steps": ddim_steps, "shape": z.shape[1:]}
+        options = {"eta": ddim_eta} if ddim_steps is not None else {}
+        if sample:
+            latents, _ = self.sample_log(c, len(z), **steps, **options)
+            log["samples"] = self.decode_first_stage(latents)
+        if unconditional_guidance_scale > 1.0 and ddim_steps is not None:
+            uncond = {"c_crossattn": [self.get_unconditional_conditioning(len(z)).to(text)], "c_concat": [hint]}
+            latents, _ = self.sample_log(
+                c,
+                len(z),
+                **steps,
+                **options,
+                unconditional_guidance_scale=unconditional_guidance_scale,
+                unconditional_conditioning=uncond,
+            )
+            log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(latents)
+        return {k: v for k, v in log.items() if not return_keys or k in return_keys}
+
+    def sample_log(self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, shape: Sequence[int] | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
+        """As LatentDiffusion's; the latent's size follows from the hint where `shape` is not given."""
+        if shape is None and cond.get("c_concat") is not None:
+            height, width = cond["c_concat"][0].shape[2:]
+            shape = (self.channels, height // 8, width // 8)
+        return super().sample_log(cond, batch_size, ddim, ddim_steps, shape, **kwargs)
+
+    def low_vram_shift(self, is_diffusing: bool, device: torch.device | str | None = None) -> None:
+        """Keep on the accelerator only what is needed next: UNet and ControlNet while diffusing, else VAE and text encoder.
+
+        Args:
+            is_diffusing: which of the two.
+            device: the accelerator; by default the device on which one of the parts is now, if that is not the CPU.
+        """
+        parts = {True: (self.model, self.control_model), False: (self.first_stage_model, self.cond_stage_model)}
+        if device is None:
+            found = [p.device for part in (*parts[True], *parts[False]) for p in part.parameters()]
+            device = next((d for d in found if d.type != "cpu"), torch.device("cpu"))
+        for part in parts[not is_diffusing]:
+            part.cpu()
+        for part in parts[is_diffusing]:
+            part.to(device)
+
+

@@ -1,0 +1,86 @@
+"""Configurations: finding the packaged YAML files, reading them, and `key=value` overrides of a script's settings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from ldm.util import ConfigError
+
+S = TypeVar("S")
+
+# In a wheel the YAML files and the tiny base's weights lie inside this package; in a checkout, in `models` and `configs` beside it.
+_PACKAGED = Path(__file__).parent / "resources"
+_CHECKOUT = Path(__file__).parent.parent
+
+
+def search_folders() -> list[Path]:
+    """Where a file is looked for that is not found under the name as given."""
+    roots = [root for root in (_PACKAGED, _CHECKOUT) if (root / "models" / "cldm_v15.yaml").is_file()]
+    return [folder for root in roots for folder in (root / "models", root, root / "configs")]
+
+
+def resolve(name: str | Path, suffix: str = "") -> Path:
+    """The file that `name` means: as given, else among the packaged models and configurations, with `suffix` added if need be.
+
+    Raises:
+        ConfigError: there is none; the message names the folders and what they hold.
+    """
+    candidates = [Path(name), Path(f"{name}{suffix}")]
+    for folder in [Path(), *search_folders()]:
+        for candidate in candidates:
+            if (folder / candidate).is_file():
+                return folder / candidate
+    known = sorted(path.stem for folder in search_folders() for path in folder.glob(f"*{suffix}") if suffix)
+    hint = f"; packaged are {', '.join(known)}" if known else ""
+    raise ConfigError(f"there is no file {str(name)!r}{hint}")
+
+
+def load_config(path: str | Path) -> DictConfig:
+    """The YAML file `path`, or the packaged one of that name (`cldm_tiny`).
+
+    Raises:
+        ConfigError: no such file, or not a YAML mapping.
+    """
+    found = resolve(path, ".yaml")
+    try:
+        config = OmegaConf.load(found)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{found} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"{found} must hold a mapping, found {type(config).__name__}")
+    return config
+
+
+def model_section(config: Mapping[str, Any], source: str | Path = "the configuration") -> Mapping[str, Any]:
+    """The part with `target` and `params` that names the model: `config.model`, or the mapping itself."""
+    section = config.get("model", config)
+    if not isinstance(section, Mapping) or "target" not in section:
+        raise ConfigError(f"{source} must hold `model:` with `target` and `params`")
+    return section
+
+
+def override(settings: S, arguments: Sequence[str]) -> S:
+    """A dataclass of settings with `key=value` arguments applied, each checked against the field's type.
+
+    Raises:
+        ConfigError: an argument that is no `key=value`, an unknown key (the known ones are listed), or a value of another type.
+    """
+    if not is_dataclass(settings):
+        raise TypeError("settings must be a dataclass instance")
+    known = [f.name for f in fields(settings)]
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"{argument!r} is not of the form key=value; the keys are {', '.join(known)}")
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r}; the settings are {', '.join(known)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(settings), OmegaConf.from_dotlist(list(arguments)))
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{' '.join(arguments)}: {str(error).splitlines()[0]}") from error

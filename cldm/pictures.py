@@ -1,0 +1,52 @@
+"""Pictures: from tensors, laid out in grids, and written without leaving half a file."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Pictures (N, 3, H, W), about in [-1, 1] -> uint8 (N, H, W, 3); fractions are cut off."""
+    scaled = images.float().permute(0, 2, 3, 1) * 127.5 + 127.5
+    return scaled.cpu().numpy().clip(0, 255).astype(np.uint8)
+
+
+def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 4, background: int = 255, scale: int = 1) -> np.ndarray:
+    """Equally sized uint8 (H, W, 3) pictures laid out in rows, each enlarged `scale` times without smoothing.
+
+    Raises:
+        ValueError: no picture, or pictures of different sizes.
+    """
+    shapes = {picture.shape for row in rows for picture in row}
+    if len(shapes) != 1:
+        raise ValueError(f"a grid needs pictures of one size, found {sorted(shapes)}")
+    height, width, _ = shapes.pop()
+    height, width = height * scale, width * scale
+    columns = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), background, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = gap + i * (height + gap), gap + j * (width + gap)
+            sheet[top : top + height, left : left + width] = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+    return sheet
+
+
+def save_png(path: str | Path, picture: np.ndarray) -> None:
+    """Write uint8 RGB (H, W, 3) or grey (H, W) as PNG: beside the target first, then renamed, so that no half file is left."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) if picture.ndim == 3 else picture
+    encoded = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes()
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(encoded)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

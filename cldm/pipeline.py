@@ -1,0 +1,194 @@
+"""From a hint and a prompt to pictures: what scripts, demos and notebooks call.
+
+    from cldm.model import create_model
+    from cldm.pipeline import ControlPipeline
+
+    pipeline = ControlPipeline(create_model("cldm_v15", weights="control_sd15_canny.safetensors", device="cuda"))
+    pictures = pipeline(hint, "a bird", steps=20, seed=1)  # uint8 (N, H, W, 3)
+
+Shapes: N pictures, H W pixels, h w the latent.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from cldm.cldm import ControlLDM
+from cldm.pictures import to_uint8
+from ldm.models.diffusion.ddim import DDIMSampler, join_conditioning
+
+ADDED_PROMPT = "best quality, extremely detailed"
+NEGATIVE_PROMPT = (
+    "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, worst quality, low quality"
+)
+
+
+def strength_scales(strength: float = 1.0, guess_mode: bool = False, count: int = 13) -> list[float]:
+    """One factor for each control output: all `strength`, or in guess mode weaker towards the first, strength * 0.825^(12 - i)."""
+    return [strength * (0.825 ** float(count - 1 - i) if guess_mode else 1.0) for i in range(count)]
+
+
+class BatchedGuidance(DDIMSampler):
+    """DDIM that evaluates both halves of the guidance in one UNet call, and the ControlNet only for a half that has a hint."""
+
+    def guided_output(self, x: Tensor, t: Tensor, c: Any, scale: float, uncond: Any) -> Tensor:
+        """uncond + scale * (cond - uncond), x (N, C, h, w), t (N,) -> (N, C, h, w)."""
+        if uncond is None or scale == 1.0 or _has_hint(uncond) or not _has_hint(c):
+            return super().guided_output(x, t, c, scale, uncond)
+        context = torch.cat(list(c["c_crossattn"]), dim=1)
+        control = self.model.control(x, t, c, context)
+        output = self.model.model.diffusion_model(
+            x=torch.cat([x, x]),
+            timesteps=torch.cat([t, t]),
+            context=join_conditioning(torch.cat(list(uncond["c_crossattn"]), dim=1), context),
+            control=[torch.cat([torch.zeros_like(k), k]) for k in control],
+            only_mid_control=self.model.only_mid_control,
+        )
+        out_uncond, out_cond = output.chunk(2)
+        return out_uncond + scale * (out_cond - out_uncond)
+
+
+def _has_hint(conditioning: Any) -> bool:
+    return conditioning.get("c_guided_hint") is not None or conditioning.get("c_concat") is not None
+
+
+class ControlPipeline:
+    """Samples pictures from a ControlLDM; holds no state but the model and the sampler's class.
+
+    Args:
+        model: on the device where sampling should run.
+        sampler: a sampler's class, made anew for each call.
+    """
+
+    def __init__(self, model: ControlLDM, sampler: type[DDIMSampler] = BatchedGuidance) -> None:
+        self.model = model
+        self.sampler = sampler
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        hint: np.ndarray | Tensor | None,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        num_samples: int = 1,
+        steps: int = 20,
+        guidance_scale: float = 9.0,
+        strength: float = 1.0,
+        guess_mode: bool = False,
+        eta: float = 0.0,
+        seed: int | None = None,
+        size: tuple[int, int] | None = None,
+        x_T: Tensor | None = None,
+        callback: Callable[[int], None] | None = None,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Pictures, uint8 (N, H, W, 3) RGB.
+
+        Args:
+            hint: what steers: uint8 (H, W, 3) for all pictures or (N, H, W, 3), or a float tensor (N, 3, H, W) in [0, 1]; None for
+                no control. Sides must be multiples of 64.
+            prompt: one for all pictures, or N of them.
+            negative_prompt: likewise.
+            num_samples: N, where neither hints nor prompts say so.
+            steps, eta: of DDIM.
+            guidance_scale: 1 for no guidance.
+            strength: factor of the control.
+            guess_mode: the hint steers the conditional half only, more weakly in the early blocks; for sampling without a prompt.
+            seed: of noise and everything else; None goes on with the generators as they are.
+            size: (H, W) where there is no hint.
+            x_T: noise to start from, (N, 4, h, w).
+            callback: called with the number of each step.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: sizes, counts or ranges that do not fit.
+        """
+        if seed is not None:
+            pl.seed_everything(seed, verbose=False)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, found {steps}")
+        model = self.model
+        hint_tensor = None if hint is None else _hint_tensor(hint).to(model.device)
+        prompts, negatives, hint_tensor = _as_many(prompt, negative_prompt, hint_tensor, num_samples)
+        height, width = hint_tensor.shape[2:] if hint_tensor is not None else size or _default_size(model)
+        if height % 64 or width % 64:
+            raise ValueError(f"height and width must be multiples of 64, found {height} and {width}; annotator.util.resize_image makes them so")
+
+        cond: dict[str, Any] = {"c_crossattn": [model.get_learned_conditioning(prompts)], "c_concat": None}
+        uncond: dict[str, Any] = {"c_crossattn": [model.get_learned_conditioning(negatives)], "c_concat": None}
+        if hint_tensor is not None:
+            # The hint does not change with the timestep, so it is encoded once rather than in every step.
+            guided = model.control_model.encode_hint(hint_tensor)
+            cond["c_guided_hint"] = guided
+            if not guess_mode:
+                uncond["c_guided_hint"] = guided
+        scales = model.control_scales
+        was_training = model.training
+        model.eval()
+        model.control_scales = strength_scales(strength, guess_mode, model.control_model.output_count)
+        try:
+            latents, _ = self.sampler(model).sample(
+                steps,
+                len(prompts),
+                (model.channels, height // 8, width // 8),
+                cond,
+                eta=eta,
+                x_T=x_T,
+                callback=callback,
+                verbose=progress,
+                unconditional_guidance_scale=guidance_scale,
+                unconditional_conditioning=uncond if guidance_scale != 1.0 else None,
+            )
+        finally:
+            model.control_scales = scales
+            model.train(was_training)
+        return to_uint8(model.decode_first_stage(latents))
+
+
+def _hint_tensor(hint: np.ndarray | Tensor) -> Tensor:
+    """A hint in any accepted form -> float32 (N, 3, H, W) in [0, 1]."""
+    if isinstance(hint, Tensor):
+        if hint.dim() != 4 or hint.shape[1] != 3 or not hint.is_floating_point():
+            raise ValueError(f"a hint tensor must be float (N, 3, H, W), found {hint.dtype} {tuple(hint.shape)}")
+        if hint.numel() and not (0 <= float(hint.min()) and float(hint.max()) <= 1):
+            raise ValueError("a hint tensor must lie in [0, 1]")
+        return hint
+    hint = np.asarray(hint)
+    if hint.dtype != np.uint8 or hint.ndim not in (3, 4) or hint.shape[-1] != 3:
+        raise ValueError(f"a hint must be uint8 (H, W, 3) or (N, H, W, 3), found {hint.dtype} {hint.shape}; annotator.util.HWC3 makes it so")
+    hint = hint[None] if hint.ndim == 3 else hint
+    return torch.from_numpy(hint.astype(np.float32) / 255).permute(0, 3, 1, 2).contiguous()
+
+
+def _as_many(
+    prompt: str | Sequence[str], negative: str | Sequence[str], hint: Tensor | None, num_samples: int
+) -> tuple[list[str], list[str], Tensor | None]:
+    """Prompts, negative prompts and hints, each repeated where it is one for all."""
+    given = {
+        "prompts": 1 if isinstance(prompt, str) else len(prompt),
+        "negative prompts": 1 if isinstance(negative, str) else len(negative),
+        "hints": 1 if hint is None else len(hint),
+        "num_samples": num_samples,
+    }
+    count = max(given.values())
+    if count < 1 or any(n not in (1, count) for n in given.values()):
+        raise ValueError(f"counts do not fit together: {', '.join(f'{n} {what}' for what, n in given.items())}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = [negative] if isinstance(negative, str) else list(negative)
+    return (
+        prompts * (count // len(prompts)),
+        negatives * (count // len(negatives)),
+        hint if hint is None else hint.expand(count, -1, -1, -1),
+    )
+
+
+def _default_size(model: ControlLDM) -> tuple[int, int]:
+    size = model.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * 8, width * 8
+

@@ -1,0 +1,1 @@
+"""The diffusion process: schedule, training (`ddpm`) and sampling (`ddim`, `plms`)."""

@@ -1,0 +1,161 @@
+"""Building objects from configurations, and small helpers that every module may use."""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built; the message names the target and what is wrong with it."""
+
+
+def exists(x: Any) -> bool:
+    """Whether `x` is anything but None."""
+    return x is not None
+
+
+def default(value: T | None, fallback: T | Callable[[], T]) -> T:
+    """`value`, or the fallback (called first, if it is a function) where the value is None."""
+    if value is not None:
+        return value
+    return fallback() if inspect.isfunction(fallback) else fallback
+
+
+def count_params(model: torch.nn.Module, verbose: bool = False) -> int:
+    """Number of parameters of `model`; `verbose` also logs it."""
+    total = sum(p.numel() for p in model.parameters())
+    if verbose:
+        logger.info("%s has %.2f million parameters", type(model).__name__, total / 1e6)
+    return total
+
+
+def get_obj_from_str(string: str, reload: bool = False) -> Any:
+    """The object at a dotted path such as `ldm.models.autoencoder.AutoencoderKL`.
+
+    Raises:
+        ConfigError: the module or the name in it does not exist.
+    """
+    module_name, _, name = string.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"target {string!r} is no dotted path; write package.module.Name")
+    try:
+        module = importlib.import_module(module_name)
+        if reload:
+            module = importlib.reload(module)
+    except ModuleNotFoundError as error:
+        # Only a part of the path itself is the user's mistake; a dependency that fails to import inside it is not.
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise ConfigError(f"target {string!r}: there is no module {error.name!r}") from error
+        raise
+    if not hasattr(module, name):
+        raise ConfigError(f"target {string!r}: module {module_name!r} has no {name!r}")
+    return getattr(module, name)
+
+
+def instantiate_from_config(config: Mapping[str, Any] | str) -> Any:
+    """Build the object that a mapping with `target` (dotted path) and optional `params` (keyword arguments) names.
+
+    The strings `__is_first_stage__` and `__is_unconditional__` stand for "nothing to build" and give None.
+
+    Raises:
+        ConfigError: no `target`, an unknown one, or a parameter that it does not take.
+    """
+    if config in ("__is_first_stage__", "__is_unconditional__"):
+        return None
+    if not isinstance(config, Mapping) or "target" not in config:
+        raise ConfigError(f"expected a mapping with the key `target`, found {config!r}")
+    target = get_obj_from_str(config["target"])
+    params = config.get("params") or {}
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"params of {config['target']} must be a mapping, found {params!r}")
+    _check_parameters(target, config["target"], params)
+    return target(**params)
+
+
+def _check_parameters(target: Any, name: str, params: Mapping[str, Any]) -> None:
+    """Raise ConfigError if `target` cannot be called with these keyword arguments, following **kwargs up the bases."""
+    accepted, required, open_ended = _accepted_parameters(target)
+    unknown = sorted(set(params) - accepted)
+    if unknown and not open_ended:
+        raise ConfigError(f"{name} does not take {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}")
+    missing = sorted(required - set(params))
+    if missing:
+        raise ConfigError(f"{name} needs the parameters {', '.join(missing)}, which are missing under its `params`")
+
+
+def _accepted_parameters(target: Any) -> tuple[set[str], set[str], bool]:
+    """Keyword names that `target` takes, those without a default, and whether it takes any other name too.
+
+    A constructor with **kwargs hands them to the next constructor in the method resolution order, so that one's names count too.
+    """
+    constructors: Sequence[Any] = [target]
+    if inspect.isclass(target):
+        constructors = [vars(cls)["__init__"] for cls in target.__mro__ if cls is not object and "__init__" in vars(cls)]
+    accepted: set[str] = set()
+    required: set[str] = set()
+    for constructor in constructors:
+        try:
+            parameters = inspect.signature(constructor).parameters.values()
+        except (TypeError, ValueError):  # a builtin without a signature
+            return accepted, required, True
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
+        required |= {p.name for p in named if p.default is p.empty and p.name not in accepted}
+        accepted |= {p.name for p in named}
+        if constructor is torch.nn.Module.__init__ or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return accepted, required, False
+        if (getattr(constructor, "__module__", "") or "").split(".")[0] == "torch" and constructor is not target:
+            return accepted, required, False
+    return accepted, required, True
+
+
+def images_to_nchw(images: torch.Tensor) -> torch.Tensor:
+    """Pictures as data sets give them, (B, H, W, C) or grey (B, H, W) -> contiguous float32 (B, C, H, W)."""
+    if images.dim() not in (3, 4):
+        raise ValueError(f"expected pictures of shape (B, H, W, C) or (B, H, W), found {tuple(images.shape)}")
+    if images.dim() == 3:
+        images = images[..., None]
+    return images.permute(0, 3, 1, 2).float().contiguous()
+
+
+def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> torch.Tensor:
+    """Prompts drawn as black text on white pictures.
+
+    Args:
+        wh: width and height in pixels.
+        xc: one text an image; wrapped to the width.
+        size: font size in pixels.
+
+    Returns:
+        float32 (len(xc), 3, height, width) in [-1, 1].
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    width, height = wh
+    font = ImageFont.load_default(size)
+    pictures = []
+    for text in xc:
+        picture = Image.new("RGB", (width, height), "white")
+        draw = ImageDraw.Draw(picture)
+        draw.text((1, 1), _wrap(str(text), lambda line: draw.textlength(line, font=font), width - 2), fill="black", font=font)
+        pictures.append(np.asarray(picture, dtype=np.float32) / 127.5 - 1.0)
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
+
+
+def _wrap(text: str, length: Callable[[str], float], width: int) -> str:
+    """`text` with line breaks so that no line is longer than `width` by the measure `length`, but for single long words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if length(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)

@@ -1,0 +1,250 @@
+"""Adding, moving and taking out a ControlNet."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cldm.checkpoint.control import add_control, initial_entries, join_control, transfer_control
+from cldm.checkpoint.converting import Model, convert
+from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.layout import identify
+from cldm.checkpoint.lazy import LazyTensor
+from cldm.checkpoint.reading import TensorInfo, open_checkpoint, read_state_dict
+from tests.checkpoint.files import CONTROL, TEXT, UNET, VAE, only, same, saved, tiny_full, without
+from tests.parity import load_json
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def full() -> dict[str, Tensor]:
+    return tiny_full()
+
+
+@pytest.fixture(scope="module")
+def other() -> dict[str, Tensor]:
+    """Another model of the same family."""
+    return tiny_full(seed=1)
+
+
+@pytest.fixture()
+def base(full: dict[str, Tensor], tmp_path: Path) -> Path:
+    return saved(tmp_path / "base.safetensors", without(full, CONTROL, "logvar"))
+
+
+@pytest.mark.parametrize(("config", "count"), [("cldm_v15", 43), ("cldm_v21", 43)])
+def test_the_new_entries_of_stable_diffusion(config: str, count: int) -> None:
+    """REFERENCE.md 31: logvar, 24 of zero convolutions, 2 of the middle's, 16 of the hint encoder."""
+
+    def unread() -> Tensor:
+        raise AssertionError("planning must not read tensors")
+
+    manifest = load_json(f"core/manifest_{config.removeprefix('cldm_')}.json")
+    expected = {key: TensorInfo(tuple(shape), getattr(torch, dtype)) for key, (shape, dtype) in manifest.items()}
+    published = without(expected, CONTROL, "logvar")
+    entries = {key: LazyTensor(info, unread) for key, info in published.items()}
+    added = join_control(Model(Path("sd.ckpt"), None, entries), None, config, expected)
+    assert len(added.new) == count and not added.dropped and not added.kept
+    sizes = {"logvar": 1, "zero_convs.": 24, "middle_block_out.": 2, "input_hint_block.": 16}
+    for part, size in sizes.items():
+        assert sum(part in key for key in added.new) == size
+    assert list(added.entries) == list(expected)
+    assert len(published) + len(added.copied) + len(added.new) == len(expected)
+
+
+def test_a_fresh_control_is_a_copy_with_zeros(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
+    output = tmp_path / "control.ckpt"
+    added = add_control(base, output, **QUIET)
+    got = read_state_dict(output)
+    assert got.keys() == full.keys()
+    assert same(without(got, CONTROL, "logvar"), without(full, CONTROL, "logvar"))
+    for key in added.copied:
+        assert torch.equal(got[key], full[key.replace(CONTROL, UNET)])
+    for key in added.new:
+        fresh = "input_hint_block" in key and "input_hint_block.14" not in key
+        assert (got[key] != 0).any() == fresh, key
+    first = got[CONTROL + "input_hint_block.0.weight"]  # uniform within 1 / sqrt(fan-in), as torch does
+    assert 0.9 / 27**0.5 < first.abs().max() <= 1 / 27**0.5
+    add_control(base, tmp_path / "again.safetensors", **QUIET)
+    assert same(read_state_dict(tmp_path / "again.safetensors"), got)
+
+
+def test_initial_values_are_those_of_the_model() -> None:
+    from cldm.model import create_model
+
+    model = create_model("cldm_tiny").state_dict()
+    wanted = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in model.items()}
+    initial = initial_entries("cldm_tiny", wanted)
+    assert {"betas", "logvar", CONTROL + "input_hint_block.14.bias"} <= initial.keys()
+    for key, entry in initial.items():
+        assert entry.info.shape == wanted[key].shape and entry.info.dtype == wanted[key].dtype
+        if "input_hint_block" not in key or ".14." in key:
+            assert torch.equal(entry.read(), model[key]), key
+
+
+def test_a_control_in_the_input_is_kept(full: dict[str, Tensor], tmp_path: Path) -> None:
+    source, output = saved(tmp_path / "in.pt", without(full, "logvar")), tmp_path / "out.safetensors"
+    added = add_control(source, output, **QUIET)
+    assert added.new == ["logvar"] and len(added.kept) == len(only(full, CONTROL))
+    assert same(read_state_dict(output), full)
+
+
+@pytest.mark.parametrize("layout", ["full", "control", "control-plain", "diffusers", "difference"])
+def test_control_from_any_layout(
+    base: Path, full: dict[str, Tensor], other: dict[str, Tensor], tmp_path: Path, layout: str
+) -> None:
+    trained = saved(tmp_path / "trained.pth", {**full, **only(other, CONTROL)})
+    source = tmp_path / ("folder" if layout == "diffusers" else "source.safetensors")
+    convert(trained, source, layout, base=base, **QUIET)
+    add_control(base, tmp_path / "out.safetensors", control_from=source, **QUIET)
+    got = read_state_dict(tmp_path / "out.safetensors")
+    want = {**full, **only(other, CONTROL)}
+    assert same(without(got, CONTROL, "logvar"), without(want, CONTROL, "logvar"))
+    for key in only(want, CONTROL):
+        assert torch.allclose(got[key], want[key], atol=1e-6 if layout == "difference" else 0, rtol=0), key
+
+
+def test_averages_are_dropped_and_files_unwrapped(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
+    averages = {
+        f"model_ema.diffusion_model{k.removeprefix(UNET).replace('.', '')}": v + 1 for k, v in only(full, UNET).items()
+    }
+    lightning = {
+        "state_dict": {**without(full, CONTROL, "logvar"), **averages, "model_ema.decay": torch.tensor(0.999)},
+        "pytorch-lightning_version": "1.4.2",
+        "callbacks": {"a": 1},
+    }
+    torch.save(lightning, tmp_path / "sd.ckpt")
+    added = add_control(tmp_path / "sd.ckpt", tmp_path / "out.pth", dtype="float16", **QUIET)
+    assert any("model_ema" in note for note in added.notes)
+    got = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert got.keys() == full.keys()
+    for key, tensor in only(full, UNET).items():
+        assert torch.equal(got[key], tensor.half())
+    assert got["betas"].dtype == torch.float32
+    convert(tmp_path / "sd.ckpt", tmp_path / "ema.safetensors", "base", ema=True, **QUIET)
+    got = read_state_dict(tmp_path / "ema.safetensors")
+    assert got.keys() == without(full, CONTROL, "logvar").keys()
+    assert all(torch.equal(got[key], tensor + 1) for key, tensor in only(full, UNET).items())
+    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+        convert(base, tmp_path / "x.pt", "full", ema=True, **QUIET)
+
+
+def test_what_cannot_be_joined_is_refused(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+
+    def refused(message: str, state_dict: dict[str, Tensor], **options: object) -> None:
+        source = saved(tmp_path / "source.safetensors", state_dict)
+        with pytest.raises(CheckpointError, match=message):
+            add_control(source, output, **options, **QUIET)
+        source.unlink()
+        assert not output.exists()
+
+    plain = without(full, CONTROL)
+    refused("holds no base model.*--control-from", only(full, CONTROL))
+    refused(r"entries are missing, first 'first_stage_model\.", without(plain, VAE))
+    refused("does not fit cldm_v15", plain, config="cldm_v15")
+    key = UNET + "out.2.weight"
+    refused(r"out.2.weight' has shape \[5, ", {**plain, key: torch.zeros(5, *plain[key].shape[1:])})
+    partial = saved(tmp_path / "partial.pt", without(only(full, CONTROL), CONTROL + "zero_convs.3"))
+    refused("partial.pt is incomplete: 'control_model.zero_convs.3", plain, control_from=partial)
+    refused("base.safetensors holds no ControlNet", plain, control_from=base)
+
+
+def test_transfer(base: Path, full: dict[str, Tensor], other: dict[str, Tensor], tmp_path: Path) -> None:
+    trained = {**full, **only(tiny_full(seed=2), CONTROL)}
+    trained[UNET + "out.2.bias"] = trained[UNET + "out.2.bias"] + 1  # trained with sd_locked=False
+    controlled, output = saved(tmp_path / "controlled.ckpt", trained), tmp_path / "out.safetensors"
+    target = saved(tmp_path / "target.safetensors", without(other, CONTROL, VAE, "logvar"))
+    lines = transfer_control(base, controlled, target, output, **QUIET)
+    assert any("target.safetensors has no VAE: it is taken from" in line for line in lines)
+    got = read_state_dict(output)
+    assert got.keys() == full.keys()
+    for key in got:
+        twin = key.replace(CONTROL, UNET)
+        if twin.startswith(UNET) and twin in full:
+            want = trained[key] + (other[twin] - full[twin])
+        else:
+            want = other[key] if key.startswith(TEXT) else trained[key]
+        assert torch.equal(got[key], want), key
+    assert identify(output).layout == "full" and not identify(output).missing
+
+
+def test_transfer_of_a_control_alone_and_to_its_own_base(
+    base: Path, full: dict[str, Tensor], other: dict[str, Tensor], tmp_path: Path
+) -> None:
+    control = saved(tmp_path / "control.safetensors", only(tiny_full(seed=2), CONTROL))
+    target = saved(tmp_path / "target.safetensors", without(other, CONTROL, TEXT))
+    lines = transfer_control(base, control, target, tmp_path / "a.pt", **QUIET)
+    assert any("has no text encoder: it is taken from" in line and "base.safetensors" in line for line in lines)
+    got = read_state_dict(tmp_path / "a.pt")
+    assert same(only(got, UNET), only(other, UNET)) and same(only(got, TEXT), only(full, TEXT))
+    transfer_control(base, control, base, tmp_path / "b.pt", **QUIET)
+    assert same(only(read_state_dict(tmp_path / "b.pt"), CONTROL), read_state_dict(control))
+    with pytest.raises(CheckpointError, match="holds no ControlNet"):
+        transfer_control(base, target, base, tmp_path / "c.pt", **QUIET)
+    with pytest.raises(CheckpointError, match="holds no base model"):
+        transfer_control(control, control, base, tmp_path / "c.pt", **QUIET)
+
+
+def test_transfer_between_families_is_refused(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
+    wide = {key: tensor.repeat(1, 2) if key.endswith("attn2.to_k.weight") else tensor for key, tensor in full.items()}
+    target = saved(tmp_path / "wide.safetensors", without(wide, CONTROL))
+    controlled = saved(tmp_path / "controlled.pt", full)
+    with pytest.raises(CheckpointError, match="models of different kinds: they differ in '.*attn2.to_k.weight'"):
+        transfer_control(base, controlled, target, tmp_path / "out.pt", **QUIET)
+
+
+def test_a_base_that_was_trained_too_is_exported_beside_the_control(
+    base: Path, full: dict[str, Tensor], tmp_path: Path
+) -> None:
+    trained = {**full, UNET + "out.2.bias": full[UNET + "out.2.bias"] + 1}
+    source = saved(tmp_path / "trained.ckpt", trained)
+    lines = convert(source, tmp_path / "control.safetensors", "control", base=base, **QUIET)
+    assert any(line.startswith("1 entries of the UNet differ") for line in lines)
+    got = read_state_dict(tmp_path / "control_base.safetensors")
+    assert same(got, without(trained, CONTROL, "logvar"))
+    assert same(read_state_dict(tmp_path / "control.safetensors"), only(full, CONTROL))
+    convert(source, tmp_path / "folder", "diffusers", base=base, **QUIET)
+    assert identify(tmp_path / "folder_base").layout == "diffusers-pipeline"
+    locked = saved(tmp_path / "locked.ckpt", full)
+    lines = convert(locked, tmp_path / "plain.pth", "control-plain", base=base, **QUIET)
+    assert not (tmp_path / "plain_base.pth").exists() and any("is that of" in line for line in lines)
+    lines = convert(locked, tmp_path / "other.pth", "control-plain", **QUIET)
+    assert any("--base" in line and "--with-base" in line for line in lines)
+    convert(locked, tmp_path / "third.pth", "control-plain", with_base=True, **QUIET)
+    assert same(read_state_dict(tmp_path / "third_base.pth"), without(full, CONTROL, "logvar"))
+
+
+def test_differences_are_near_exact_and_marked(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
+    source, difference = saved(tmp_path / "full.pt", full), tmp_path / "difference.safetensors"
+    convert(source, difference, "difference", **QUIET)
+    with open_checkpoint(difference) as file:
+        assert "difference" in file and identify(file).layout == "difference"
+        key = "control_model.input_blocks.1.0.in_layers.2.weight"
+        assert torch.equal(file[key], full[key] - full[key.replace(CONTROL, UNET)])
+        key = "control_model.zero_convs.0.0.weight"
+        assert torch.equal(file[key], full[key])
+    with pytest.raises(CheckpointError, match="name that base model with --base"):
+        convert(difference, tmp_path / "x.pt", "control", **QUIET)
+    convert(difference, tmp_path / "back.pt", "full", base=base, **QUIET)
+    got = read_state_dict(tmp_path / "back.pt")
+    assert got.keys() == full.keys() and all(torch.allclose(got[k], v, atol=1e-6) for k, v in full.items())
+
+
+def test_conversions_that_lack_something_say_what(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
+    control = saved(tmp_path / "control.pt", only(full, CONTROL))
+    with pytest.raises(CheckpointError, match="holds no ControlNet.*tool_add_control.py"):
+        convert(base, tmp_path / "x.pt", "control", **QUIET)
+    with pytest.raises(CheckpointError, match="control.pt has no UNet; name a base model that has one with --base"):
+        convert(control, tmp_path / "x.pt", "full", **QUIET)
+    with pytest.raises(CheckpointError, match="unknown layout 'onnx'; known are full"):
+        convert(control, tmp_path / "x.pt", "onnx", **QUIET)
+    (tmp_path / "page.ckpt").write_text("<html>")
+    with pytest.raises(CheckpointError, match="HTML"):
+        convert(tmp_path / "page.ckpt", tmp_path / "x.pt", "full", **QUIET)
+    unknown = saved(tmp_path / "unknown.pt", {"a": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="no layout known here"):
+        convert(unknown, tmp_path / "x.pt", "full", **QUIET)
+    assert not (tmp_path / "x.pt").exists()

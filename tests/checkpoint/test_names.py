@@ -1,0 +1,118 @@
+"""Names here and in diffusers, against the key lists of the published networks on both sides."""
+
+import pytest
+import torch
+
+from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.lazy import LazyTensor, constant
+from cldm.checkpoint.names import (
+    NETWORKS,
+    text_from_diffusers,
+    text_to_diffusers,
+    unet_from_diffusers,
+    unet_to_diffusers,
+    vae_from_diffusers,
+)
+from cldm.checkpoint.reading import TensorInfo
+from tests.parity import load_json
+
+THEIRS = load_json("core/manifest_diffusers.json")
+CASES = [(f"manifest_{v}", part, f"{part}_{v}") for v in ("v15", "v21") for part in ("unet", "controlnet")]
+CASES += [("manifest_v15", "vae", "vae"), ("manifest_v21", "vae", "vae")]
+
+
+def unread(shape: tuple[int, ...]) -> LazyTensor:
+    """An entry with a shape, that names alone must suffice to convert."""
+
+    def read() -> torch.Tensor:
+        raise AssertionError("renaming must not read tensors")
+
+    return LazyTensor(TensorInfo(tuple(shape), torch.float32), read)
+
+
+def ours(manifest: str, prefix: str) -> dict[str, LazyTensor]:
+    entries = load_json(f"core/{manifest}.json")
+    return {k.removeprefix(prefix): unread(shape) for k, (shape, _) in entries.items() if k.startswith(prefix)}
+
+
+def shapes(entries: dict[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
+    return {key: entry.info.shape for key, entry in entries.items()}
+
+
+@pytest.mark.parametrize(("manifest", "part", "theirs"), CASES)
+def test_published_networks_convert_both_ways(manifest: str, part: str, theirs: str) -> None:
+    network = NETWORKS[part]
+    entries = ours(manifest, network.prefix)
+    converted, unknown = network.to_diffusers(entries)
+    assert not unknown
+    assert shapes(converted) == {key: tuple(shape) for key, shape in THEIRS[theirs].items()}
+    back, unknown = network.from_diffusers(converted)
+    assert not unknown and shapes(back) == shapes(entries)
+
+
+def test_names_that_carry_the_meaning() -> None:
+    entries, _ = unet_to_diffusers(ours("manifest_v15", "model.diffusion_model."))
+    back = {there: here for here, there in zip(ours("manifest_v15", "model.diffusion_model."), entries, strict=True)}
+    assert back["down_blocks.1.downsamplers.0.conv.bias"] == "input_blocks.6.0.op.bias"
+    assert back["up_blocks.0.upsamplers.0.conv.bias"] == "output_blocks.2.1.conv.bias"
+    assert back["up_blocks.1.upsamplers.0.conv.bias"] == "output_blocks.5.2.conv.bias"
+    assert back["up_blocks.3.attentions.2.proj_out.weight"] == "output_blocks.11.1.proj_out.weight"
+    assert back["mid_block.resnets.1.conv2.weight"] == "middle_block.2.out_layers.3.weight"
+    assert back["down_blocks.2.resnets.0.time_emb_proj.weight"] == "input_blocks.7.0.emb_layers.1.weight"
+
+
+def test_open_clip_splits_and_joins_its_projections() -> None:
+    generator = torch.Generator().manual_seed(0)
+    width = 6
+    tensors = {
+        "model.transformer.resblocks.0.attn.in_proj_weight": torch.randn(3 * width, width, generator=generator),
+        "model.transformer.resblocks.0.attn.in_proj_bias": torch.randn(3 * width, generator=generator),
+        "model.transformer.resblocks.0.mlp.c_fc.weight": torch.randn(4 * width, width, generator=generator),
+        "model.text_projection": torch.randn(width, 5, generator=generator),
+        "model.positional_embedding": torch.randn(7, width, generator=generator),
+    }
+    entries = {key: constant(tensor) for key, tensor in tensors.items()}
+    converted, unknown = text_to_diffusers({**entries, "model.attn_mask": unread((7, 7))})
+    assert unknown == ["model.attn_mask"]
+    joint = tensors["model.transformer.resblocks.0.attn.in_proj_weight"]
+    for i, name in enumerate("qkv"):
+        entry = converted[f"text_model.encoder.layers.0.self_attn.{name}_proj.weight"]
+        assert entry.info.shape == (width, width)
+        assert torch.equal(entry.read(), joint[i * width : (i + 1) * width])
+    assert converted["text_projection.weight"].info.shape == (5, width)
+    back, unknown = text_from_diffusers(converted, open_clip=True)
+    assert not unknown and back.keys() == tensors.keys()
+    assert all(torch.equal(back[key].read(), tensor) for key, tensor in tensors.items())
+
+
+def test_published_text_encoders_round_trip_by_name() -> None:
+    for manifest, open_clip in (("manifest_v15", False), ("manifest_v21", True)):
+        entries = ours(manifest, "cond_stage_model.")
+        converted, unknown = text_to_diffusers(entries)
+        assert not unknown and all(
+            key.startswith(("text_model.", "text_projection.", "logit_scale")) for key in converted
+        )
+        back, unknown = text_from_diffusers(converted, open_clip)
+        assert not unknown and shapes(back) == shapes(entries)
+
+
+def test_vae_of_old_diffusers() -> None:
+    """Published SD 1.x pipelines name the VAE's attention as diffusers did before 0.16."""
+    renames = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for key, shape in THEIRS["vae"].items():
+        for new, name in renames.items():
+            key = key.replace(f".attentions.0.{new}.", f".attentions.0.{name}.")
+        old[key] = unread(shape)
+    converted, unknown = vae_from_diffusers(old)
+    assert not unknown and shapes(converted) == shapes(ours("manifest_v15", "first_stage_model."))
+
+
+def test_what_has_no_counterpart_is_refused() -> None:
+    entries = ours("manifest_v15", "model.diffusion_model.")
+    with pytest.raises(CheckpointError, match="label_emb"):
+        unet_to_diffusers({**entries, "label_emb.0.weight": unread((4, 4))})
+    with pytest.raises(CheckpointError, match="motion_modules"):
+        unet_from_diffusers({**unet_to_diffusers(entries)[0], "down_blocks.0.motion_modules.0.weight": unread((4,))})
+    with pytest.raises(CheckpointError, match="incomplete"):
+        unet_to_diffusers({key: entry for key, entry in entries.items() if not key.startswith("input_blocks.4.0.")})

@@ -1,0 +1,276 @@
+"""Every format that weights come in reads to the same tensors; torch and safetensors wrote the files."""
+
+import collections
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cldm.checkpoint import CheckpointError, TensorInfo, open_checkpoint, read_state_dict
+from tests.checkpoint.forging import dictionary, number, program, storage, tensor, text, torch_legacy, torch_zip
+
+FORMATS = ("torch-zip", "torch-legacy")
+
+
+def save(content: object, path: Path, format: str) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=format == "torch-zip")
+    return path
+
+
+def same(got: Tensor, want: Tensor) -> bool:
+    """Equal in dtype, shape and every bit."""
+    if got.dtype != want.dtype or got.shape != want.shape:
+        return False
+    return got.contiguous().view(-1).view(torch.uint8).equal(want.detach().contiguous().view(-1).view(torch.uint8))
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shared = torch.randn(100, generator=generator)
+    made = {f"{t}".removeprefix("torch."): torch.randn(3, 5, generator=generator).to(t) for t in DTYPES}
+    return made | {
+        "int64": torch.arange(-3, 4),
+        "uint8": torch.arange(7, dtype=torch.uint8),
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "transposed": torch.randn(4, 5, generator=generator).t(),
+        "channels_last": torch.randn(2, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last),
+        "expanded": torch.ones(1).expand(5),
+        "tied_a": shared,
+        "tied_b": shared,
+        "tied_slice": shared[10:30:3],
+        "parameter": nn.Parameter(torch.randn(3, generator=generator)),
+    }
+
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3])
+@pytest.mark.parametrize("format", FORMATS)
+def test_torch_files(tmp_path: Path, tensors: dict[str, Tensor], format: str, depth: int) -> None:
+    content: object = tensors
+    for _ in range(depth):
+        content = {"state_dict": content}
+    with open_checkpoint(save(content, tmp_path / "weights.any", format)) as checkpoint:
+        assert checkpoint.format == format
+        assert checkpoint.wrapping == ("state_dict",) * depth
+        assert list(checkpoint) == list(tensors)
+        for key, want in tensors.items():
+            assert checkpoint.info(key) == TensorInfo(tuple(want.shape), want.dtype)
+            assert same(checkpoint[key], want) and checkpoint[key].is_contiguous(), key
+            assert same(checkpoint.map(key), want), key
+            out = torch.empty(want.shape, dtype=want.dtype)
+            checkpoint.read_into(key, out)
+            assert same(out, want), key
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_four_wrappings_are_too_many(tmp_path: Path, format: str) -> None:
+    content: object = {"w": torch.ones(2)}
+    for _ in range(4):
+        content = {"state_dict": content}
+    with pytest.raises(CheckpointError, match="nested more than 3"):
+        open_checkpoint(save(content, tmp_path / "deep.ckpt", format))
+
+
+def test_safetensors(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    whole = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+    save_file(whole, tmp_path / "a.ckpt", metadata={"note": "kept"})  # content decides, not the name
+    with open_checkpoint(tmp_path / "a.ckpt") as checkpoint:
+        assert checkpoint.format == "safetensors" and checkpoint.metadata == {"note": "kept"}
+        assert checkpoint.keys() == whole.keys()
+        for key, want in whole.items():
+            assert same(checkpoint[key], want) and same(checkpoint.map(key), want), key
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_training_run_with_everything_in_it(tmp_path: Path, format: str) -> None:
+    """As Lightning writes: modules' own order, callbacks keyed by class, an optimizer with states, configurations."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    content = {
+        "epoch": 3,
+        "global_step": 1200,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": model.state_dict(),
+        "callbacks": {nn.Conv2d: {"best": torch.tensor(1.0), "path": Path("x"), "seen": {1, 2}}},
+        "optimizer_states": [optimizer.state_dict()],
+        "hyper_parameters": collections.Counter(a=1),
+        "lr_schedulers": [slice(1, 2), range(3), complex(1, 2)],
+    }
+    with open_checkpoint(save(content, tmp_path / "run.ckpt", format)) as checkpoint:
+        assert list(checkpoint) == list(model.state_dict())
+        assert all(same(checkpoint[key], want) for key, want in model.state_dict().items())
+        assert checkpoint.extras["global_step"] == 1200 and checkpoint.extras["pytorch-lightning_version"] == "1.4.2"
+        assert "collections.Counter" in checkpoint.foreign
+        assert "not built" in repr(checkpoint.extras["hyper_parameters"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_plain_values_beside_weights(tmp_path: Path, format: str) -> None:
+    path = save({"w": torch.ones(2), "difference": 1.0, "note": "x", "sizes": [1, 2]}, tmp_path / "d.pth", format)
+    with open_checkpoint(path) as checkpoint:
+        assert list(checkpoint) == ["w"]
+        assert checkpoint.extras["difference"] == 1.0 and checkpoint.extras["note"] == "x"
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module"])
+def test_other_wrappers(tmp_path: Path, wrapper: str) -> None:
+    content = {wrapper: {"w": torch.ones(2)}, "optimizer": {"state": {}}, "step": 3}
+    with open_checkpoint(save(content, tmp_path / "w.pt", "torch-zip")) as checkpoint:
+        assert list(checkpoint) == ["w"] and checkpoint.wrapping == (wrapper,) and checkpoint.extras["step"] == 3
+
+
+@pytest.mark.parametrize("forge", [torch_zip, torch_legacy])
+def test_storage_views_of_old_torch(tmp_path: Path, forge) -> None:
+    """Before 0.4 a persistent id could name a part of a storage: here four numbers from the second of six on."""
+    held = torch.arange(6.0).numpy().tobytes()
+    part = storage(count=6)[:-2] + b"(" + text("part") + number(1) + number(4) + b"ttQ"
+    pickled = program(dictionary(w=tensor(shape=(2,), stride=(2,), offset=1, held=part)))
+    path = forge(tmp_path / "w.pth", pickled, {"0": held if forge is torch_zip else (6, held)})
+    assert torch.equal(read_state_dict(path)["w"], torch.tensor([2.0, 4.0]))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch on quantised and sparse tensors
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("sparse", lambda: torch.eye(3).to_sparse()),
+        ("quantised", lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)),
+        ("conjugated", lambda: torch.randn(2, dtype=torch.complex64).conj()),
+        ("Linear", lambda: nn.Linear(1, 1)),
+    ],
+)
+def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path: Path, format: str, kind: str, value) -> None:
+    path = save({"good": torch.ones(1), "odd": value()}, tmp_path / "odd.pth", format)
+    with pytest.raises(CheckpointError, match=kind) as raised:
+        open_checkpoint(path)
+    assert str(path) in str(raised.value)
+
+
+def test_whole_pickled_module(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict\(\)"):
+        open_checkpoint(tmp_path / "module.pt")
+
+
+def test_read_into_converts_and_checks_shapes(tmp_path: Path) -> None:
+    want = torch.randn(4, 6)
+    save_file({"w": want.half()}, tmp_path / "w.safetensors")
+    with open_checkpoint(tmp_path / "w.safetensors") as checkpoint:
+        out = nn.Parameter(torch.empty(4, 6))
+        checkpoint.read_into("w", out)
+        assert same(out, want.half().float())
+        transposed = torch.empty(6, 4).half().t()
+        checkpoint.read_into("w", transposed)
+        assert torch.equal(transposed, want.half())
+        with pytest.raises(CheckpointError, match=r"'w' has shape \[4, 6\], its place has \[6, 4\]"):
+            checkpoint.read_into("w", torch.empty(6, 4))
+
+
+@pytest.mark.parametrize("format", (*FORMATS, "safetensors"))
+def test_mapped_tensors_never_write_to_the_file(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "w.bin"
+    save_file({"w": torch.ones(8)}, path) if format == "safetensors" else save({"w": torch.ones(8)}, path, format)
+    before = path.read_bytes()
+    with open_checkpoint(path) as checkpoint:
+        mapped = checkpoint.map("w")
+        mapped.zero_()
+        assert torch.equal(checkpoint["w"], torch.ones(8))
+    assert torch.equal(mapped, torch.zeros(8))  # lives on after closing
+    assert path.read_bytes() == before
+
+
+def test_closed_and_shrunk_files(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"w": torch.ones(1000)}, path)
+    with open_checkpoint(path) as checkpoint:
+        path.write_bytes(path.read_bytes()[:200])
+        with pytest.raises(CheckpointError, match="changed while being read"):
+            checkpoint["w"]
+    with pytest.raises(CheckpointError, match="closed"):
+        checkpoint["w"]
+
+
+def test_threads_read_one_file(tmp_path: Path) -> None:
+    want = {f"w{i}": torch.full((5000,), float(i)) for i in range(20)}
+    save_file(want, tmp_path / "w.safetensors")
+    wrong = []
+    with open_checkpoint(tmp_path / "w.safetensors") as checkpoint:
+
+        def work() -> None:
+            wrong.extend(key for key in want if not torch.equal(checkpoint[key], want[key]))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert not wrong
+
+
+def make_pipeline(folder: Path) -> dict[str, Tensor]:
+    """A folder as diffusers writes it, with every way of storing a component."""
+    want = {}
+    stem = "diffusion_pytorch_model"
+    for component in ("unet", "vae", "text_encoder"):
+        (folder / component).mkdir(parents=True)
+        (folder / component / "config.json").write_text(json.dumps({"of": component}))
+        parts = {f"{component}.{i}": torch.randn(3) for i in range(3)}
+        want |= {f"{component}/{key}": value for key, value in parts.items()}
+        if component == "unet":  # in shards
+            names = [f"{stem}-{i:05}-of-00002.safetensors" for i in (1, 2)]
+            weight_map = {key: names[i % 2] for i, key in enumerate(parts)}
+            for name in names:
+                save_file({k: v for k, v in parts.items() if weight_map[k] == name}, folder / component / name)
+            index = folder / component / f"{stem}.safetensors.index.json"
+            index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        elif component == "vae":
+            save_file(parts, folder / component / f"{stem}.fp16.safetensors")
+        else:
+            torch.save(parts, folder / component / "pytorch_model.bin")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    return want
+
+
+def test_pipeline_folder(tmp_path: Path) -> None:
+    want = make_pipeline(tmp_path / "pipe")
+    with open_checkpoint(tmp_path / "pipe") as checkpoint:
+        assert checkpoint.format == "folder" and checkpoint.keys() == want.keys()
+        assert all(same(checkpoint[key], value) for key, value in want.items())
+        assert checkpoint.configs["scheduler"]["prediction_type"] == "v_prediction"
+        assert checkpoint.configs["unet"] == {"of": "unet"}
+    got = read_state_dict(tmp_path / "pipe" / "unet")  # one network of it
+    assert got.keys() == {"unet.0", "unet.1", "unet.2"}
+
+
+@pytest.mark.parametrize("place", ["../stolen.safetensors", "/etc/passwd", "sub/x", "a\\b", "", "..", 7])
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, place: object) -> None:
+    make_pipeline(tmp_path / "pipe")
+    save_file({"unet.0": torch.ones(1)}, tmp_path / "pipe" / "stolen.safetensors")
+    index = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"unet.0": place}}))
+    with pytest.raises(CheckpointError, match="not a file name"):
+        open_checkpoint(tmp_path / "pipe")
+
+
+def test_incomplete_folders(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="without model_index.json"):
+        open_checkpoint(tmp_path)
+    make_pipeline(tmp_path / "pipe")
+    next((tmp_path / "pipe" / "unet").glob("*-00002-of-*")).unlink()
+    with pytest.raises(CheckpointError, match="00002-of-00002.safetensors: does not exist"):
+        open_checkpoint(tmp_path / "pipe")
+    (tmp_path / "pipe" / "unet" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json: not valid JSON"):
+        open_checkpoint(tmp_path / "pipe")

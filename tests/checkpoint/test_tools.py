@@ -1,0 +1,91 @@
+"""The three commands: thin, one clear line for a mistake, exit status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tool_add_control
+import tool_convert_control
+import tool_transfer_control
+from cldm.checkpoint.layout import identify
+from tests.checkpoint.files import CONTROL, only, saved, tiny_full, without
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder, full = tmp_path_factory.mktemp("weights"), tiny_full()
+    contents = {"base": without(full, CONTROL, "logvar"), "full": full, "control": only(full, CONTROL)}
+    return {name: str(saved(folder / f"{name}.safetensors", content)) for name, content in contents.items()}
+
+
+def test_commands_do_their_work(files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    added, moved, folder = (str(tmp_path / name) for name in ("added.ckpt", "moved.pth", "folder"))
+    assert tool_add_control.main([files["base"], added, "--half"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("new: ") == 43 and "43 are new" in out
+    assert identify(added).layout == "full" and "float16" in identify(added).dtypes
+    assert tool_transfer_control.main([files["base"], files["control"], files["base"], moved]) == 0
+    assert identify(moved).layout == "full"
+    assert tool_convert_control.main([files["full"], folder, "--to", "diffusers", "--global-average-pooling"]) == 0
+    assert identify(folder).layout == "diffusers-controlnet"
+    assert tool_convert_control.main([files["base"], folder + "2", "--to", "diffusers-pipeline"]) == 0
+    assert identify(folder + "2").layout == "diffusers-pipeline"
+    assert tool_add_control.main([files["base"], added]) == 2
+    assert tool_add_control.main([files["base"], added, "--force", "--control-from", folder]) == 0
+    assert "float16" not in identify(added).dtypes
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        (tool_add_control, ["{folder}/absent.ckpt", "{out}"], "absent.ckpt: does not exist"),
+        (tool_add_control, ["{control}", "{out}"], "holds no base model"),
+        (tool_add_control, ["{base}", "{folder}/out.onnx"], "end its name in one of"),
+        (tool_add_control, ["{base}", "{out}", "--config", "cldm_v15"], "does not fit cldm_v15"),
+        (tool_add_control, ["{base}", "{out}", "--config", "nothing"], "there is no file 'nothing'"),
+        (tool_add_control, ["{base}", "{base}"], "exists already; choose another name, or overwrite it with --force"),
+        (tool_transfer_control, ["{base}", "{base}", "{base}", "{out}"], "holds no ControlNet"),
+        (tool_convert_control, ["{base}", "{out}", "--to", "control"], "holds no ControlNet"),
+        (tool_convert_control, ["{control}", "{folder}", "--to", "diffusers"], "something else in it"),
+        (tool_convert_control, ["{text}", "{out}", "--to", "full"], "a text file"),
+    ],
+)
+def test_mistakes_get_one_line(
+    tool: object,
+    arguments: list[str],
+    message: str,
+    files: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "text.ckpt").write_text("Entry not found")
+    places = {
+        **files,
+        "folder": str(tmp_path),
+        "out": str(tmp_path / "out.safetensors"),
+        "text": str(tmp_path / "text.ckpt"),
+    }
+    assert tool.main([argument.format(**places) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("tool", [tool_add_control, tool_transfer_control, tool_convert_control])
+def test_help_names_what_is_there(tool: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool.main(["--help"])
+    assert ended.value.code == 0
+    assert "OUTPUT" in capsys.readouterr().out
+
+
+def test_as_a_command_from_another_folder(files: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tool_convert_control.py"), files["full"], "out.pth", "--to", "control-plain"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "wrote out.pth" in done.stdout and "100%" in done.stderr
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 2

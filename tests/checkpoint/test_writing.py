@@ -1,0 +1,211 @@
+"""Files that the writer makes: readable by the libraries they are for, complete or absent."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.lazy import LazyEntries, LazyTensor, constant
+from cldm.checkpoint.reading import TensorInfo, open_checkpoint
+from cldm.checkpoint.writing import write_checkpoint, write_folder
+
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+
+
+def state_dict() -> dict[str, torch.Tensor]:
+    """One entry of every kind: dtypes, a scalar, an empty one, strides, a shared storage, names beyond ASCII."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 5)
+    return {
+        "odd.bool": torch.tensor([True, False, True]),
+        "a.weight": weight,
+        "a.transposed": weight.t(),
+        "a.row": weight[2],
+        "half": torch.randn(3, 7).half(),
+        "brain": torch.randn(5).bfloat16(),
+        "double": torch.randn(2, 2, dtype=torch.float64),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "count": torch.tensor(7, dtype=torch.int64),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "betas": torch.linspace(1e-4, 2e-2, 10),
+        "größe 猫": torch.ones(1),
+    }
+
+
+def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        assert got[key].dtype == tensor.dtype and torch.equal(got[key], tensor), key
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_others_and_ourselves_read_what_is_written(tmp_path: Path, suffix: str) -> None:
+    path, entries = tmp_path / f"model{suffix}", state_dict()
+    assert write_checkpoint(path, entries, metadata={"made": "by a test"}, progress=False) == path
+    with open_checkpoint(path) as checkpoint:
+        assert_same(dict(checkpoint), entries)
+    if suffix == ".safetensors":
+        assert_same(load_file(path), entries)
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt", "made": "by a test"}
+    else:
+        assert_same(torch.load(path, weights_only=True), entries)
+        assert_same(torch.load(path, weights_only=True, mmap=True), entries)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_torch_archives_are_aligned_and_whole(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.ckpt", state_dict(), progress=False)
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        assert archive.testzip() is None
+        for member in archive.infolist():
+            file.seek(member.header_offset + 26)
+            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            assert (member.header_offset + 30 + name + extra) % 64 == 0
+
+
+def test_dtype_changes_weights_and_spares_integers_and_the_schedule(tmp_path: Path) -> None:
+    entries = state_dict()
+    path = write_checkpoint(tmp_path / "half.safetensors", entries, dtype="bf16", progress=False)
+    got = load_file(path)
+    for key, tensor in entries.items():
+        as_it_was = key == "betas" or not tensor.is_floating_point()
+        assert torch.equal(got[key], tensor if as_it_was else tensor.bfloat16()), key
+    with pytest.raises(CheckpointError, match="'large' has values too large for torch.float16; use bfloat16"):
+        write_checkpoint(tmp_path / "over.ckpt", {"large": torch.tensor([7e4])}, dtype=torch.float16, progress=False)
+    write_checkpoint(tmp_path / "inf.ckpt", {"x": torch.tensor([torch.inf])}, dtype=torch.float16, progress=False)
+    with pytest.raises(CheckpointError, match="unknown dtype 'int4'"):
+        write_checkpoint(tmp_path / "x.ckpt", entries, dtype="int4", progress=False)
+    assert not (tmp_path / "over.ckpt").exists()
+
+
+def test_one_tensor_at_a_time(tmp_path: Path) -> None:
+    alive = []
+
+    class Watched(torch.Tensor):
+        pass
+
+    def entry(i: int) -> LazyTensor:
+        def read() -> torch.Tensor:
+            import weakref
+
+            tensor = torch.full((1000,), float(i)).as_subclass(Watched)
+            alive.append(weakref.ref(tensor))
+            assert sum(ref() is not None for ref in alive) <= 2
+            return tensor
+
+        return LazyTensor(TensorInfo((1000,), torch.float32), read)
+
+    for suffix in (".safetensors", ".pt"):
+        path = write_checkpoint(
+            tmp_path / f"m{suffix}", LazyEntries({str(i): entry(i) for i in range(20)}), progress=False
+        )
+        with open_checkpoint(path) as checkpoint:
+            assert all(torch.equal(checkpoint[str(i)], torch.full((1000,), float(i))) for i in range(20))
+
+
+def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {"a": torch.ones(3)}
+    path = write_checkpoint(tmp_path / "a.safetensors", entries, progress=False)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="exists already.*--force"):
+        write_checkpoint(path, {"a": torch.zeros(3)}, progress=False)
+    assert path.read_bytes() == before
+    write_checkpoint(path, {"a": torch.zeros(3)}, overwrite=True, progress=False)
+    assert torch.equal(load_file(path)["a"], torch.zeros(3))
+    with pytest.raises(CheckpointError, match="end its name in one of .safetensors"):
+        write_checkpoint(tmp_path / "a.onnx", entries, progress=False)
+    with pytest.raises(CheckpointError, match="does not exist; create it"):
+        write_checkpoint(tmp_path / "no" / "a.pt", entries, progress=False)
+    with pytest.raises(CheckpointError, match="nothing to write"):
+        write_checkpoint(tmp_path / "b.pt", {}, progress=False)
+    with pytest.raises(CheckpointError, match="'a' of torch.float8_e4m3fn cannot be stored so"):
+        write_checkpoint(tmp_path / "b.pt", {"a": torch.ones(3).to(torch.float8_e4m3fn)}, progress=False)
+    huge = LazyEntries({"huge": LazyTensor(TensorInfo((2**50,), torch.float32), lambda: pytest.fail("was read"))})
+    with pytest.raises(CheckpointError, match="GB are free"):
+        write_checkpoint(tmp_path / "c.safetensors", huge, progress=False)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "a.pt", {"a": torch.ones(3)}, progress=False)
+    before = path.read_bytes()
+
+    def fail() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    entries = LazyEntries({"a": constant(torch.zeros(3)), "b": LazyTensor(TensorInfo((3,), torch.float32), fail)})
+    for name in ("a.pt", "b.safetensors"):
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint(tmp_path / name, entries, overwrite=True, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "folder", {"config.json": {}, "x.safetensors": entries}, progress=False)
+    assert os.listdir(tmp_path) == ["a.pt"] and path.read_bytes() == before
+
+
+_SLOW = """
+import sys, time, torch
+from cldm.checkpoint.lazy import LazyEntries, LazyTensor
+from cldm.checkpoint.reading import TensorInfo
+from cldm.checkpoint.writing import write_checkpoint
+
+def read(i):
+    if i == 3:
+        print("writing", flush=True)
+        time.sleep(60)
+    return torch.ones(1000)
+
+entries = {str(i): LazyTensor(TensorInfo((1000,), torch.float32), lambda i=i: read(i)) for i in range(9)}
+write_checkpoint(sys.argv[1], LazyEntries(entries), progress=False)
+"""
+
+
+def test_a_terminated_process_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _SLOW, str(tmp_path / "model.safetensors")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+        assert process.stdout.readline() == b"writing\n"
+        assert len(os.listdir(tmp_path)) == 1 and not (tmp_path / "model.safetensors").exists()
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_are_replaced_whole_and_only_if_they_are_ours(tmp_path: Path) -> None:
+    files = {"config.json": {"_class_name": "X"}, "sub/model.safetensors": {"a": torch.ones(2)}, "notes.txt": "ü\n"}
+    folder = write_folder(tmp_path / "out", files, progress=False)
+    assert json.loads((folder / "config.json").read_text()) == {"_class_name": "X"}
+    assert (folder / "notes.txt").read_text(encoding="utf-8") == "ü\n"
+    assert torch.equal(load_file(folder / "sub/model.safetensors")["a"], torch.ones(2))
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_folder(folder, files, progress=False)
+    write_folder(folder, {"config.json": {}}, overwrite=True, progress=False)
+    assert os.listdir(folder) == ["config.json"]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("...")
+    with pytest.raises(CheckpointError, match="something else in it"):
+        write_folder(precious, files, overwrite=True, progress=False)
+    (precious / "thesis.tex").unlink()
+    write_folder(precious, {"config.json": {}}, progress=False)
+    assert sorted(os.listdir(tmp_path)) == ["out", "precious"]
+
+
+def test_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "shown.pt", {"a": torch.ones(3)})
+    assert "shown.pt: 100%" in capsys.readouterr().err
+    write_checkpoint(tmp_path / "silent.pt", {"a": torch.ones(3)}, progress=False)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,163 @@
+"""The mathematics of diffusion: schedules, conversions, and samplers against a predictor that is exact."""
+
+import numpy as np
+import pytest
+import torch
+
+from cldm.ddim_hacked import DDIMSampler as HackedSampler
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddpm import DDPM
+from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.schedule import make_beta_schedule, make_ddim_timesteps
+
+UNET = {
+    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+    "params": dict(in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, attention_resolutions=[2],
+                   channel_mult=[1, 1], num_heads=2),
+}  # fmt: skip
+
+
+def diffusion(parameterization: str = "eps", **params) -> DDPM:
+    return DDPM(UNET, linear_start=0.00085, linear_end=0.012, use_ema=False, channels=4, image_size=8,
+                parameterization=parameterization, **params)  # fmt: skip
+
+
+class Exact:
+    """A model whose data set is one latent: every prediction follows from x_t exactly."""
+
+    def __init__(self, parameterization: str, x0: torch.Tensor) -> None:
+        process = diffusion(parameterization)
+        self.process, self.x0, self.parameterization = process, x0, parameterization
+        self.num_timesteps, self.betas = process.num_timesteps, process.betas
+        self.alphas_cumprod, self.alphas_cumprod_prev = process.alphas_cumprod, process.alphas_cumprod_prev
+        self.predict_eps_from_z_and_v = process.predict_eps_from_z_and_v
+        self.predict_start_from_z_and_v = process.predict_start_from_z_and_v
+        self.q_sample = process.q_sample
+
+    def apply_model(self, x, t, cond):
+        eps = self.process.predict_noise_from_start(x, t, self.x0)
+        return self.process.loss_target(self.x0, eps, t)
+
+
+class Linear(Exact):
+    """A noise predictor that does not depend on x, under which inversion and sampling are exact inverses."""
+
+    def apply_model(self, x, t, cond):
+        if self.parameterization == "eps":
+            return self.x0 * (1 + t[0] / 1000)
+        eps = self.x0 * (1 + t[0] / 1000)
+        x_start = self.process.predict_start_from_noise(x, t, eps)
+        return self.process.get_v(x_start, eps, t)
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
+@pytest.mark.parametrize("sampler", [DDIMSampler, HackedSampler, PLMSSampler])
+def test_samplers_recover_x0_from_an_exact_predictor(sampler, parameterization):
+    x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    out, kept = sampler(Exact(parameterization, x0)).sample(ddim_steps=10, batch_size=2, shape=(4, 8, 8), verbose=False)
+    # The last step lands on the first alpha-bar, whose noise level is 0.03.
+    assert float((out - x0).abs().max()) < 0.15
+    torch.testing.assert_close(kept["pred_x0"][-1], x0, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_inversion_then_sampling_returns_the_start(parameterization):
+    model = Linear(parameterization, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)))
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(20, verbose=False)
+    start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    noised, kept = sampler.encode(start, None, 15, return_intermediates=3, verbose=False)
+    assert not torch.allclose(noised, start, atol=0.1) and kept["intermediates"]
+    torch.testing.assert_close(sampler.decode(noised, None, 15, verbose=False), start, atol=1e-4, rtol=1e-4)
+
+
+def test_the_public_sampler_inverts_v_models_as_published_and_truly_when_asked():
+    model = Linear("v", torch.randn(1, 4, 8, 8))
+    start = torch.randn(1, 4, 8, 8)
+    sampler = HackedSampler(model)
+    sampler.make_schedule(20, verbose=False)
+    published = sampler.encode(start, None, 10, verbose=False)[0]
+    true = sampler.encode(start, None, 10, verbose=False, output_is_eps=False)[0]
+    assert not torch.allclose(published, true, atol=1e-3)
+    torch.testing.assert_close(sampler.decode(true, None, 10, verbose=False), start, atol=1e-4, rtol=1e-4)
+
+
+def test_guidance_also_in_inversion_of_dict_conditionings():
+    class Conditioned(Exact):
+        def apply_model(self, x, t, cond):
+            return cond["c_crossattn"][0][:, :1, :1, None].expand_as(x)
+
+    model = Conditioned("eps", torch.zeros(1))
+    sampler = DDIMSampler(model)
+    sampler.make_schedule(5, verbose=False)
+    cond, uncond = ({"c_crossattn": [torch.full((2, 1, 1), v)], "c_concat": None} for v in (1.0, 0.25))
+    guided = sampler.guided_output(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]), cond, 3.0, uncond)
+    torch.testing.assert_close(guided, torch.full_like(guided, 0.25 + 3 * 0.75))
+    sampler.encode(torch.zeros(2, 4, 8, 8), cond, 3, unconditional_guidance_scale=3.0, unconditional_conditioning=uncond, verbose=False)
+
+
+def test_v_eps_and_x0_convert_into_each_other():
+    process = diffusion("v")
+    x0, eps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    t = torch.tensor([0, 400, 999])
+    x_t, v = process.q_sample(x0, t, eps), process.get_v(x0, eps, t)
+    torch.testing.assert_close(process.predict_start_from_z_and_v(x_t, t, v), x0, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(process.predict_eps_from_z_and_v(x_t, t, v), eps, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(process.predict_start_from_noise(x_t, t, eps), x0, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(process.predict_noise_from_start(x_t, t, x0)[1:], eps[1:], atol=1e-3, rtol=1e-3)
+
+
+def test_schedules_follow_their_definitions():
+    linear = make_beta_schedule("linear", 1000, 0.00085, 0.012)
+    np.testing.assert_allclose(np.sqrt(linear), np.linspace(0.00085**0.5, 0.012**0.5, 1000))
+    cosine = np.cumprod(1 - make_beta_schedule("cosine", 1000))
+    s = 0.008
+    f = np.cos((np.arange(1, 1001) / 1000 + s) / (1 + s) * np.pi / 2) ** 2 / np.cos(s / (1 + s) * np.pi / 2) ** 2
+    np.testing.assert_allclose(cosine[:990], f[:990], rtol=1e-6)
+    with pytest.raises(ValueError, match="square"):
+        make_beta_schedule("square", 10)
+
+
+def test_every_number_of_steps_works_and_stays_in_range():
+    for steps in range(1, 1001):
+        chosen = make_ddim_timesteps("uniform", steps, 1000)
+        assert chosen[0] >= 1 and chosen[-1] <= 999 and (np.diff(chosen) > 0).all()
+        if 1000 // steps * ((999 // (1000 // steps))) + 1 <= 999:  # where the public rule works, it is kept
+            np.testing.assert_array_equal(chosen, np.arange(0, 1000, 1000 // steps) + 1)
+    assert len(make_ddim_timesteps("uniform", 7, 1000)) == 8 and len(make_ddim_timesteps("uniform", 30, 1000)) == 31
+    for wrong in (0, 1001):
+        with pytest.raises(ValueError, match="1 to 1000"):
+            make_ddim_timesteps("uniform", wrong, 1000)
+
+
+def test_sampler_mistakes_are_named():
+    sampler = DDIMSampler(Exact("eps", torch.zeros(1)))
+    with pytest.raises(TypeError, match="once"):
+        sampler.sample(5, 1, (4, 8, 8), ddim_steps=5)
+    with pytest.raises(ValueError, match="x_T has shape"):
+        sampler.sample(5, 1, (4, 8, 8), x_T=torch.zeros(1, 4, 8, 9), verbose=False)
+    with pytest.raises(ValueError, match="3 entries for a batch of 1"):
+        sampler.sample(5, 1, (4, 8, 8), torch.zeros(3, 7, 2), verbose=False)
+    with pytest.raises(ValueError, match="ucg_schedule"):
+        sampler.sample(5, 1, (4, 8, 8), ucg_schedule=[1.0], verbose=False)
+    with pytest.raises(ValueError, match="eta must be 0"):
+        PLMSSampler(Exact("eps", torch.zeros(1))).sample(5, 1, (4, 8, 8), eta=0.5, verbose=False)
+
+
+def test_losses_by_parameterization_and_variational_weight():
+    x0, eps, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    for parameterization in ("eps", "x0", "v"):
+        process = diffusion(parameterization, original_elbo_weight=0.5).eval()
+        output = process.predict(process.q_sample(x0, t, eps), t)
+        error = (output - process.loss_target(x0, eps, t)).pow(2).mean(dim=(1, 2, 3))
+        loss, terms = process.p_losses(x0, t, eps)
+        torch.testing.assert_close(loss, error.mean() + 0.5 * (process.lvlb_weights[t] * error).mean())
+        assert set(terms) == {"val/loss_simple", "val/loss_vlb", "val/loss"}
+
+
+def test_ancestral_sampling_with_an_exact_predictor_ends_near_x0():
+    process = diffusion("x0", timesteps=50)
+    x0 = torch.rand(2, 4, 8, 8) - 0.5
+    process.predict = lambda x, t, cond=None: x0
+    out = process.p_sample_loop((2, 4, 8, 8), verbose=False)
+    torch.testing.assert_close(out, x0, atol=1e-5, rtol=0)

@@ -1,0 +1,273 @@
+"""Text encoders: values and keys of the published networks, tokens, loading, options."""
+
+import copy
+import inspect
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.modules.encoders.modules import ClassEmbedder, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder, IdentityEncoder
+from ldm.util import ConfigError
+from tests.parity import fill_, load_cases, load_json, relative_error
+
+TEXTS = [
+    "burly wood circle with orange background",
+    "",
+    "A Photo of a CAT!!, 8k   détaillé 猫 🐱 (best quality:1.2), " + "very " * 80,
+]
+IDS = "transformer.text_model.embeddings.position_ids"
+BEGIN, END = 49406, 49407
+
+
+def small_clip(**options: Any) -> FrozenCLIPEmbedder:
+    return FrozenCLIPEmbedder(**{"width": 64, "layers": 3, "heads": 4, **options})
+
+
+def small_open_clip(**options: Any) -> FrozenOpenCLIPEmbedder:
+    return FrozenOpenCLIPEmbedder(**{"width": 64, "layers": 3, "heads": 4, **options})
+
+
+def filled(cls: type[nn.Module], **options: Any) -> Any:
+    """An encoder made without memory and then filled by the parity rule, as it is inside the whole model."""
+    with torch.device("meta"):
+        model = cls(**options)
+    model.to_empty(device="cpu")
+    return fill_(model, prefix="cond_stage_model.")
+
+
+def check_published(encoder: Any, version: str) -> None:
+    """Keys, shapes, types, tokens and values of a full-size configuration."""
+    manifest = load_json(f"core/manifest_{version}.json")
+    prefix = "cond_stage_model."
+    expected = {k.removeprefix(prefix): (tuple(s), t) for k, (s, t) in manifest.items() if k.startswith(prefix)}
+    found = {k: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in encoder.state_dict().items()}
+    assert found == expected
+    cases = load_cases(f"core/full_{version}.npz")
+    assert encoder.tokenize(TEXTS).tolist() == cases["tokens"].tolist()
+    with torch.no_grad():
+        assert relative_error(encoder.encode(TEXTS)[:, ::4, ::8], cases["text"]) < 1e-4
+
+
+def test_sd1_is_the_published_network():
+    check_published(filled(FrozenCLIPEmbedder), "v15")
+
+
+@pytest.mark.full
+def test_sd2_is_the_published_network():
+    check_published(filled(FrozenOpenCLIPEmbedder, layer="penultimate"), "v21")
+
+
+def test_sd2_has_the_published_entries():
+    with torch.device("meta"):
+        encoder = FrozenOpenCLIPEmbedder(layer="penultimate")
+    manifest = load_json("core/manifest_v21.json")
+    expected = {k: tuple(s) for k, (s, _) in manifest.items() if k.startswith("cond_stage_model.")}
+    assert {f"cond_stage_model.{k}": tuple(v.shape) for k, v in encoder.state_dict().items()} == expected
+    assert encoder.tokenize(TEXTS).tolist() == load_cases("core/full_v21.npz")["tokens"].tolist()
+
+
+def test_sd1_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    encoder = fill_(small_clip())
+    config = transformers.CLIPTextConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, hidden_act="quick_gelu", eos_token_id=END
+    )
+    theirs = transformers.CLIPTextModel(config).eval()
+    # Their layout has the prefix `text_model.` or, in later versions, none.
+    prefix = "" if "text_model.final_layer_norm.weight" in theirs.state_dict() else "text_model."
+    theirs.load_state_dict({k.removeprefix(prefix): v for k, v in encoder.transformer.state_dict().items() if "_ids" not in k}, strict=False)
+    tokens = encoder.tokenize(TEXTS)
+    with torch.no_grad():
+        want = theirs(input_ids=tokens, output_hidden_states=True)
+        states = encoder.transformer.hidden_states(tokens)
+        for got, state in zip(states[:-1], want.hidden_states[:-1], strict=True):
+            assert relative_error(got, state) < 1e-5
+        assert relative_error(encoder(TEXTS), want.last_hidden_state) < 1e-5
+        pooled = copy.copy(encoder)
+        pooled.layer = "pooled"
+        assert relative_error(pooled(TEXTS), want.pooler_output[:, None]) < 1e-5
+
+
+def test_sd2_equals_open_clip():
+    import open_clip
+
+    encoder = fill_(small_open_clip())
+    text_cfg = {"width": 64, "layers": 3, "heads": 4, "context_length": 77, "vocab_size": 49408}
+    theirs = open_clip.CLIP(64, {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}, text_cfg).eval()
+    missing, unexpected = theirs.load_state_dict(encoder.model.state_dict(), strict=False)
+    assert not unexpected and all(k.startswith("visual.") for k in missing)
+    with torch.no_grad():
+        tokens = encoder.tokenize(TEXTS)
+        ends = encoder(TEXTS)[torch.arange(3), tokens.argmax(dim=1)] @ encoder.model.text_projection
+        assert relative_error(ends, theirs.encode_text(tokens)) < 1e-5
+
+
+def test_tokens_of_sd1():
+    cases = load_json("core/tokens_v15.json")
+    encoder = small_clip()
+    tokens = encoder.tokenize(cases["prompts"])
+    assert tokens.dtype == torch.long and tokens.tolist() == cases["ids"]
+    for text, ids, raw in zip(cases["prompts"], cases["ids"], cases["raw"], strict=True):
+        assert ids[1 : 1 + min(len(raw), 75)] == raw[:75]
+        assert encoder.tokenize(text).tolist() == [ids]  # a single prompt is a batch of one
+
+
+def test_padding_and_truncation():
+    one, two = small_clip(), small_open_clip()
+    assert one.tokenize("a cat")[0, :6].tolist() == [BEGIN, 320, 2368, END, END, END]
+    assert two.tokenize("a cat")[0, :6].tolist() == [BEGIN, 320, 2368, END, 0, 0]
+    for encoder in (one, two):
+        row = encoder.tokenize("cat " * 200)[0].tolist()
+        assert row == [BEGIN, *[2368] * 75, END]
+    short = small_clip(max_length=8)
+    assert short.tokenize("cat " * 200).tolist() == [[BEGIN, *[2368] * 6, END]]
+    assert short("cat").shape == (1, 8, 64) and short.state_dict().keys() == one.state_dict().keys()
+    assert one([]).shape == (0, 77, 64)
+
+
+@pytest.mark.parametrize("file_ids", [None, torch.arange(77)[None], torch.arange(77.0)[None], torch.arange(77)], ids=["none", "int", "float", "flat"])
+def test_position_ids_are_optional(file_ids: torch.Tensor | None):
+    weights = fill_(small_clip()).state_dict()
+    del weights[IDS]
+    if file_ids is not None:
+        weights[IDS] = file_ids
+    keys = set(weights)
+    holder = nn.ModuleDict({"cond_stage_model": small_clip()}).to_empty(device="cpu")
+    holder.load_state_dict({f"cond_stage_model.{k}": v for k, v in weights.items()}, strict=True)
+    encoder = holder["cond_stage_model"]
+    assert torch.equal(encoder.state_dict()[IDS], torch.arange(77)[None])
+    assert set(weights) == keys
+    with pytest.raises(RuntimeError, match="token_embedding"):  # only that entry is optional
+        encoder.load_state_dict({k: v for k, v in weights.items() if "token_embedding" not in k}, strict=True)
+
+
+@pytest.mark.parametrize("make", [small_clip, small_open_clip])
+def test_made_without_memory(make: Any):
+    source = fill_(make())
+    with torch.device("meta"):
+        for encoder in (make(), make()):
+            assert all(p.is_meta for p in encoder.parameters())
+    assigned, emptied = (copy.deepcopy(encoder) for _ in range(2))
+    assigned.load_state_dict(source.state_dict(), strict=True, assign=True)
+    emptied.to_empty(device="cpu").load_state_dict(source.state_dict(), strict=True)
+    for filled_encoder in (assigned, emptied):
+        assert not any(t.is_meta for t in (*filled_encoder.parameters(), *filled_encoder.buffers()))
+        assert torch.equal(filled_encoder(TEXTS), source(TEXTS))
+
+
+def test_later_tokens_do_not_reach_earlier_ones():
+    for encoder in (fill_(small_clip()), fill_(small_open_clip())):
+        a, b = encoder(["a cat on a mat", "a cat under trees"])
+        assert torch.allclose(a[:3], b[:3], atol=1e-6) and not torch.allclose(a[3], b[3], atol=1e-3)
+
+
+def test_layers():
+    encoder = fill_(small_clip())
+    states = encoder.transformer.hidden_states(encoder.tokenize(TEXTS))
+    for index in (0, 2, -1, -4):
+        hidden = fill_(small_clip(layer="hidden", layer_idx=index))
+        assert torch.equal(hidden(TEXTS), states[index])
+    pooled = fill_(small_clip(layer="pooled"))(TEXTS)
+    last = encoder(TEXTS)
+    assert torch.equal(pooled, torch.stack([last[0, 8], last[1, 1], last[2, 76]])[:, None])
+
+    last, penultimate = (fill_(small_open_clip(layer=name)) for name in ("last", "penultimate"))
+    assert not torch.allclose(last(TEXTS), penultimate(TEXTS), atol=1e-2)
+    last.model.transformer.resblocks[-1] = nn.Identity()  # then the last layer is the one before it
+    assert torch.equal(last(TEXTS), penultimate(TEXTS))
+
+
+def test_long_prompts():
+    encoder = fill_(small_clip())
+    words = [f"{number}" for number in range(10)] * 30  # one token each
+    texts = ["", " ".join(words[:100]), " ".join(words)]
+    long = encoder.encode_long(texts)
+    assert long.shape == (3, 231, 64)
+    assert torch.allclose(long[0], encoder([""] * 3).flatten(0, 1), atol=1e-5)
+    for row, count in ((1, 100), (2, 225)):
+        parts = [" ".join(words[:count][start : start + 75]) for start in (0, 75, 150)]
+        assert torch.allclose(long[row], encoder(parts).flatten(0, 1), atol=1e-5)
+    assert torch.equal(encoder.encode_long(texts[2] + " cut off"), long[2:])
+    skipped = encoder.encode_long(texts, clip_skip=2)
+    states = encoder.transformer.hidden_states(encoder.tokenize([""]))
+    assert torch.allclose(skipped[0, :77], encoder.transformer.final_norm(states[-2])[0], atol=1e-5)
+    assert encoder.encode_long(texts, chunks=2).shape == (3, 154, 64)
+    for options in ({"clip_skip": 0}, {"clip_skip": 4}, {"chunks": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            encoder.encode_long("a", **options)
+
+
+@pytest.mark.parametrize("make", [small_clip, small_open_clip])
+def test_frozen_stays_frozen_and_free_learns(make: Any):
+    frozen = make()
+    assert not frozen.train().training and not frozen.transformer.training if make is small_clip else not frozen.train().training
+    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen("a").requires_grad
+
+    torch.manual_seed(0)
+    encoder = make(freeze=False)
+    assert encoder.train().training
+    wanted = torch.randn(3, 77, 64)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(12):
+        loss = (encoder(TEXTS) - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    unused = {"model.text_projection", "model.logit_scale"}
+    assert {k for k, p in encoder.named_parameters() if p.grad is None} == {k for k, _ in encoder.named_parameters() if k in unused}
+    encoder.freeze()
+    assert not encoder.train().training and not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_bad_options_are_named():
+    for make, options, message in (
+        (small_clip, {"layer": "penultimate"}, "last, pooled, hidden"),
+        (small_clip, {"layer": "hidden"}, "layer_idx from -4 to 3, found None"),
+        (small_clip, {"layer": "hidden", "layer_idx": 4}, "found 4"),
+        (small_clip, {"max_length": 78}, "max_length must be from 3 to 77"),
+        (small_clip, {"heads": 5}, "64 is no multiple of 5"),
+        (small_open_clip, {"layer": "hidden"}, "last, penultimate"),
+        (small_open_clip, {"arch": "ViT-Z-99"}, "ViT-Z-99"),
+        (small_open_clip, {"arch": "ViT-B-16-SigLIP"}, "plain transformer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**options)
+    with pytest.raises(TypeError, match="must be a string, found int"):
+        small_clip()(["a", 3])
+
+
+def test_subclasses_and_public_place():
+    for cls in (FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder):
+        assert cls.__module__ == "ldm.modules.encoders.modules"
+        assert list(inspect.signature(cls).parameters)[:6][2:5] == ["device", "max_length", "freeze"]
+
+    class Half(FrozenCLIPEmbedder):
+        def forward(self, text: Any) -> torch.Tensor:
+            return super().forward(text) / 2
+
+    encoder = fill_(Half(width=64, layers=2, heads=4))
+    assert torch.equal(encoder.encode("a"), FrozenCLIPEmbedder.forward(encoder, "a") / 2)
+
+
+def test_import_is_light():
+    code = "import sys, ldm.modules.encoders.modules; print([m for m in ('open_clip', 'transformers', 'torchvision') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_class_embedder_and_identity():
+    encoder = ClassEmbedder(8, n_classes=5, ucg_rate=1.0)
+    labels = {"class": torch.tensor([0, 3])}
+    nothing = encoder(encoder.get_unconditional_conditioning(2))
+    assert encoder(labels).shape == (2, 1, 8)
+    assert torch.equal(encoder(labels), nothing)  # in training all are dropped at rate 1
+    assert torch.equal(encoder(labels, disable_dropout=True)[:, 0], encoder.embedding.weight[[0, 3]])
+    assert torch.equal(encoder.eval().encode(labels)[:, 0], encoder.embedding.weight[[0, 3]])
+    assert IdentityEncoder().encode(labels) is labels

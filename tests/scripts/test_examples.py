@@ -1,0 +1,42 @@
+"""Scripts written for the reference run unchanged, as files, on the tiny model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cldm.checkpoint.control import add_control
+from cldm.data.fill import generate_fill
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tests" / "examples" / script), *map(str, arguments)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "2", "HOME": str(Path.home())}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "control_ini.safetensors"
+    add_control(ROOT / "models" / "cldm_tiny.safetensors", path, progress=False)
+    return path
+
+
+def test_training_script(tmp_path, weights):
+    generate_fill(tmp_path / "data", count=16, size=64, palette="clear", progress=False)
+    done = run("train_like_the_reference.py", tmp_path / "data", weights, tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = {p.name.split("_gs-")[0] for p in (tmp_path / "out").rglob("image_log/train/*.png")}
+    assert names == {"reconstruction", "control", "conditioning", "samples_cfg_scale_9.00", "overview"}
+    assert list((tmp_path / "out").rglob("*.ckpt"))
+
+
+def test_sampling_snippet(tmp_path, weights):
+    done = run("sample_like_the_reference.py", weights, tmp_path / "out.npy")
+    assert done.returncode == 0, done.stderr[-2000:]
+    pictures = np.load(tmp_path / "out.npy")
+    assert pictures.shape == (2, 64, 64, 3) and pictures.dtype == np.uint8 and pictures.std() > 5

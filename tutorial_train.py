@@ -1,0 +1,206 @@
+"""Train a ControlNet.
+
+    python tutorial_train.py [key=value ...]
+
+With no arguments, everything happens for the tiny model: data is made, control is added to the base, the ControlNet is trained and
+scored on hints that it has not seen. With other settings it is the training run for real weights, e.g.
+
+    python tool_add_control.py models/v1-5-pruned.ckpt models/control_sd15_ini.safetensors
+    python tutorial_train.py config=cldm_v15 weights=models/control_sd15_ini.safetensors data=training/fill50k \\
+        batch_size=4 learning_rate=1e-5 steps=20000 precision=bf16-mixed out=runs/fill50k
+
+The settings, with their defaults for the tiny model, are the fields of `Settings`. An interrupted run goes on when started again.
+"""
+
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch.utils.data import DataLoader, Subset
+
+from cldm.checkpoint.control import add_control
+from cldm.checkpoint.writing import write_checkpoint
+from cldm.config import override, resolve
+from cldm.data.fill import generate_fill
+from cldm.evaluation import FillProgress, Sampling, evaluate_fill, fill_samples, generate, save_comparison
+from cldm.logger import ImageLogger
+from cldm.model import create_model
+from ldm.util import ConfigError
+from tutorial_dataset import MyDataset
+
+TINY_DATA = "training/fill_tiny"
+
+
+@dataclass
+class Settings:
+    """What can be set on the command line."""
+
+    config: str = "cldm_tiny"  # a packaged configuration or a YAML file
+    base: str = "cldm_tiny.safetensors"  # without control; used where `weights` is not given
+    weights: str = ""  # with control, as tool_add_control.py writes them
+    data: str = TINY_DATA  # folder with prompt.json; the default is made if absent
+    out: str = "runs/tutorial"
+    steps: int = 600  # optimizer steps
+    batch_size: int = 32
+    accumulate: int = 1  # batches a step
+    learning_rate: float = 5e-4
+    sd_locked: bool = True
+    only_mid_control: bool = False
+    precision: str = "32-true"  # or bf16-mixed, 16-mixed
+    accelerator: str = "auto"
+    devices: int = 1
+    workers: int = 0  # processes that load data
+    log_every: int = 100  # steps between pictures and scores
+    save_every: int = 200  # steps between checkpoints
+    held_out: int = 64  # pairs at the end of the data that are not trained on
+    sample_steps: int = 20  # DDIM steps, and
+    guidance_scale: float = 3.0  # of the pictures made while training and for the score
+    seed: int = 0
+
+
+def train(s: Settings) -> None:
+    """Data, model, score before, training, score after: read it from top to bottom."""
+    check(s)
+    out = Path(s.out)
+    started = time.time()
+    claim(out, s)
+    pl.seed_everything(s.seed, verbose=False)
+
+    # Data: pairs to train on, and the last few held out.
+    if s.data == TINY_DATA:
+        generate_fill(s.data, count=2000 + s.held_out, size=64, seed=s.seed, palette="clear")
+    dataset = MyDataset(s.data)
+    dataset.check()
+    if len(dataset) <= s.held_out:
+        raise ConfigError(f"{s.data} holds {len(dataset)} pairs, and {s.held_out} are held out; set held_out")
+    split = len(dataset) - s.held_out
+    loader = DataLoader(Subset(dataset, range(split)), s.batch_size, shuffle=True, num_workers=s.workers)
+    held_out = Held(dataset, range(split, len(dataset)))
+
+    # Model: the configuration, filled from weights with control.
+    weights = s.weights or str(out / "control_ini.safetensors")
+    if not s.weights and not Path(weights).is_file():
+        add_control(resolve(s.base), weights, s.config)
+    model = create_model(s.config, weights=weights)
+    model.learning_rate = s.learning_rate
+    model.sd_locked = s.sd_locked
+    model.only_mid_control = s.only_mid_control
+
+    # Training.
+    sampling = Sampling(steps=s.sample_steps, guidance_scale=s.guidance_scale, seed=s.seed)
+    pictures = {"before": held_out.judge(model, sampling, "before training")}
+    callbacks = [
+        ImageLogger(
+            batch_frequency=s.log_every,
+            log_on_batch_idx=False,
+            log_images_kwargs={"ddim_steps": s.sample_steps, "unconditional_guidance_scale": s.guidance_scale},
+        ),
+        ModelCheckpoint(out / "checkpoints", save_last=True, every_n_train_steps=s.save_every, save_on_train_epoch_end=False),
+    ]
+    if held_out.samples:
+        callbacks.append(FillProgress(held_out.samples[:16], s.log_every, sampling))
+    trainer = pl.Trainer(
+        max_steps=s.steps,
+        accelerator=s.accelerator,
+        devices=s.devices,
+        precision=s.precision,
+        accumulate_grad_batches=s.accumulate,
+        callbacks=callbacks,
+        logger=CSVLogger(out, name="", version="log"),
+        log_every_n_steps=10,
+        enable_model_summary=False,
+    )
+    last = out / "checkpoints" / "last.ckpt"
+    trainer.fit(model, loader, ckpt_path=last if last.exists() else None)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+    # Results.
+    if trainer.is_global_zero:
+        pictures["after"] = held_out.judge(model, sampling, f"after {trainer.global_step} steps")
+        write_checkpoint(out / "model.safetensors", model.state_dict(), overwrite=True)
+        held_out.picture(out / "result.png", list(pictures.values()))
+        logging.info("%.1f minutes in all. What was made:", (time.time() - started) / 60)
+        for name, what in {
+            "result.png": "prompt, hint, target, before, after",
+            "image_log": "pictures while training",
+            "log/metrics.csv": "loss, and fill/iou every few steps",
+            "model.safetensors": "the trained model",
+            "checkpoints/last.ckpt": "to go on training with more steps",
+        }.items():
+            logging.info("  %-40s %s", out / name, what)
+
+
+class Held:
+    """The held-out pairs; scored if they are circles to fill."""
+
+    def __init__(self, dataset: MyDataset, indices: range) -> None:
+        pairs = [dataset.pairs[i] for i in indices]
+        self.samples = fill_samples(pairs)
+        items = [dataset[i] for i in indices]
+        self.prompts = [pair.prompt for pair in pairs]
+        self.hints = np.stack([np.rint(item["hint"] * 255).astype(np.uint8) for item in items])
+        self.targets = np.stack([np.rint(item["jpg"] * 127.5 + 127.5).astype(np.uint8) for item in items])
+
+    def judge(self, model, sampling: Sampling, when: str) -> np.ndarray:
+        """Pictures for the held-out hints; their score is logged."""
+        if self.samples is None:
+            return generate(model, self.hints[:8], self.prompts[:8], sampling)
+        score, pictures = evaluate_fill(model, self.samples, sampling)
+        logging.info("%s: %s", when, score)
+        return pictures
+
+    def picture(self, path: Path, versions: list[np.ndarray]) -> None:
+        save_comparison(path, self.hints[:8], self.targets[:8], self.prompts[:8], [v[:8] for v in versions])
+
+
+def check(s: Settings) -> None:
+    """Find values out of range before anything is made."""
+    for name in ("steps", "batch_size", "accumulate", "devices", "log_every", "save_every", "held_out", "sample_steps"):
+        if getattr(s, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, found {getattr(s, name)}")
+    if not s.learning_rate > 0:
+        raise ConfigError(f"learning_rate must be positive, found {s.learning_rate}")
+    if s.workers < 0:
+        raise ConfigError(f"workers must not be negative, found {s.workers}")
+
+
+def claim(out: Path, s: Settings) -> None:
+    """Note the settings in the output folder, or check that a run there is the same one (more steps may be asked for)."""
+    note = out / "settings.json"
+    wanted = asdict(s)
+    if note.is_file():
+        found = json.loads(note.read_text())
+        changed = [k for k in wanted if k not in ("steps", "log_every", "save_every", "workers") and found.get(k) != wanted[k]]
+        if changed:
+            raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; choose another folder with out=")
+    out.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(wanted, indent=2))
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = sys.argv[1:] if argv is None else argv
+    if any(a in ("-h", "--help") for a in arguments):
+        print(__doc__, *(f"  {key}={value}" for key, value in asdict(Settings()).items()), sep="\n")
+        return 0
+    try:
+        train(override(Settings(), arguments))
+    except ValueError as error:
+        print(f"tutorial_train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
