@@ -24,14 +24,19 @@ def prepare() -> None:
     stamp = ENVIRONMENT / "made_for"
     if stamp.is_file() and stamp.read_text() == wanted:
         return
-    print(f"making the environment in {ENVIRONMENT}; the first time this downloads PyTorch, which takes some minutes", flush=True)
+    print(
+        f"making the environment in {ENVIRONMENT}; the first time this downloads PyTorch, which takes some minutes",
+        flush=True,
+    )
     venv.create(ENVIRONMENT, with_pip=True, clear=True)
-    subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{ROOT}[test]"], check=True)
+    subprocess.run(
+        [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{ROOT}[test]"], check=True
+    )
     stamp.write_text(wanted)
 
 
 def main(argv: list[str]) -> int:
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  this file must say so itself: nothing has been installed yet
         print(f"start.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
     commands = {
@@ -44,7 +49,10 @@ def main(argv: list[str]) -> int:
     try:
         prepare()
     except subprocess.CalledProcessError as error:
-        print(f"start.py: installing failed (pip exited with {error.returncode}); its own message is above", file=sys.stderr)
+        print(
+            f"start.py: installing failed (pip exited with {error.returncode}); its own message is above",
+            file=sys.stderr,
+        )
         return 2
     for command in commands[argv[0]]:
         code = subprocess.run([PYTHON, *command], cwd=ROOT).returncode

@@ -37,14 +37,16 @@ class Settings:
     vae_palette: str = "web"  # the autoencoder sees all colours
     palette: str = "clear"  # the prompts name these
     seed: int = 0
-    vae_half_steps: int = 3000  # of the autoencoder at half the size with twice the batch, where colours are learnt cheaply
+    vae_half_steps: int = (
+        3000  # of the autoencoder at half the size with twice the batch, where colours are learnt cheaply
+    )
     vae_steps: int = 2500
     vae_batch: int = 16
     vae_lr: float = 6e-4
     vae_kl_weight: float = 0.02
     vae_precision: str = "bf16-mixed"  # on processors without bf16 instructions "32-true" is faster
     latents: int = 40000  # pictures encoded for the second stage
-    unet_steps: int = 10000
+    unet_steps: int = 4000
     unet_batch: int = 32
     unet_lr: float = 6e-4
     unet_precision: str = "32-true"
@@ -84,11 +86,19 @@ class Latents(IterableDataset):
 
 
 def fit(
-    model: pl.LightningModule, data: IterableDataset, batch_size: int, steps: int, precision: str, folder: Path, settings: Settings
+    model: pl.LightningModule,
+    data: IterableDataset,
+    batch_size: int,
+    steps: int,
+    precision: str,
+    folder: Path,
+    settings: Settings,
 ) -> None:
     """Train for `steps` steps in all, going on from the folder's last checkpoint."""
     last = folder / "last.ckpt"
-    checkpoint = pl.callbacks.ModelCheckpoint(folder, filename="{step}", save_last=True, every_n_train_steps=settings.save_every, save_top_k=1)
+    checkpoint = pl.callbacks.ModelCheckpoint(
+        folder, filename="{step}", save_last=True, every_n_train_steps=settings.save_every, save_top_k=1
+    )
     trainer = pl.Trainer(
         max_steps=steps,
         logger=pl.loggers.CSVLogger(folder, name="", version=""),
@@ -107,13 +117,25 @@ def fit(
 
 def warm_up_cosine(steps: int) -> dict:
     """A `scheduler_config`: 3 % of the steps warm-up, then a half cosine down to 1 %."""
-    params = {"warm_up_steps": max(steps * 3 // 100, 1), "lr_min": 0.01, "lr_max": 1.0, "lr_start": 0.05, "max_decay_steps": steps}
+    params = {
+        "warm_up_steps": max(steps * 3 // 100, 1),
+        "lr_min": 0.01,
+        "lr_max": 1.0,
+        "lr_start": 0.05,
+        "max_decay_steps": steps,
+    }
     return {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler", "params": params}
 
 
 def train_autoencoder(config: dict, settings: Settings) -> pl.LightningModule:
     """Stage one: the autoencoder, by reconstruction and KL."""
-    params = {**config["params"], "lossconfig": {"target": "ldm.modules.losses.ReconstructionKL", "params": {"kl_weight": settings.vae_kl_weight}}}
+    params = {
+        **config["params"],
+        "lossconfig": {
+            "target": "ldm.modules.losses.ReconstructionKL",
+            "params": {"kl_weight": settings.vae_kl_weight},
+        },
+    }
     model = instantiate_from_config({"target": config["target"], "params": params})
     model.learning_rate = settings.vae_lr
     model.adam_betas = (0.9, 0.99)
@@ -123,7 +145,15 @@ def train_autoencoder(config: dict, settings: Settings) -> pl.LightningModule:
         ("autoencoder", settings.size, settings.vae_batch, settings.vae_steps, 2_000_000),
     ):
         model.scheduler_config = warm_up_cosine(steps)
-        fit(model, FillPictures(settings, size, start), batch, steps, settings.vae_precision, Path(settings.work) / name, settings)
+        fit(
+            model,
+            FillPictures(settings, size, start),
+            batch,
+            steps,
+            settings.vae_precision,
+            Path(settings.work) / name,
+            settings,
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -140,7 +170,9 @@ def cache_latents(autoencoder: pl.LightningModule, settings: Settings) -> tuple[
             draw_fill(3_000_000 + i, settings.size, settings.seed, PALETTES[settings.palette])
             for i in range(start, min(start + 100, settings.latents))
         ]
-        images = torch.from_numpy(np.stack([s.target for s in samples]).astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+        images = torch.from_numpy(np.stack([s.target for s in samples]).astype(np.float32) / 127.5 - 1).permute(
+            0, 3, 1, 2
+        )
         posterior = autoencoder.encode(images.to(autoencoder.device))
         means.append(posterior.mean.cpu())
         stds.append(posterior.std.cpu())
@@ -150,7 +182,9 @@ def cache_latents(autoencoder: pl.LightningModule, settings: Settings) -> tuple[
     return cached["mean"], cached["std"], prompts
 
 
-def train_diffusion(config: dict, settings: Settings, mean: Tensor, std: Tensor, prompts: list[str], scale: float) -> pl.LightningModule:
+def train_diffusion(
+    config: dict, settings: Settings, mean: Tensor, std: Tensor, prompts: list[str], scale: float
+) -> pl.LightningModule:
     """Stage two: the UNet and the text encoder on cached latents; the averaged UNet weights are what counts."""
     wanted = config["params"]
     model = instantiate_from_config(
@@ -159,8 +193,14 @@ def train_diffusion(config: dict, settings: Settings, mean: Tensor, std: Tensor,
             "params": {
                 **{key: wanted[key] for key in ("linear_start", "linear_end", "timesteps", "image_size", "channels")},
                 "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
-                "cond_stage_config": {**wanted["cond_stage_config"], "params": {**wanted["cond_stage_config"]["params"], "freeze": False}},
-                "unet_config": {**wanted["unet_config"], "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel"},
+                "cond_stage_config": {
+                    **wanted["cond_stage_config"],
+                    "params": {**wanted["cond_stage_config"]["params"], "freeze": False},
+                },
+                "unet_config": {
+                    **wanted["unet_config"],
+                    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                },
                 "cond_stage_trainable": True,
                 "cond_stage_key": "txt",
                 "first_stage_key": "image",
@@ -180,7 +220,9 @@ def train_diffusion(config: dict, settings: Settings, mean: Tensor, std: Tensor,
     return model.eval()
 
 
-def write_base(autoencoder: pl.LightningModule, diffusion: pl.LightningModule, scale: float, settings: Settings) -> None:
+def write_base(
+    autoencoder: pl.LightningModule, diffusion: pl.LightningModule, scale: float, settings: Settings
+) -> None:
     """One fp16 file with the keys of a Stable Diffusion checkpoint and its provenance in the metadata."""
     entries = {k: v for k, v in diffusion.state_dict().items() if k.startswith(("model.", "cond_stage_model."))}
     entries |= {f"first_stage_model.{k}": v for k, v in autoencoder.state_dict().items() if not k.startswith("loss.")}
@@ -189,7 +231,9 @@ def write_base(autoencoder: pl.LightningModule, diffusion: pl.LightningModule, s
         "command": "python " + " ".join([Path(__file__).name, *sys.argv[1:]]),
         "settings": json.dumps(asdict(settings)),
         "scale_factor": f"{scale:.5f}",
-        "versions": json.dumps({"torch": torch.__version__, "pytorch_lightning": pl.__version__, "python": sys.version.split()[0]}),
+        "versions": json.dumps(
+            {"torch": torch.__version__, "pytorch_lightning": pl.__version__, "python": sys.version.split()[0]}
+        ),
         "license": "Apache-2.0",
     }
     write_checkpoint(settings.out, entries, metadata=provenance, dtype=torch.float16, overwrite=True)
@@ -214,7 +258,12 @@ def main(argv: list[str] | None = None) -> int:
         mean, std, prompts = cache_latents(autoencoder, settings)
         measured = float(1.0 / (mean + std * torch.randn_like(std)).std())
         scale = float(config.params.scale_factor)
-        logging.info("latents have a standard deviation of %.5f: scale_factor should be near %.5f and is %.5f", 1 / measured, measured, scale)
+        logging.info(
+            "latents have a standard deviation of %.5f: scale_factor should be near %.5f and is %.5f",
+            1 / measured,
+            measured,
+            scale,
+        )
         pl.seed_everything(settings.seed)
         diffusion = train_diffusion(config, settings, mean, std, prompts, scale)
         write_base(autoencoder, diffusion, scale, settings)

@@ -1,6 +1,6 @@
 """The training data: MyDataset reads image pairs; as a script, this file makes a Fill set.
 
-    python tutorial_dataset.py --out training/fill50k --count 50000 --size 512
+python tutorial_dataset.py --out training/fill50k --count 50000 --size 512
 """
 
 import argparse
@@ -28,11 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=50_000, help="number of pairs (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="pixels a side, a multiple of 64 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the set (default: %(default)s)")
-    parser.add_argument("--palette", default="web", choices=list(PALETTES), help="colours to use (default: %(default)s)")
+    parser.add_argument(
+        "--palette", default="web", choices=list(PALETTES), help="colours to use (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, help="threads (default: one for each processor)")
     options = parser.parse_args(argv)
     try:
-        listing = generate_fill(options.out, options.count, options.size, options.seed, options.palette, options.workers)
+        listing = generate_fill(
+            options.out, options.count, options.size, options.seed, options.palette, options.workers
+        )
     except (ValueError, OSError) as error:
         print(f"tutorial_dataset.py: {error}", file=sys.stderr)
         return 2

@@ -102,7 +102,9 @@ def train(s: Settings) -> None:
             log_on_batch_idx=False,
             log_images_kwargs={"ddim_steps": s.sample_steps, "unconditional_guidance_scale": s.guidance_scale},
         ),
-        ModelCheckpoint(out / "checkpoints", save_last=True, every_n_train_steps=s.save_every, save_on_train_epoch_end=False),
+        ModelCheckpoint(
+            out / "checkpoints", save_last=True, every_n_train_steps=s.save_every, save_on_train_epoch_end=False
+        ),
     ]
     if held_out.samples:
         callbacks.append(FillProgress(held_out.samples[:16], s.log_every, sampling))
@@ -178,7 +180,9 @@ def claim(out: Path, s: Settings) -> None:
     wanted = asdict(s)
     if note.is_file():
         found = json.loads(note.read_text())
-        changed = [k for k in wanted if k not in ("steps", "log_every", "save_every", "workers") and found.get(k) != wanted[k]]
+        changed = [
+            k for k in wanted if k not in ("steps", "log_every", "save_every", "workers") and found.get(k) != wanted[k]
+        ]
         if changed:
             raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; choose another folder with out=")
     out.mkdir(parents=True, exist_ok=True)

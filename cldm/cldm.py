@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import BlockOptions, TimestepEmbedSequential, UNetModel, build_encoder
-from ldm.modules.diffusionmodules.util import conv_nd, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import channels_last, conv_nd, timestep_embedding, zero_module
 from ldm.util import ConfigError, instantiate_from_config, log_txt_as_img
 
 # Output channels and strides of the hint encoder's convolutions before the last: 8 times smaller in all, as the latent is.
@@ -120,11 +120,16 @@ class ControlNet(nn.Module):
     def encode_hint(self, hint: Tensor) -> Tensor:
         """hint (B, hint_channels, H, W) in [0, 1] -> (B, model_channels, h, w). Does not depend on the timestep."""
         weight = self.input_hint_block[0].weight
-        # The first layers work on eight times the latent's height and width with few channels, where channels-last is fastest.
-        return self.input_hint_block(hint.to(weight.dtype), None, None)
+        return self.input_hint_block(channels_last(hint.to(weight.dtype)), None, None)
 
     def forward(
-        self, x: Tensor, hint: Tensor | None, timesteps: Tensor, context: Tensor | None = None, *, guided_hint: Tensor | None = None
+        self,
+        x: Tensor,
+        hint: Tensor | None,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        *,
+        guided_hint: Tensor | None = None,
     ) -> list[Tensor]:
         """The K control outputs, each of the shape of the UNet activation that it is added to.
 
@@ -136,13 +141,17 @@ class ControlNet(nn.Module):
             context: (B, M, context_dim).
         """
         dtype = self.input_blocks[0][0].weight.dtype
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))  # (B, E)
+        emb = self.time_embed(
+            timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype)
+        )  # (B, E)
         if guided_hint is None:
             guided_hint = self.encode_hint(hint)  # (B, model_channels, h, w)
-        hidden = self.input_blocks[0](x.to(dtype), emb, context)
+        hidden = self.input_blocks[0](channels_last(x.to(dtype)), emb, context)
         if guided_hint.shape[2:] != hidden.shape[2:]:
             size = tuple(8 * s for s in x.shape[2:])
-            raise ValueError(f"latents of {tuple(x.shape[2:])} need a hint of {size}, eight times their height and width")
+            raise ValueError(
+                f"latents of {tuple(x.shape[2:])} need a hint of {size}, eight times their height and width"
+            )
         hidden = hidden + guided_hint
         outputs = [self.zero_convs[0](hidden, emb, context)]
         for block, zero_conv in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
@@ -187,7 +196,8 @@ class ControlLDM(LatentDiffusion):
 
     Set `sd_locked`, `only_mid_control`, `control_scales` and `learning_rate` as attributes. What is not trained has
     `requires_grad=False`, always: by default everything but the ControlNet; with `sd_locked = False` the UNet's decoder
-    (`output_blocks` and `out`) is trained too. (The reference never locks the UNet's weights, so gradients for them are computed and thrown away.)
+    (`output_blocks` and `out`) is trained too. (The reference never locks the UNet's weights, so gradients for them are
+    computed and thrown away.)
 
     Args:
         control_stage_config: the ControlNet.
@@ -262,7 +272,9 @@ class ControlLDM(LatentDiffusion):
     # -- inputs -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def get_input(self, batch: Mapping[str, Any], k: str, bs: int | None = None, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, list[Any]]]:
+    def get_input(
+        self, batch: Mapping[str, Any], k: str, bs: int | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, list[Any]]]:
         """A batch -> latents (B, 4, h, w) and `{"c_crossattn": [text], "c_concat": [hint (B, 3, H, W)]}`."""
         if self.control_key not in batch:
             raise KeyError(f"the batch has no {self.control_key!r}; it has {', '.join(map(repr, batch))}")
@@ -274,7 +286,10 @@ class ControlLDM(LatentDiffusion):
     def get_learned_conditioning(self, c: Any) -> Any:
         """Text conditioning; what a dict already holds encoded stays as it is."""
         if isinstance(c, Mapping):
-            texts = [entry if torch.is_tensor(entry) else super(ControlLDM, self).get_learned_conditioning(entry) for entry in c["c_crossattn"]]
+            texts = [
+                entry if torch.is_tensor(entry) else super(ControlLDM, self).get_learned_conditioning(entry)
+                for entry in c["c_crossattn"]
+            ]
             return {**c, "c_crossattn": texts}
         return super().get_learned_conditioning(c)
 
@@ -311,7 +326,9 @@ class ControlLDM(LatentDiffusion):
         if cond.get("c_concat") is None and guided is None:
             return None
         if len(self.control_scales) != self.control_model.output_count:
-            raise ValueError(f"control_scales has {len(self.control_scales)} entries for {self.control_model.output_count} outputs")
+            raise ValueError(
+                f"control_scales has {len(self.control_scales)} entries for {self.control_model.output_count} outputs"
+            )
         outputs = self.control_model(
             x=x_noisy,
             hint=None if guided is not None else torch.cat(list(cond["c_concat"]), dim=1),
@@ -375,7 +392,9 @@ class ControlLDM(LatentDiffusion):
             log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(latents)
         return {k: v for k, v in log.items() if not return_keys or k in return_keys}
 
-    def sample_log(self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, shape: Sequence[int] | None = None, **kwargs: Any) -> tuple[Tensor, Any]:
+    def sample_log(
+        self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, shape: Sequence[int] | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
         """As LatentDiffusion's; the latent's size follows from the hint where `shape` is not given."""
         if shape is None and cond.get("c_concat") is not None:
             height, width = cond["c_concat"][0].shape[2:]
@@ -397,5 +416,3 @@ class ControlLDM(LatentDiffusion):
             part.cpu()
         for part in parts[is_diffusing]:
             part.to(device)
-
-

@@ -53,7 +53,9 @@ def generate(model: ControlLDM, hints: np.ndarray, prompts: Sequence[str], sampl
             torch.manual_seed(sampling.seed + start)
             chosen = slice(start, start + sampling.batch_size)
             pictures.append(
-                pipeline(hints[chosen], list(prompts[chosen]), steps=sampling.steps, guidance_scale=sampling.guidance_scale)
+                pipeline(
+                    hints[chosen], list(prompts[chosen]), steps=sampling.steps, guidance_scale=sampling.guidance_scale
+                )
             )
     return np.concatenate(pictures)
 
@@ -82,7 +84,9 @@ class FillProgress(pl.Callback):
         self.sampling = sampling
         self._scored = 0  # the last step scored; with accumulation several batches share a step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object, **kwargs: object) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object, **kwargs: object
+    ) -> None:
         step = trainer.global_step
         if step % self.every or step == self._scored:
             return

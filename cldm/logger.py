@@ -54,7 +54,9 @@ class ImageLogger(pl.Callback):
         self.log_first_step = log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not self.disabled:
             self.log_img(pl_module, batch, batch_idx, split="train")
 
@@ -65,7 +67,9 @@ class ImageLogger(pl.Callback):
     def log_img(self, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str = "train") -> None:
         """Save pictures for a batch if they are due; the model is in eval mode meanwhile."""
         check_idx = batch_idx if self.log_on_batch_idx else pl_module.global_step
-        if not (self.check_frequency(check_idx) and self.max_images > 0 and callable(getattr(pl_module, "log_images", None))):
+        if not (
+            self.check_frequency(check_idx) and self.max_images > 0 and callable(getattr(pl_module, "log_images", None))
+        ):
             return
         if pl_module.global_rank != 0:
             return
@@ -76,7 +80,11 @@ class ImageLogger(pl.Callback):
                 images = pl_module.log_images(batch, split=split, **({"N": self.max_images} | self.log_images_kwargs))
         finally:
             pl_module.train(was_training)
-        images = {kind: picture[: self.max_images].detach().float().cpu() for kind, picture in images.items() if isinstance(picture, Tensor)}
+        images = {
+            kind: picture[: self.max_images].detach().float().cpu()
+            for kind, picture in images.items()
+            if isinstance(picture, Tensor)
+        }
         folder = Path(self._save_dir(pl_module))
         self.log_local(folder, split, images, pl_module.global_step, pl_module.current_epoch, batch_idx)
 
@@ -85,7 +93,13 @@ class ImageLogger(pl.Callback):
         return (training_logger.save_dir if training_logger is not None else None) or pl_module.trainer.default_root_dir
 
     def log_local(
-        self, save_dir: str | Path, split: str, images: Mapping[str, Tensor], global_step: int, current_epoch: int, batch_idx: int
+        self,
+        save_dir: str | Path,
+        split: str,
+        images: Mapping[str, Tensor],
+        global_step: int,
+        current_epoch: int,
+        batch_idx: int,
     ) -> None:
         """Write `image_log/<split>/<kind>_gs-<step>_e-<epoch>_b-<batch>.png`, and `overview_...` with all kinds of one size."""
         folder = Path(save_dir) / "image_log" / split

@@ -39,7 +39,9 @@ def load_state_dict(ckpt_path: str | Path, location: str | torch.device = "cpu")
 
 
 def create_model(
-    config_path: str | Path | Mapping[str, Any], weights: str | Path | None = None, device: str | torch.device | None = None
+    config_path: str | Path | Mapping[str, Any],
+    weights: str | Path | None = None,
+    device: str | torch.device | None = None,
 ) -> nn.Module:
     """The model that a configuration describes, on the CPU unless `device` says otherwise.
 
@@ -64,7 +66,7 @@ def create_model(
     with torch.device("meta"):
         model = instantiate_from_config(section)
     load_weights(model, weights)
-    return model.to(device) if device is not None else model
+    return model.to(device if device is not None else "cpu")  # also tells Lightning that it is not on the meta device any more
 
 
 @lru_cache(maxsize=8)
@@ -134,7 +136,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, optional: tuple[str, ...]) -
                 checkpoint.read_into(key, places[key])
     stranded = [key for key in on_meta if key in missing]
     if stranded:
-        raise CheckpointError(f"{checkpoint.path}: {abbreviate(stranded)} have no initial values in a model made without memory")
+        raise CheckpointError(
+            f"{checkpoint.path}: {abbreviate(stranded)} have no initial values in a model made without memory"
+        )
     logger.info("%s: %s", checkpoint.path, report)
     return report
 
@@ -149,7 +153,9 @@ def _give_memory(model: nn.Module, key: str, value: Tensor) -> None:
         owner._buffers[name] = value
 
 
-def _misfit(model: nn.Module, checkpoint: Checkpoint, places: Mapping[str, Tensor], missing: list[str], wrong: list[str]) -> str:
+def _misfit(
+    model: nn.Module, checkpoint: Checkpoint, places: Mapping[str, Tensor], missing: list[str], wrong: list[str]
+) -> str:
     """What was found, what was expected, and which keys."""
     lines = [f"{checkpoint.path} does not fit {type(model).__name__}:"]
     if wrong:
@@ -163,7 +169,9 @@ def _misfit(model: nn.Module, checkpoint: Checkpoint, places: Mapping[str, Tenso
     if missing and all(key.startswith("control_model.") for key in missing):
         lines.append("it holds no ControlNet: add one with tool_add_control.py")
     else:
-        lines.append(f"it holds {len(checkpoint)} entries ({abbreviate(checkpoint, 2)}): choose the configuration that belongs to it")
+        lines.append(
+            f"it holds {len(checkpoint)} entries ({abbreviate(checkpoint, 2)}): choose the configuration that belongs to it"
+        )
     return " ".join(lines)
 
 

@@ -23,7 +23,8 @@ from ldm.models.diffusion.ddim import DDIMSampler, join_conditioning
 
 ADDED_PROMPT = "best quality, extremely detailed"
 NEGATIVE_PROMPT = (
-    "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, worst quality, low quality"
+    "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, cropped, "
+    "worst quality, low quality"
 )
 
 
@@ -117,7 +118,9 @@ class ControlPipeline:
         prompts, negatives, hint_tensor = _as_many(prompt, negative_prompt, hint_tensor, num_samples)
         height, width = hint_tensor.shape[2:] if hint_tensor is not None else size or _default_size(model)
         if height % 64 or width % 64:
-            raise ValueError(f"height and width must be multiples of 64, found {height} and {width}; annotator.util.resize_image makes them so")
+            raise ValueError(
+                f"height and width must be multiples of 64, found {height} and {width}; annotator.util.resize_image makes them so"
+            )
 
         cond: dict[str, Any] = {"c_crossattn": [model.get_learned_conditioning(prompts)], "c_concat": None}
         uncond: dict[str, Any] = {"c_crossattn": [model.get_learned_conditioning(negatives)], "c_concat": None}
@@ -160,7 +163,9 @@ def _hint_tensor(hint: np.ndarray | Tensor) -> Tensor:
         return hint
     hint = np.asarray(hint)
     if hint.dtype != np.uint8 or hint.ndim not in (3, 4) or hint.shape[-1] != 3:
-        raise ValueError(f"a hint must be uint8 (H, W, 3) or (N, H, W, 3), found {hint.dtype} {hint.shape}; annotator.util.HWC3 makes it so")
+        raise ValueError(
+            f"a hint must be uint8 (H, W, 3) or (N, H, W, 3), found {hint.dtype} {hint.shape}; annotator.util.HWC3 makes it so"
+        )
     hint = hint[None] if hint.ndim == 3 else hint
     return torch.from_numpy(hint.astype(np.float32) / 255).permute(0, 3, 1, 2).contiguous()
 
@@ -191,4 +196,3 @@ def _default_size(model: ControlLDM) -> tuple[int, int]:
     size = model.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return height * 8, width * 8
-

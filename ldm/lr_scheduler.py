@@ -15,7 +15,10 @@ def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | No
     if scheduler_config is None:
         return optimizer
     schedule = instantiate_from_config(scheduler_config).schedule
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, lr_lambda=schedule), "interval": "step"}}
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": LambdaLR(optimizer, lr_lambda=schedule), "interval": "step"},
+    }
 
 
 class LambdaWarmUpCosineScheduler:
@@ -29,7 +32,13 @@ class LambdaWarmUpCosineScheduler:
     """
 
     def __init__(
-        self, warm_up_steps: int, lr_min: float, lr_max: float, lr_start: float, max_decay_steps: int, verbosity_interval: int = 0
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
     ) -> None:
         if max_decay_steps <= warm_up_steps:
             raise ValueError(f"max_decay_steps {max_decay_steps} must be above warm_up_steps {warm_up_steps}")
@@ -67,7 +76,9 @@ class LambdaLinearScheduler:
         verbosity_interval: int = 0,
     ) -> None:
         if len({len(a) for a in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)}) != 1:
-            raise ValueError("warm_up_steps, f_min, f_max, f_start and cycle_lengths must have one entry for each cycle")
+            raise ValueError(
+                "warm_up_steps, f_min, f_max, f_start and cycle_lengths must have one entry for each cycle"
+            )
         self.cycles = list(zip(warm_up_steps, f_min, f_max, f_start, cycle_lengths, strict=True))
 
     def schedule(self, n: int, **kwargs: object) -> float:

@@ -97,7 +97,9 @@ def _accepted_parameters(target: Any) -> tuple[set[str], set[str], bool]:
     """
     constructors: Sequence[Any] = [target]
     if inspect.isclass(target):
-        constructors = [vars(cls)["__init__"] for cls in target.__mro__ if cls is not object and "__init__" in vars(cls)]
+        constructors = [
+            vars(cls)["__init__"] for cls in target.__mro__ if cls is not object and "__init__" in vars(cls)
+        ]
     accepted: set[str] = set()
     required: set[str] = set()
     for constructor in constructors:
@@ -143,8 +145,7 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> to
     pictures = []
     for text in xc:
         picture = Image.new("RGB", (width, height), "white")
-        draw = ImageDraw.Draw(picture)
-        draw.text((1, 1), _wrap(str(text), lambda line: draw.textlength(line, font=font), width - 2), fill="black", font=font)
+        ImageDraw.Draw(picture).text((1, 1), _wrap(str(text), font.getlength, width - 2), fill="black", font=font)
         pictures.append(np.asarray(picture, dtype=np.float32) / 127.5 - 1.0)
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
 

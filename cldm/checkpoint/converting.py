@@ -1,7 +1,7 @@
 """From any layout to any other: every file is brought under this library's names first, and written from there.
 
-`_READERS` and `TARGETS` are the tables of what can be read and written; a further layout is a further row. Entries stay lazy throughout,
-so neither the file nor the model is ever in memory whole.
+`_READERS` and `TARGETS` are the tables of what can be read and written; a further layout is a further row. Entries stay
+lazy throughout, so neither the file nor the model is ever in memory whole.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,7 @@ def _settle_averages(model: Model, ema: bool) -> None:
     model.entries = kept
 
 
-# What a checkpoint needs and no other layout keeps: the noise schedule, and weights that the model has but does not use.
+# What a checkpoint needs and no other layout keeps: the noise schedule, and weights that are never used.
 
 
 def model_params(config: str | Path) -> Mapping[str, Any]:
@@ -326,6 +326,23 @@ class Target:
 
 
 def _build_full(model: Model, options: Options, _folder: bool) -> Entries:
+    if not model.has(CONTROL_PREFIX):
+        model.notes.append(f"{model.path} holds no ControlNet, so this is a base model; tool_add_control.py adds one")
+    return _completed(model, options)
+
+
+def _build_base(model: Model, options: Options, _folder: bool) -> Entries:
+    return _completed(_without_control(model), options)
+
+
+def _without_control(model: Model) -> Model:
+    """The base model in a full one; both write their notes into the same list."""
+    entries = {k: e for k, e in model.entries.items() if not k.startswith(CONTROL_PREFIX) and k != "logvar"}
+    return replace(model, entries=entries)
+
+
+def _completed(model: Model, options: Options) -> Entries:
+    """The model's entries, with those that a checkpoint has and other layouts lack."""
     made = dict(model.entries)
     for name, prefix in _BASE_PARTS.items():
         if model.has(prefix):
@@ -336,27 +353,17 @@ def _build_full(model: Model, options: Options, _folder: bool) -> Entries:
         else:
             where = f"{model.path} and {options.base.path} have" if options.base else f"{model.path} has"
             raise CheckpointError(f"{where} no {name}; name a base model that has one with --base")
-    if options.config is not None:
-        schedule = schedule_entries(options.params(model))
-        if not model.has(CONTROL_PREFIX):
-            del schedule["logvar"]  # as published base models
-        if options.base is not None:
-            schedule |= {k: e for k, e in options.base.entries.items() if k in SCHEDULE_KEYS}
-        unused = unused_text_entries(below(made, TEXT_PREFIX), options.config)
-        if unused:
-            model.notes.append(f"{len(unused)} entries of the text encoder that the model does not use are zeros")
-        made = {**schedule, **under(unused, TEXT_PREFIX), **made}
+    if options.config is None:
+        return made
+    schedule = schedule_entries(options.params(model))
     if not model.has(CONTROL_PREFIX):
-        model.notes.append(f"{model.path} holds no ControlNet, so this is a base model; tool_add_control.py adds one")
-    return made
-
-
-def _build_base(model: Model, options: Options, folder: bool) -> Entries:
-    entries = {k: e for k, e in model.entries.items() if not k.startswith(CONTROL_PREFIX) and k != "logvar"}
-    without = Model(model.path, model.report, entries, model.metadata, model.configs)
-    made = _build_full(without, options, folder)
-    model.notes += [note for note in without.notes if "no ControlNet" not in note]
-    return made
+        del schedule["logvar"]  # as published base models
+    if options.base is not None:
+        schedule |= {key: entry for key, entry in options.base.entries.items() if key in SCHEDULE_KEYS}
+    unused = unused_text_entries(below(made, TEXT_PREFIX), options.config)
+    if unused:
+        model.notes.append(f"{len(unused)} entries of the text encoder that the model does not use are zeros")
+    return {**schedule, **under(unused, TEXT_PREFIX), **made}
 
 
 def _build_control(model: Model, _options: Options, _folder: bool) -> Entries:
@@ -384,9 +391,9 @@ def _build_controlnet(model: Model, options: Options, folder: bool) -> dict[str,
     return {"config.json": controlnet_config(control, options.params(model), options.pooling), _UNET_FILE: converted}
 
 
-def _build_pipeline(model: Model, options: Options, folder: bool) -> dict[str, Any]:
+def _build_pipeline(model: Model, options: Options, _folder: bool) -> dict[str, Any]:
     params = options.params(model)
-    entries = _build_full(model, options, folder)
+    entries = _completed(model, options)
     prediction = options.prediction or params.get("parameterization", "eps")
     if options.prediction is None and model.report.family == "sd2":
         model.notes.append(
@@ -448,15 +455,15 @@ def convert(
         source: the file or folder to convert.
         output: where to write; the suffix of a file chooses its format.
         to: a key of `TARGETS`.
-        base: the model that the ControlNet belongs to. It supplies what `source` lacks, and a difference is taken to it. Where a
-            ControlNet is taken out of a full checkpoint and its base is not this one any more (trained with
+        base: the model that the ControlNet belongs to. It supplies what `source` lacks, and a difference is taken to it.
+            Where a ControlNet is taken out of a full checkpoint whose base is not this one any more (trained with
             `sd_locked=False`), the changed base is written beside `output`.
         with_base: write the base beside `output` in any case.
         config: name or path of the configuration, for models of no known family.
         ema: give the UNet its averaged weights.
         dtype: of floating-point entries; as they are by default.
         global_average_pooling: of the ControlNet; read from the source or the configuration by default.
-        prediction: "eps" or "v"; read from the source or the configuration by default.
+        prediction: "eps" or "v"; by default as a named configuration, the source or its family's configuration says.
         overwrite: replace existing files.
         progress: show a bar on stderr.
 
@@ -484,7 +491,7 @@ def convert(
             base_model,
             str(config) if config is not None else next(filter(None, known), None),
             _pooling(model, config) if global_average_pooling is None else global_average_pooling,
-            prediction or model.report.prediction,
+            prediction or (model_params(config).get("parameterization") if config else None) or model.report.prediction,
         )
         _note_incomplete(model)
         outputs = {output: target.build(model, options, folder)}
@@ -508,8 +515,8 @@ def _base_beside(
     if not with_base:
         if options.base is None:
             model.notes.append(
-                f"the base model in {model.path} is left out; if it was trained too (sd_locked=False), name the original "
-                "with --base, or export it with --with-base"
+                f"the base model in {model.path} is left out; if it was trained too (sd_locked=False), name the "
+                "original with --base, or export it with --with-base"
             )
             return {}
         changed = changed_entries(model, options.base)
@@ -518,11 +525,7 @@ def _base_beside(
             return {}
         model.notes.append(f"{len(changed)} entries of the UNet differ from {options.base.path}: exported to {path}")
     check_target(path, overwrite, folder)
-    plain = {k: e for k, e in model.entries.items() if not k.startswith(CONTROL_PREFIX)}
-    alone = Model(model.path, model.report, plain, model.metadata, model.configs)
-    made = {path: (_build_pipeline if folder else _build_base)(alone, options, folder)}
-    model.notes += [note for note in alone.notes if "no ControlNet" not in note]
-    return made
+    return {path: (_build_pipeline if folder else _build_base)(_without_control(model), options, folder)}
 
 
 def changed_entries(model: Model, base: Model) -> list[str]:
@@ -545,7 +548,7 @@ def _note_incomplete(model: Model) -> None:
 
 
 def _pooling(model: Model, config: str | Path | None) -> bool:
-    """Whether the ControlNet averages its outputs, as told by a diffusers configuration, metadata, or the configuration."""
+    """Whether the ControlNet averages its outputs: told by a diffusers configuration, metadata, or the configuration."""
     told = model.configs.get("controlnet", model.configs.get("", {})).get("global_pool_conditions")
     if told is None and POOLING in model.metadata:
         told = model.metadata[POOLING] == "true"

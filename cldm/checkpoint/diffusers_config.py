@@ -1,7 +1,7 @@
-"""The configuration files that diffusers and transformers need beside the weights, told from the weights and our configuration.
+"""The configuration files that diffusers and transformers need beside the weights.
 
-Widths, depths and channels are read from the weights' shapes; from the configuration comes what shapes do not show: attention heads, the
-noise schedule, the latents' scale, and what the network predicts.
+Widths, depths and channels are read from the weights' shapes; from our configuration comes what shapes do not show:
+attention heads, the noise schedule, the latents' scale, and what the network predicts.
 """
 
 from __future__ import annotations
@@ -126,10 +126,16 @@ def vae_config(entries: Entries, params: Mapping[str, Any]) -> dict[str, Any]:
         "out_channels": _shape(entries, "decoder.conv_out.weight")[0],
         "latent_channels": _shape(entries, "decoder.conv_in.weight")[1],
         "layers_per_block": len(blocks) // levels,
-        "norm_num_groups": _GROUPS,
+        "norm_num_groups": _vae_groups(params),
         "sample_size": params["image_size"] * 2 ** (levels - 1),
         "scaling_factor": float(params.get("scale_factor", 1.0)),
     }
+
+
+def _vae_groups(params: Mapping[str, Any]) -> int:
+    """Groups of the autoencoder's norms, which shapes do not show; narrow autoencoders have fewer than published ones."""
+    first_stage = params.get("first_stage_config") or {}
+    return int(first_stage.get("params", {}).get("ddconfig", {}).get("num_groups", _GROUPS))
 
 
 def text_config(entries: Entries, converted: Entries, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +191,7 @@ def scheduler_config(params: Mapping[str, Any], prediction: str) -> dict[str, An
 
 
 def schedule_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of our beta schedule that a diffusers scheduler's configuration names; what it leaves out is left out."""
+    """The options of our beta schedule that a diffusers scheduler's configuration names."""
     ours = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}
     named = {
         "linear_start": config.get("beta_start"),
@@ -215,7 +221,11 @@ def model_index(components: Iterable[str]) -> dict[str, Any]:
 
 
 def tokenizer_files(open_clip: bool) -> dict[str, Any]:
-    """The files of a `CLIPTokenizer`, made from the vocabulary inside open_clip; SD 2.x pads with token 0, SD 1.x with the end token."""
+    """The files of a `CLIPTokenizer`, made from the vocabulary inside open_clip.
+
+    SD 1.x pads with the end token, SD 2.x with token 0, "!". (As in the published pipelines, transformers then takes an
+    exclamation mark in a prompt for padding.)
+    """
     from open_clip.tokenizer import SimpleTokenizer  # heavy, and needed for whole pipelines alone
 
     start, end = "<|startoftext|>", "<|endoftext|>"

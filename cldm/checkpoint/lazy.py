@@ -37,7 +37,7 @@ Entries = dict[str, LazyTensor]
 
 
 class LazyEntries(Mapping[str, Tensor]):
-    """Lazy tensors behind the interface of an open checkpoint: a mapping from key to tensor with `info` and `read_into`.
+    """Lazy tensors as a mapping from key to tensor, with `info` and `read_into` as an open checkpoint has them.
 
     `path` is where they come from, for messages.
     """

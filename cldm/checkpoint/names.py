@@ -1,9 +1,9 @@
 """The names of the same weights here and in diffusers: UNet, ControlNet, VAE and both text encoders.
 
-A network's two naming schemes differ in how its blocks are counted (here flat, there by level) and in a few module names. The count of
-blocks is read from the keys themselves, so any width and depth converts. Where a tensor differs too (a 1x1 convolution that is
-a linear layer there, three projections stored as one), it is reshaped, split or joined; nothing is computed, so that every conversion
-can be undone bit by bit.
+A network's two naming schemes differ in how its blocks are counted (here flat, there by level) and in a few module
+names. The count of blocks is read from the keys themselves, so any width and depth converts. Where a tensor differs too
+(a 1x1 convolution that is a linear layer there, three projections stored as one), it is reshaped, split or joined;
+nothing is computed, so that every conversion can be undone bit by bit.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ _OLD_VAE_ATTENTION = {
 
 
 def vae_map(levels: int, resnets: int) -> NameMap:
-    """Names of a VAE with `levels` resolutions and `resnets` residual blocks a level in the encoder (one more in the decoder)."""
+    """Names of a VAE with `levels` resolutions and `resnets` blocks a level in the encoder, one more in the decoder."""
     pairs: list[tuple[str, str]] = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
     for coder, here, there, count in (("encoder", "down", "down", resnets), ("decoder", "up", "up", resnets + 1)):
         pairs += [(f"{coder}.{a}", f"{coder}.{b}") for a, b in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"))]

@@ -1,7 +1,7 @@
 """Writing weights files: one tensor at a time, and all or nothing.
 
-A file is written under another name beside its target and renamed when it is complete and on the disk. What interrupts the
-writing removes it; what kills the process leaves it under a name that nobody takes for weights.
+A file is written under another name beside its target and renamed when it is complete and on the disk. What interrupts
+the writing removes it; what kills the process leaves it under a name that nobody takes for weights.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ def write_checkpoint(
     """Write a weights file, holding one tensor in memory at a time.
 
     Args:
-        path: its suffix chooses the format: `.safetensors`, or torch's zip format for `.ckpt`, `.pth`, `.pt` and `.bin`.
+        path: its suffix chooses the format: `.safetensors`, or torch's zip format for `.ckpt`, `.pth`, `.pt`, `.bin`.
         entries: tensors by key; an open checkpoint or `LazyEntries` is read as it is written.
         metadata: texts to keep in a safetensors file; torch's format has no place for them.
-        dtype: of floating-point entries, e.g. `torch.float16` or "bfloat16"; as they are by default. The noise schedule's
-            entries keep theirs, since half precision would change the sampling steps.
+        dtype: of floating-point entries, e.g. `torch.float16` or "bfloat16"; as they are by default. The noise
+            schedule's entries keep theirs, since half precision would change the sampling steps.
         overwrite: replace an existing file.
         progress: show a bar on stderr.
 
     Raises:
-        CheckpointError: the file exists, the suffix is unknown, the disk has too little space, a tensor cannot be stored
-            in the format, or a value is too large for `dtype`. Nothing is left behind.
+        CheckpointError: the file exists, the suffix is unknown, the disk has too little space, a tensor cannot be
+            stored in the format, or a value is too large for `dtype`. Nothing is left behind.
     """
     path = Path(path)
     write = _writer(path)
@@ -175,7 +175,7 @@ class _Plan:
 
     def _copied(self) -> Iterator[memoryview]:
         """The bytes as they lie in another file, a chunk at a time."""
-        stored, buffer = self.entry.stored, memoryview(bytearray(_CHUNK))
+        stored, buffer = self.entry.stored, memoryview(bytearray(min(_CHUNK, self.info.nbytes)))
         for done in range(0, self.info.nbytes, _CHUNK):
             chunk = buffer[: min(_CHUNK, self.info.nbytes - done)]
             stored.file.read_into(stored.start + done, chunk)
@@ -254,7 +254,7 @@ def _check_space(path: Path, needed: int) -> None:
 
 @contextmanager
 def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A free name beside `path`; what was made there takes the place of `path` at the end, and is removed on any failure."""
+    """A free name beside `path`; what was made there takes `path`'s place at the end, and is removed on any failure."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield temporary

@@ -51,14 +51,21 @@ class AutoencoderKL(pl.LightningModule):
     ) -> None:
         super().__init__()
         if not ddconfig.get("double_z", True):
-            raise ConfigError("AutoencoderKL needs mean and log-variance from its encoder: set ddconfig.double_z to true")
+            raise ConfigError(
+                "AutoencoderKL needs mean and log-variance from its encoder: set ddconfig.double_z to true"
+            )
         if colorize_nlabels is not None:
-            raise ConfigError("colorize_nlabels belongs to segmentation autoencoders, which are not part of this library")
+            raise ConfigError(
+                "colorize_nlabels belongs to segmentation autoencoders, which are not part of this library"
+            )
         self.image_key = image_key
         self.embed_dim = embed_dim
         self.scheduler_config = scheduler_config
         self.learning_rate = 4.5e-6  # set by training scripts, as are
-        self.adam_betas = (0.5, 0.9)  # which suit training against a discriminator; without one, (0.9, 0.99) is steadier
+        self.adam_betas = (
+            0.5,
+            0.9,
+        )  # which suit training against a discriminator; without one, (0.9, 0.99) is steadier
         if monitor is not None:
             self.monitor = monitor
         self.encoder = Encoder(**ddconfig)
@@ -114,8 +121,14 @@ class AutoencoderKL(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam at `self.learning_rate`, with the schedule of `scheduler_config` if there is one."""
-        trained = [p for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv, self.loss) for p in part.parameters()]
-        return with_schedule(torch.optim.Adam(trained, lr=self.learning_rate, betas=self.adam_betas), self.scheduler_config)
+        trained = [
+            p
+            for part in (self.encoder, self.decoder, self.quant_conv, self.post_quant_conv, self.loss)
+            for p in part.parameters()
+        ]
+        return with_schedule(
+            torch.optim.Adam(trained, lr=self.learning_rate, betas=self.adam_betas), self.scheduler_config
+        )
 
     def get_last_layer(self) -> nn.Parameter:
         """The weight that adaptive losses take gradients at."""
@@ -128,7 +141,11 @@ class AutoencoderKL(pl.LightningModule):
         if only_inputs:
             return {"inputs": inputs}
         reconstructions, posterior = self(inputs)
-        return {"inputs": inputs, "reconstructions": reconstructions, "samples": self.decode(torch.randn_like(posterior.mean))}
+        return {
+            "inputs": inputs,
+            "reconstructions": reconstructions,
+            "samples": self.decode(torch.randn_like(posterior.mean)),
+        }
 
 
 class IdentityFirstStage(nn.Module):

@@ -24,7 +24,9 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
 def sliced_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same numbers one image at a time: less memory at once where the fused kernels are not available."""
     masks = [None] * len(q) if mask is None else mask.expand(len(q), *mask.shape[1:]).split(1)
-    return torch.cat([full_attention(*qkv, m) for *qkv, m in zip(q.split(1), k.split(1), v.split(1), masks, strict=True)])
+    return torch.cat(
+        [full_attention(*qkv, m) for *qkv, m in zip(q.split(1), k.split(1), v.split(1), masks, strict=True)]
+    )
 
 
 _attention: AttentionFunction = full_attention
@@ -56,7 +58,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a hidden width of `mult` times the input's."""
 
-    def __init__(self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, dim_out: int | None = None, mult: int = 4, glu: bool = False, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         inner = int(dim * mult)
         first = GEGLU(dim, inner) if glu else nn.Sequential(nn.Linear(dim, inner), nn.GELU())
@@ -92,7 +96,8 @@ class CrossAttention(nn.Module):
         """x (B, L, D), context (B, M, context_dim), mask (B, M), True where a context token may be seen -> (B, L, D)."""
         context = default(context, x)
         q, k, v = (
-            rearrange(t, "b l (h d) -> b h l d", h=self.heads) for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+            rearrange(t, "b l (h d) -> b h l d", h=self.heads)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         if mask is not None:
             mask = mask.flatten(1).bool()[:, None, None, :]  # (B, 1, 1, M)
@@ -134,7 +139,9 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.checkpoint = checkpoint
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:  # (B, L, D), (B, M, context_dim) -> (B, L, D)
+    def forward(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> Tensor:  # (B, L, D), (B, M, context_dim) -> (B, L, D)
         return checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -175,7 +182,9 @@ class SpatialTransformer(nn.Module):
         elif len(context_dim) == 1:
             context_dim = list(context_dim) * depth
         if len(context_dim) != depth:
-            raise ValueError(f"context_dim must be one width or one for each of the {depth} blocks, found {list(context_dim)}")
+            raise ValueError(
+                f"context_dim must be one width or one for each of the {depth} blocks, found {list(context_dim)}"
+            )
         inner = n_heads * d_head
         self.in_channels = in_channels
         self.use_linear = use_linear
@@ -194,7 +203,9 @@ class SpatialTransformer(nn.Module):
         blocks = self.transformer_blocks
         contexts = context if isinstance(context, (list, tuple)) else [context] * len(blocks)
         if len(contexts) != len(blocks):
-            raise ValueError(f"{len(contexts)} contexts for {len(blocks)} transformer blocks; give one, or one for each")
+            raise ValueError(
+                f"{len(contexts)} contexts for {len(blocks)} transformer blocks; give one, or one for each"
+            )
         height = x.shape[2]
         tokens = self.norm(x)
         if self.use_linear:

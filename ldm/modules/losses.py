@@ -32,4 +32,8 @@ class ReconstructionKL(nn.Module):
         weighted = (error / torch.exp(torch.tensor(self.logvar_init)) + self.logvar_init).flatten(1).sum(1).mean()
         kl = posterior.kl().mean()
         loss = weighted + self.kl_weight * kl
-        return loss, {f"{split}/total_loss": loss.detach(), f"{split}/kl_loss": kl.detach(), f"{split}/rec_loss": error.mean().detach()}
+        return loss, {
+            f"{split}/total_loss": loss.detach(),
+            f"{split}/kl_loss": kl.detach(),
+            f"{split}/rec_loss": error.mean().detach(),
+        }

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.bench_checkpoints [--config cldm_v15] [--folder FOLDER] [--repeats 2]
 
-A base model with weights by the parity cases' fill rule is written to a temporary folder (for SD 1.5: 4.3 GB, and twice the 5.7 GB of the
-output beside it). Then tool_add_control.py runs as a process of its own, in turn with what it is measured against: copying its output and
-reading its input, and an interpreter that only imports torch. Everything is removed at the end.
+A base model with weights by the parity cases' fill rule is written to a temporary folder (for SD 1.5: 4.3 GB, and twice
+the 5.7 GB of the output beside it). Then tool_add_control.py runs as a process of its own, in turn with what it is
+measured against: copying its output and reading its input, and an interpreter that only imports torch. Everything is
+removed at the end.
 """
 
 import argparse

@@ -120,7 +120,12 @@ def their_steps(unet: nn.Module, control: nn.Module, inputs: Inputs) -> dict[str
     def predict(x: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> Tensor:
         down, mid = control(x, t, encoder_hidden_states=text, controlnet_cond=hint, return_dict=False)
         return unet(
-            x, t, encoder_hidden_states=text, down_block_additional_residuals=down, mid_block_additional_residual=mid, return_dict=False
+            x,
+            t,
+            encoder_hidden_states=text,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=mid,
+            return_dict=False,
         )[0]
 
     def train() -> Tensor:
@@ -134,14 +139,24 @@ def their_steps(unet: nn.Module, control: nn.Module, inputs: Inputs) -> dict[str
     @torch.no_grad()
     def sample() -> Tensor:
         control.eval()
-        both = [torch.cat([a, b]) for a, b in ((inputs.x, inputs.x), (inputs.t, inputs.t), (inputs.empty, inputs.text), (inputs.hint, inputs.hint))]
+        both = [
+            torch.cat([a, b])
+            for a, b in (
+                (inputs.x, inputs.x),
+                (inputs.t, inputs.t),
+                (inputs.empty, inputs.text),
+                (inputs.hint, inputs.hint),
+            )
+        ]
         out_uncond, out_cond = predict(*both).chunk(2)
         return out_uncond + 9.0 * (out_cond - out_uncond)
 
     return {"training step": train, "sampling step": sample}
 
 
-def prepare(size: str, device: str, recompute: bool, sides: tuple[str, ...]) -> dict[str, dict[str, Callable[[], Tensor]]]:
+def prepare(
+    size: str, device: str, recompute: bool, sides: tuple[str, ...]
+) -> dict[str, dict[str, Callable[[], Tensor]]]:
     torch.manual_seed(0)
     ours = build_ours(size, recompute)
     with torch.no_grad():  # zero convolutions that are not zero, so that all of the ControlNet works
@@ -170,7 +185,20 @@ def timed(step: Callable[[], Tensor], device: str) -> float:
 
 def peak_memory(size: str, device: str, recompute: bool, side: str, what: str, threads: int) -> float:
     """GiB that one side's step needs, in a process of its own; on CUDA the device's memory."""
-    command = [sys.executable, "-m", "tests.benchmarks.bench_diffusers", "--size", size, "--device", device, "--threads", str(threads), "--memory", side, what]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.bench_diffusers",
+        "--size",
+        size,
+        "--device",
+        device,
+        "--threads",
+        str(threads),
+        "--memory",
+        side,
+        what,
+    ]
     if recompute:
         command.append("--recompute")
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -182,7 +210,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--recompute", action="store_true", help="recompute activations in the backward pass, on both sides")
+    parser.add_argument(
+        "--recompute", action="store_true", help="recompute activations in the backward pass, on both sides"
+    )
     parser.add_argument("--memory", nargs=2, metavar=("SIDE", "STEP"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -192,20 +222,28 @@ def main() -> None:
         step = prepare(args.size, args.device, args.recompute, (side,))[side][what]
         for _ in range(2):
             step()
-        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if args.device == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         print(json.dumps(peak / 2**30))
         return
 
     steps = prepare(args.size, args.device, args.recompute, ("ours", "theirs"))
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} threads"
-    print(f"size {args.size} on {name}, fp32, recomputation {'on' if args.recompute else 'off'}, {args.pairs} pairs after a warm-up")
+    print(
+        f"size {args.size} on {name}, fp32, recomputation {'on' if args.recompute else 'off'}, {args.pairs} pairs after a warm-up"
+    )
     for what in ("sampling step", "training step"):
         ours, theirs = steps["ours"][what], steps["theirs"][what]
         difference = float((ours() - theirs()).abs().max())
         pairs = [(timed(ours, args.device), timed(theirs, args.device)) for _ in range(args.pairs)]
         a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratios = sorted(x / y for x, y in pairs)
-        memory = [peak_memory(args.size, args.device, args.recompute, side, what, args.threads) for side in ("ours", "theirs")]
+        memory = [
+            peak_memory(args.size, args.device, args.recompute, side, what, args.threads) for side in ("ours", "theirs")
+        ]
         print(
             f"{what}: {a:.3f} s here, {b:.3f} s diffusers, ratio {statistics.median(ratios):.3f} "
             f"(from {ratios[0]:.3f} to {ratios[-1]:.3f}); peak memory {memory[0]:.2f} and {memory[1]:.2f} GiB; "

@@ -18,7 +18,9 @@ def fresh(request):
     model = instantiate_from_config(tiny_config(request.param)).eval()
     fill_(model.model, prefix="model.")
     base = model.model.diffusion_model.state_dict()
-    model.control_model.load_state_dict({k: v for k, v in base.items() if k in model.control_model.state_dict()}, strict=False)
+    model.control_model.load_state_dict(
+        {k: v for k, v in base.items() if k in model.control_model.state_dict()}, strict=False
+    )
     return model, Inputs(request.param)
 
 
@@ -37,7 +39,11 @@ def test_zero_convolutions_learn_in_the_first_step_and_pass_gradient_from_the_se
     optimizer = model.configure_optimizers()
     control = model.control_model
     zero_convs = [z[0].weight for z in control.zero_convs] + [control.middle_block_out[0].weight]
-    behind = [p for n, p in control.named_parameters() if "zero_convs" not in n and "middle_block_out" not in n and "hint" not in n]
+    behind = [
+        p
+        for n, p in control.named_parameters()
+        if "zero_convs" not in n and "middle_block_out" not in n and "hint" not in n
+    ]
 
     for step in range(2):
         optimizer.zero_grad()

@@ -31,8 +31,13 @@ def test_source_and_target_show_the_same_circle(size):
         np.testing.assert_allclose([*centre, radius], [*sample.centre, sample.radius], atol=0.1)
         inside = disc(size, size, sample.centre, sample.radius - 2)
         outside = ~disc(size, size, sample.centre, sample.radius + 2)
-        assert (sample.target[inside] == COLOURS[sample.circle]).all() and (sample.target[outside] == COLOURS[sample.ground]).all()
-        assert sample.source.max() == 255 and (sample.source[inside & disc(size, size, sample.centre, sample.radius - 6)] == 0).all()
+        assert (sample.target[inside] == COLOURS[sample.circle]).all() and (
+            sample.target[outside] == COLOURS[sample.ground]
+        ).all()
+        assert (
+            sample.source.max() == 255
+            and (sample.source[inside & disc(size, size, sample.centre, sample.radius - 6)] == 0).all()
+        )
         assert parse_prompt(sample.prompt) == (sample.circle, sample.ground)
 
 
@@ -158,4 +163,8 @@ def test_missing_folders_and_listings(tmp_path):
 
 def test_listing_is_the_public_layout(folder):
     entry = json.loads((folder / "prompt.json").read_text().splitlines()[0])
-    assert entry == {"source": "source/0.png", "target": "target/0.png", "prompt": draw_fill(0, 64, 0, PALETTES["clear"]).prompt}
+    assert entry == {
+        "source": "source/0.png",
+        "target": "target/0.png",
+        "prompt": draw_fill(0, 64, 0, PALETTES["clear"]).prompt,
+    }

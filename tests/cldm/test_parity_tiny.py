@@ -42,7 +42,9 @@ def test_keys_and_schedule(case):
 def test_control_outputs(case):
     _, model, inputs = case
     with torch.no_grad():
-        outputs = model.control_model(x=inputs.x, hint=inputs.hint, timesteps=inputs.t, context=inputs.cond["c_crossattn"][0])
+        outputs = model.control_model(
+            x=inputs.x, hint=inputs.hint, timesteps=inputs.t, context=inputs.cond["c_crossattn"][0]
+        )
     assert len(outputs) == 13
     for i, out in enumerate(outputs):
         check(case, f"control{i:02d}", out)
@@ -102,7 +104,11 @@ def test_ddim(case):
     _, model, inputs = case
     shape, n = inputs.shape, inputs.batch
     guided = {"x_T": inputs.x_T, "verbose": False, "unconditional_conditioning": inputs.uncond}
-    check(case, "ddim", seeded_sampler(model).sample(7, n, shape, inputs.cond, unconditional_guidance_scale=3.0, **guided)[0])
+    check(
+        case,
+        "ddim",
+        seeded_sampler(model).sample(7, n, shape, inputs.cond, unconditional_guidance_scale=3.0, **guided)[0],
+    )
     check(case, "ddim_nocfg", seeded_sampler(model).sample(5, n, shape, inputs.cond, x_T=inputs.x_T, verbose=False)[0])
     check(case, "ddim_eta", seeded_sampler(model).sample(
         5, n, shape, inputs.cond, eta=0.6, unconditional_guidance_scale=2.0, **guided)[0])  # fmt: skip
@@ -110,7 +116,11 @@ def test_ddim(case):
         5, n, shape, inputs.cond, x0=inputs.x0, mask=inputs.mask, unconditional_guidance_scale=2.0, **guided)[0])  # fmt: skip
     model.control_scales = GUESS_SCALES
     guided["unconditional_conditioning"] = {**inputs.uncond, "c_concat": None}
-    check(case, "ddim_guess", seeded_sampler(model).sample(5, n, shape, inputs.cond, unconditional_guidance_scale=2.0, **guided)[0])
+    check(
+        case,
+        "ddim_guess",
+        seeded_sampler(model).sample(5, n, shape, inputs.cond, unconditional_guidance_scale=2.0, **guided)[0],
+    )
     model.control_scales = [1.0] * 13
 
 
@@ -138,7 +148,12 @@ def test_ddim_inversion_and_image_to_image(case):
     noised = sampler.stochastic_encode(inputs.x, torch.tensor([4] * inputs.batch), noise=inputs.n)
     check(case, "ddim_stochastic_encode", noised)
     decoded = sampler.decode(
-        noised, inputs.cond, 4, unconditional_guidance_scale=2.0, unconditional_conditioning=inputs.uncond, verbose=False
+        noised,
+        inputs.cond,
+        4,
+        unconditional_guidance_scale=2.0,
+        unconditional_conditioning=inputs.uncond,
+        verbose=False,
     )
     check(case, "ddim_decode", decoded)
 
@@ -151,7 +166,9 @@ def test_schedules_of_many_lengths(case):
             sampler = DDIMSampler(model)
             sampler.make_schedule(steps, ddim_eta=0.3, verbose=False)
             np.testing.assert_array_equal(sampler.ddim_timesteps, CASES[key])
-            np.testing.assert_allclose(sampler.ddim_sigmas.numpy(), CASES[f"{name}/sigmas_{steps}"], rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(
+                sampler.ddim_sigmas.numpy(), CASES[f"{name}/sigmas_{steps}"], rtol=1e-5, atol=1e-7
+            )
 
 
 def test_plms():

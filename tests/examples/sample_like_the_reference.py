@@ -30,7 +30,10 @@ with torch.no_grad():
     control = einops.rearrange(control, "b h w c -> b c h w").clone()
     seed_everything(seed)
 
-    cond = {"c_concat": [control], "c_crossattn": [model.get_learned_conditioning([prompt + ", " + added_prompt] * num_samples)]}
+    cond = {
+        "c_concat": [control],
+        "c_crossattn": [model.get_learned_conditioning([prompt + ", " + added_prompt] * num_samples)],
+    }
     un_cond = {
         "c_concat": None if guess_mode else [control],
         "c_crossattn": [model.get_learned_conditioning([negative_prompt] * num_samples)],
@@ -48,6 +51,8 @@ with torch.no_grad():
         unconditional_conditioning=un_cond,
     )
     x_samples = model.decode_first_stage(samples)
-    x_samples = (einops.rearrange(x_samples, "b c h w -> b h w c") * 127.5 + 127.5).cpu().numpy().clip(0, 255).astype(np.uint8)
+    x_samples = (
+        (einops.rearrange(x_samples, "b c h w -> b h w c") * 127.5 + 127.5).cpu().numpy().clip(0, 255).astype(np.uint8)
+    )
 
 np.save(out, x_samples)

@@ -26,5 +26,7 @@ model.only_mid_control = only_mid_control
 dataset = MyDataset(data)
 dataloader = DataLoader(dataset, num_workers=0, batch_size=batch_size, shuffle=True)
 logger = ImageLogger(batch_frequency=logger_freq, log_images_kwargs={"ddim_steps": 3})
-trainer = pl.Trainer(accelerator="cpu", precision=32, callbacks=[logger], max_steps=3, default_root_dir=out, enable_progress_bar=False)
+trainer = pl.Trainer(
+    accelerator="cpu", precision=32, callbacks=[logger], max_steps=3, default_root_dir=out, enable_progress_bar=False
+)
 trainer.fit(model, dataloader)

@@ -93,7 +93,14 @@ def test_guidance_also_in_inversion_of_dict_conditionings():
     cond, uncond = ({"c_crossattn": [torch.full((2, 1, 1), v)], "c_concat": None} for v in (1.0, 0.25))
     guided = sampler.guided_output(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]), cond, 3.0, uncond)
     torch.testing.assert_close(guided, torch.full_like(guided, 0.25 + 3 * 0.75))
-    sampler.encode(torch.zeros(2, 4, 8, 8), cond, 3, unconditional_guidance_scale=3.0, unconditional_conditioning=uncond, verbose=False)
+    sampler.encode(
+        torch.zeros(2, 4, 8, 8),
+        cond,
+        3,
+        unconditional_guidance_scale=3.0,
+        unconditional_conditioning=uncond,
+        verbose=False,
+    )
 
 
 def test_v_eps_and_x0_convert_into_each_other():
@@ -122,7 +129,7 @@ def test_every_number_of_steps_works_and_stays_in_range():
     for steps in range(1, 1001):
         chosen = make_ddim_timesteps("uniform", steps, 1000)
         assert chosen[0] >= 1 and chosen[-1] <= 999 and (np.diff(chosen) > 0).all()
-        if 1000 // steps * ((999 // (1000 // steps))) + 1 <= 999:  # where the public rule works, it is kept
+        if 1000 // steps * (999 // (1000 // steps)) + 1 <= 999:  # where the public rule works, it is kept
             np.testing.assert_array_equal(chosen, np.arange(0, 1000, 1000 // steps) + 1)
     assert len(make_ddim_timesteps("uniform", 7, 1000)) == 8 and len(make_ddim_timesteps("uniform", 30, 1000)) == 31
     for wrong in (0, 1001):

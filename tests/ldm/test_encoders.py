@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ldm.modules.encoders.modules import ClassEmbedder, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder, IdentityEncoder
-from ldm.util import ConfigError
 from tests.parity import fill_, load_cases, load_json, relative_error
 
 TEXTS = [
@@ -78,8 +77,10 @@ def test_sd1_equals_transformers():
     )
     theirs = transformers.CLIPTextModel(config).eval()
     # Their layout has the prefix `text_model.` or, in later versions, none.
-    prefix = "" if "text_model.final_layer_norm.weight" in theirs.state_dict() else "text_model."
-    theirs.load_state_dict({k.removeprefix(prefix): v for k, v in encoder.transformer.state_dict().items() if "_ids" not in k}, strict=False)
+    prefix = "text_model." if "text_model.final_layer_norm.weight" in theirs.state_dict() else ""
+    weights = {k.removeprefix("text_model."): v for k, v in encoder.transformer.named_parameters()}
+    missing, unexpected = theirs.load_state_dict({prefix + k: v for k, v in weights.items()}, strict=False)
+    assert not unexpected and all("position_ids" in k for k in missing)
     tokens = encoder.tokenize(TEXTS)
     with torch.no_grad():
         want = theirs(input_ids=tokens, output_hidden_states=True)
@@ -129,7 +130,7 @@ def test_padding_and_truncation():
     assert one([]).shape == (0, 77, 64)
 
 
-@pytest.mark.parametrize("file_ids", [None, torch.arange(77)[None], torch.arange(77.0)[None], torch.arange(77)], ids=["none", "int", "float", "flat"])
+@pytest.mark.parametrize("file_ids", [None, torch.arange(77)[None], torch.arange(77.0)[None]], ids=["none", "int", "float"])
 def test_position_ids_are_optional(file_ids: torch.Tensor | None):
     weights = fill_(small_clip()).state_dict()
     del weights[IDS]
@@ -149,9 +150,8 @@ def test_position_ids_are_optional(file_ids: torch.Tensor | None):
 def test_made_without_memory(make: Any):
     source = fill_(make())
     with torch.device("meta"):
-        for encoder in (make(), make()):
-            assert all(p.is_meta for p in encoder.parameters())
-    assigned, emptied = (copy.deepcopy(encoder) for _ in range(2))
+        assigned, emptied = make(), make()
+    assert all(p.is_meta for p in assigned.parameters())
     assigned.load_state_dict(source.state_dict(), strict=True, assign=True)
     emptied.to_empty(device="cpu").load_state_dict(source.state_dict(), strict=True)
     for filled_encoder in (assigned, emptied):
@@ -204,7 +204,7 @@ def test_long_prompts():
 @pytest.mark.parametrize("make", [small_clip, small_open_clip])
 def test_frozen_stays_frozen_and_free_learns(make: Any):
     frozen = make()
-    assert not frozen.train().training and not frozen.transformer.training if make is small_clip else not frozen.train().training
+    assert not any(module.training for module in frozen.train().modules())
     assert not any(p.requires_grad for p in frozen.parameters()) and not frozen("a").requires_grad
 
     torch.manual_seed(0)

@@ -88,7 +88,9 @@ def test_latent_diffusion_learns(tmp_path):
 def test_plain_configurations_have_the_published_keys(name, manifest, parameterization):
     with torch.device("meta"):
         model = instantiate_from_config(OmegaConf.load(CONFIGS / f"{name}.yaml").model)
-    want = {k: s for k, (s, _) in load_json(f"core/manifest_{manifest}.json").items() if not k.startswith("control_model.")}
+    want = {
+        k: s for k, (s, _) in load_json(f"core/manifest_{manifest}.json").items() if not k.startswith("control_model.")
+    }
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == want
     assert model.parameterization == parameterization
 

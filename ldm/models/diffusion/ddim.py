@@ -36,7 +36,9 @@ class DDIMSampler:
 
     inversion_takes_output_as_eps = False
 
-    def __init__(self, model: Any, schedule: str = "linear", device: torch.device | str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, schedule: str = "linear", device: torch.device | str | None = None, **kwargs: Any
+    ) -> None:
         self.model = model
         self.ddpm_num_timesteps = model.num_timesteps
         self.schedule = schedule
@@ -57,10 +59,13 @@ class DDIMSampler:
         self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps)
         alphas_cumprod = self.model.alphas_cumprod.detach().cpu().numpy()
         if len(alphas_cumprod) != self.ddpm_num_timesteps:
-            raise ValueError(f"alphas_cumprod has {len(alphas_cumprod)} entries for {self.ddpm_num_timesteps} timesteps")
+            raise ValueError(
+                f"alphas_cumprod has {len(alphas_cumprod)} entries for {self.ddpm_num_timesteps} timesteps"
+            )
         sigmas, alphas, previous = make_ddim_sampling_parameters(alphas_cumprod, self.ddim_timesteps, ddim_eta)
         self.ddim_sigmas, self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sqrt_one_minus_alphas = (
-            torch.as_tensor(a, dtype=torch.float32, device=self.device) for a in (sigmas, alphas, previous, np.sqrt(1 - alphas))
+            torch.as_tensor(a, dtype=torch.float32, device=self.device)
+            for a in (sigmas, alphas, previous, np.sqrt(1 - alphas))
         )
         self._original: tuple[Tensor, Tensor] = (self.model.alphas_cumprod, self.model.alphas_cumprod_prev)
         self._eta = ddim_eta
@@ -88,7 +93,9 @@ class DDIMSampler:
     def _eps_and_x0(self, output: Tensor, x: Tensor, t: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """eps and x_0 from the network's output, by the parameterisation of the model."""
         if self.model.parameterization == "v":
-            return self.model.predict_eps_from_z_and_v(x, t, output), self.model.predict_start_from_z_and_v(x, t, output)
+            return self.model.predict_eps_from_z_and_v(x, t, output), self.model.predict_start_from_z_and_v(
+                x, t, output
+            )
         if self.model.parameterization == "x0":
             return (x - alpha.sqrt() * output) / (1 - alpha).sqrt(), output
         return output, (x - (1 - alpha).sqrt() * output) / alpha.sqrt()
@@ -127,13 +134,17 @@ class DDIMSampler:
         alpha, previous, sigma = self._alphas(index, use_original_steps)
         if score_corrector is not None:
             if self.model.parameterization != "eps":
-                raise ValueError(f"a score corrector needs a model that predicts eps; this one predicts {self.model.parameterization}")
+                raise ValueError(
+                    f"a score corrector needs a model that predicts eps; this one predicts {self.model.parameterization}"
+                )
             output = score_corrector.modify_score(self.model, output, x, t, c, **(corrector_kwargs or {}))
         eps, pred_x0 = self._eps_and_x0(output, x, t, alpha)
         if quantize_denoised:
             pred_x0, _, *_ = self.model.first_stage_model.quantize(pred_x0)
         if dynamic_threshold is not None:
-            raise NotImplementedError("dynamic thresholding is for pixels, not latents; leave dynamic_threshold at None")
+            raise NotImplementedError(
+                "dynamic thresholding is for pixels, not latents; leave dynamic_threshold at None"
+            )
         # Drawn at eta 0 too: the published samples depend on how often the generator was asked.
         noise = sigma * noise_like(x.shape, x.device, repeat_noise).to(x.dtype) * temperature
         if noise_dropout > 0.0:
@@ -338,7 +349,11 @@ class DDIMSampler:
             x = (alpha_next / alpha).sqrt() * x + alpha_next.sqrt() * (
                 (1 / alpha_next - 1).sqrt() - (1 / alpha - 1).sqrt()
             ) * eps
-            if return_intermediates and (i % max(t_enc // return_intermediates, 1) == 0 or i >= t_enc - 2) and i < t_enc - 1:
+            if (
+                return_intermediates
+                and (i % max(t_enc // return_intermediates, 1) == 0 or i >= t_enc - 2)
+                and i < t_enc - 1
+            ):
                 kept.append(x)
                 kept_steps.append(i)
             if callback:
@@ -395,7 +410,9 @@ def join_conditioning(uncond: Any, cond: Any) -> Any:
     """
     if isinstance(cond, Mapping) and isinstance(uncond, Mapping):
         if set(cond) != set(uncond):
-            raise ValueError(f"conditionings hold {sorted(cond)} and {sorted(uncond)}; one batch needs the same entries in both")
+            raise ValueError(
+                f"conditionings hold {sorted(cond)} and {sorted(uncond)}; one batch needs the same entries in both"
+            )
         return {k: join_conditioning(uncond[k], cond[k]) for k in cond}
     if isinstance(cond, (list, tuple)) and isinstance(uncond, (list, tuple)) and len(cond) == len(uncond):
         return [join_conditioning(u, c) for u, c in zip(uncond, cond, strict=True)]

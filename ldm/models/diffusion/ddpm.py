@@ -144,7 +144,9 @@ class DDPM(pl.LightningModule):
         if loss_type not in ("l1", "l2"):
             raise ConfigError(f"loss_type must be l1 or l2, found {loss_type!r}")
         if make_it_fit:
-            raise ConfigError("make_it_fit (resizing weights of another shape) is not supported; convert the checkpoint instead")
+            raise ConfigError(
+                "make_it_fit (resizing weights of another shape) is not supported; convert the checkpoint instead"
+            )
         self.parameterization = parameterization
         self.loss_type = loss_type
         self.clip_denoised = clip_denoised
@@ -235,9 +237,9 @@ class DDPM(pl.LightningModule):
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
         """eps from x_t and x_0."""
-        return (
-            self._at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - x_start
-        ) / self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t)
+        return (self._at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - x_start) / self._at(
+            self.sqrt_recipm1_alphas_cumprod, t, x_t
+        )
 
     def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0."""
@@ -245,11 +247,15 @@ class DDPM(pl.LightningModule):
 
     def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_0 = sqrt(alpha-bar) x_t - sqrt(1 - alpha-bar) v."""
-        return self._at(self.sqrt_alphas_cumprod, t, x_t) * x_t - self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+        return (
+            self._at(self.sqrt_alphas_cumprod, t, x_t) * x_t - self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
+        )
 
     def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """eps = sqrt(alpha-bar) v + sqrt(1 - alpha-bar) x_t."""
-        return self._at(self.sqrt_alphas_cumprod, t, x_t) * v + self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
+        return (
+            self._at(self.sqrt_alphas_cumprod, t, x_t) * v + self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
+        )
 
     def predict_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """eps from whatever the network predicts."""
@@ -303,7 +309,9 @@ class DDPM(pl.LightningModule):
         """Ancestral sampling over all steps, from noise of `shape` (B, C, h, w) or from `x_T`."""
         img = torch.randn(tuple(shape), device=self.betas.device) if x_T is None else x_T
         intermediates = [img]
-        for i in tqdm(reversed(range(timesteps or self.num_timesteps)), total=timesteps or self.num_timesteps, disable=not verbose):
+        for i in tqdm(
+            reversed(range(timesteps or self.num_timesteps)), total=timesteps or self.num_timesteps, disable=not verbose
+        ):
             t = torch.full((shape[0],), i, device=img.device, dtype=torch.long)
             img = self.p_sample(img, t, clip_denoised=self.clip_denoised, cond=cond)
             if i % self.log_every_t == 0:
@@ -376,9 +384,24 @@ class DDPM(pl.LightningModule):
         loss, terms = self.shared_step(self._drop_conditioning(batch))
         size = len(batch[self.first_stage_key])
         self.log_dict(terms, prog_bar=True, logger=True, on_step=True, on_epoch=True, batch_size=size)
-        self.log("global_step", float(self.global_step), prog_bar=False, logger=True, on_step=True, on_epoch=False, batch_size=size)
+        self.log(
+            "global_step",
+            float(self.global_step),
+            prog_bar=False,
+            logger=True,
+            on_step=True,
+            on_epoch=False,
+            batch_size=size,
+        )
         if self.scheduler_config is not None:
-            self.log("lr_abs", self.optimizers().param_groups[0]["lr"], prog_bar=True, on_step=True, on_epoch=False, batch_size=size)
+            self.log(
+                "lr_abs",
+                self.optimizers().param_groups[0]["lr"],
+                prog_bar=True,
+                on_step=True,
+                on_epoch=False,
+                batch_size=size,
+            )
         return loss
 
     def _drop_conditioning(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -422,13 +445,21 @@ class DDPM(pl.LightningModule):
 
     @torch.no_grad()
     def log_images(
-        self, batch: Mapping[str, Any], N: int = 8, n_row: int = 2, sample: bool = True, return_keys: Sequence[str] | None = None, **kwargs: Any
+        self,
+        batch: Mapping[str, Any],
+        N: int = 8,
+        n_row: int = 2,
+        sample: bool = True,
+        return_keys: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Pictures for a logger: inputs, their noised versions and samples, (B, C, h, w)."""
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         log = {"inputs": x}
         steps = [i for i in range(self.num_timesteps) if i % self.log_every_t == 0 or i == self.num_timesteps - 1]
-        log["diffusion_row"] = torch.cat([self.q_sample(x[:n_row], torch.full((len(x[:n_row]),), i, device=x.device)) for i in steps])
+        log["diffusion_row"] = torch.cat(
+            [self.q_sample(x[:n_row], torch.full((len(x[:n_row]),), i, device=x.device)) for i in steps]
+        )
         if sample:
             with self.ema_scope():
                 log["samples"] = self.sample(batch_size=len(x))
@@ -522,13 +553,21 @@ class LatentDiffusion(DDPM):
 
     @torch.no_grad()
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int, *args: Any) -> None:
-        if self.scale_by_std and self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0 and not self.restarted_from_ckpt:
+        if (
+            self.scale_by_std
+            and self.current_epoch == 0
+            and self.global_step == 0
+            and batch_idx == 0
+            and not self.restarted_from_ckpt
+        ):
             if float(self.scale_factor) != 1.0:
                 raise ConfigError("scale_by_std sets scale_factor itself; leave that at 1.0")
             images = super().get_input(batch, self.first_stage_key).to(self.device)
             latents = self.get_first_stage_encoding(self.encode_first_stage(images)).detach()
             self.scale_factor.fill_(1.0 / latents.std())
-            logger.info("scale_factor set to %.5f, the inverse of the latents' standard deviation", float(self.scale_factor))
+            logger.info(
+                "scale_factor set to %.5f, the inverse of the latents' standard deviation", float(self.scale_factor)
+            )
 
     def get_first_stage_encoding(self, encoder_posterior: DiagonalGaussianDistribution | Tensor) -> Tensor:
         """A sample of the posterior (B, C, h, w), times `scale_factor`."""
@@ -565,7 +604,14 @@ class LatentDiffusion(DDPM):
         return self.get_learned_conditioning([default(null_label, "")] * batch_size)
 
     @torch.no_grad()
-    def get_input(self, batch: Mapping[str, Any], k: str, bs: int | None = None, return_first_stage_outputs: bool = False, **kwargs: Any) -> list[Any]:
+    def get_input(
+        self,
+        batch: Mapping[str, Any],
+        k: str,
+        bs: int | None = None,
+        return_first_stage_outputs: bool = False,
+        **kwargs: Any,
+    ) -> list[Any]:
         """A batch -> [latents (B, C, h, w), conditioning] and, if asked for, pictures and reconstructions.
 
         Args:
@@ -643,7 +689,13 @@ class LatentDiffusion(DDPM):
 
     @torch.no_grad()
     def sample_log(
-        self, cond: Conditioning, batch_size: int, ddim: bool, ddim_steps: int, shape: Sequence[int] | None = None, **kwargs: Any
+        self,
+        cond: Conditioning,
+        batch_size: int,
+        ddim: bool,
+        ddim_steps: int,
+        shape: Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """Latents (batch_size, *shape) and intermediates, by DDIM in `ddim_steps` steps or over all steps.
 
@@ -678,7 +730,9 @@ class LatentDiffusion(DDPM):
             c = self.get_learned_conditioning(c)
         log = {"inputs": x, "reconstruction": reconstruction}
         if self.cond_stage_key in ("caption", "txt"):
-            log["conditioning"] = log_txt_as_img((x.shape[3], x.shape[2]), batch[self.cond_stage_key][:N], size=max(x.shape[3] // 25, 8))
+            log["conditioning"] = log_txt_as_img(
+                (x.shape[3], x.shape[2]), batch[self.cond_stage_key][:N], size=max(x.shape[3] // 25, 8)
+            )
         ddim = ddim_steps is not None
         options = {"eta": ddim_eta} if ddim else {}
         with self.ema_scope() if use_ema_scope else nullcontext():
@@ -693,7 +747,9 @@ class LatentDiffusion(DDPM):
                     ddim_steps,
                     shape=z.shape[1:],
                     unconditional_guidance_scale=unconditional_guidance_scale,
-                    unconditional_conditioning=self.get_unconditional_conditioning(len(z), unconditional_guidance_label),
+                    unconditional_conditioning=self.get_unconditional_conditioning(
+                        len(z), unconditional_guidance_label
+                    ),
                     **options,
                 )
                 log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(latents)

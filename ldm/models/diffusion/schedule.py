@@ -91,7 +91,8 @@ def make_ddim_timesteps(
     """The timesteps that a sampler of `num_ddim_timesteps` steps visits, ascending, int64.
 
     `uniform` takes every (T // S)-th step plus one, so that numbers which do not divide T give a few steps more (S=7 gives 8,
-    S=30 gives 31 of 1000). Where this runs past the last timestep (S=3, 9, 27, ...; S of T itself), that step is T - 1; the reference fails there.
+    S=30 gives 31 of 1000). Where this runs past the last timestep (S=3, 9, 27, ..., and T itself), that step is T - 1; the
+    reference fails there.
     `quad` spaces them quadratically. `verbose` is accepted for compatibility.
 
     Raises:
@@ -106,7 +107,9 @@ def make_ddim_timesteps(
     else:
         raise ValueError(f"unknown way to choose timesteps {ddim_discr_method!r}; known are uniform and quad")
     # One is added so that the last step of sampling lands on the first alpha-bar rather than on a noise-free picture.
-    return np.unique(np.minimum(steps + 1, num_ddpm_timesteps - 1)) if steps[-1] + 1 >= num_ddpm_timesteps else steps + 1
+    return (
+        np.unique(np.minimum(steps + 1, num_ddpm_timesteps - 1)) if steps[-1] + 1 >= num_ddpm_timesteps else steps + 1
+    )
 
 
 def make_ddim_sampling_parameters(

@@ -99,7 +99,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         normed = self.norm(x)
-        q, k, v = (conv(normed).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))  # (B, 1, H*W, C)
+        q, k, v = (
+            conv(normed).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v)
+        )  # (B, 1, H*W, C)
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(out)
 
@@ -135,7 +137,9 @@ class _Level(nn.Module):
     Downsampling and upsampling modules are set as attributes by Encoder and Decoder: their names are part of the public keys.
     """
 
-    def __init__(self, channels: Sequence[int], attention: bool, dropout: float, attn_type: str, num_groups: int) -> None:
+    def __init__(
+        self, channels: Sequence[int], attention: bool, dropout: float, attn_type: str, num_groups: int
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(
             ResnetBlock(in_channels=a, out_channels=b, dropout=dropout, num_groups=num_groups)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
+    channels_last,
     checkpoint,
     conv_nd,
     linear,
@@ -50,7 +51,9 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 class Upsample(nn.Module):
     """Doubles height and width by repetition, then a 3x3 convolution if `use_conv`."""
 
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1) -> None:
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.out_channels = out_channels or channels
@@ -71,7 +74,9 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Halves height and width with a strided 3x3 convolution if `use_conv`, else by averaging."""
 
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1) -> None:
+    def __init__(
+        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.out_channels = out_channels or channels
@@ -81,7 +86,9 @@ class Downsample(nn.Module):
         if use_conv:
             self.op = conv_nd(dims, channels, self.out_channels, 3, stride=stride, padding=padding)
         elif self.out_channels != channels:
-            raise ValueError(f"averaging cannot change the channels from {channels} to {self.out_channels}; set use_conv")
+            raise ValueError(
+                f"averaging cannot change the channels from {channels} to {self.out_channels}; set use_conv"
+            )
         else:
             self.op = avg_pool_nd(dims, kernel_size=stride, stride=stride)
 
@@ -259,7 +266,9 @@ class BlockOptions:
         if self.num_heads == -1 and self.num_head_channels == -1:
             raise ValueError("set num_heads or num_head_channels")
         if self.num_head_channels != -1 and self.num_head_channels < 1 or self.num_heads != -1 and self.num_heads < 1:
-            raise ValueError(f"num_heads {self.num_heads} and num_head_channels {self.num_head_channels} must be positive or -1")
+            raise ValueError(
+                f"num_heads {self.num_heads} and num_head_channels {self.num_head_channels} must be positive or -1"
+            )
 
     @classmethod
     def from_arguments(
@@ -566,7 +575,7 @@ class UNetModel(nn.Module):
 
     def encode(self, x: Tensor, emb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The middle block's output (B, C, h', w') and the skip connections, first level first."""
-        hidden = x.to(self.input_blocks[0][0].weight.dtype)
+        hidden = channels_last(x.to(self.input_blocks[0][0].weight.dtype))
         skips = []
         for block in self.input_blocks:
             hidden = block(hidden, emb, context)

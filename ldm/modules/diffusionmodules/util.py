@@ -20,6 +20,7 @@ from ldm.models.diffusion.schedule import (
 __all__ = [
     "GroupNorm32",
     "avg_pool_nd",
+    "channels_last",
     "checkpoint",
     "conv_nd",
     "extract_into_tensor",
@@ -66,7 +67,9 @@ class GroupNorm32(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, ...) -> (B, C, ...)
         if x.dtype == self.weight.dtype:
             return super().forward(x)  # torch accumulates half types in float32 itself
-        return nn.functional.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+        return nn.functional.group_norm(
+            x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps
+        ).to(x.dtype)
 
 
 def normalization(channels: int) -> GroupNorm32:
@@ -74,6 +77,14 @@ def normalization(channels: int) -> GroupNorm32:
     if channels % 32:
         raise ValueError(f"group normalisation has 32 groups: {channels} channels are no multiple of 32")
     return GroupNorm32(32, channels)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` with its channels innermost in memory if it is a picture (B, C, H, W).
+
+    Convolutions are fastest so, hand the layout on to all that follows, and tokens are then a view of the picture.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def zero_module(module: nn.Module) -> nn.Module:
@@ -111,7 +122,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, r
     if repeat_only:
         return timesteps.float()[:, None].expand(-1, dim)
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device))
+    frequencies = torch.exp(
+        -math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    )
     angles = timesteps.float()[:, None] * frequencies  # (B, dim // 2)
     embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
     return nn.functional.pad(embedding, (0, dim % 2))  # (B, dim)

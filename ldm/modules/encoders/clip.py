@@ -90,7 +90,9 @@ class _Encoder(nn.Module):
 
 
 class _TextModel(nn.Module):
-    def __init__(self, vocabulary: int, width: int, heads: int, layers: int, length: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, vocabulary: int, width: int, heads: int, layers: int, length: int, activation: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.embeddings = _Embeddings(vocabulary, width, length)
         self.encoder = _Encoder(width, heads, layers, activation)

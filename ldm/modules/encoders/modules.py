@@ -46,7 +46,9 @@ class ClassEmbedder(AbstractEncoder):
         self.n_classes = n_classes
         self.ucg_rate = ucg_rate
 
-    def forward(self, batch: Mapping[str, Tensor] | Tensor, key: str | None = None, disable_dropout: bool = False) -> Tensor:
+    def forward(
+        self, batch: Mapping[str, Tensor] | Tensor, key: str | None = None, disable_dropout: bool = False
+    ) -> Tensor:
         """Labels (B,), or a batch that holds them -> (B, 1, D)."""
         labels = batch[key or self.key] if isinstance(batch, Mapping) else batch
         if self.ucg_rate > 0.0 and self.training and not disable_dropout:
@@ -255,5 +257,7 @@ def _architecture(name: str) -> dict[str, Any]:
     tower = config["text_cfg"]
     plain = {"context_length", "vocab_size", "width", "heads", "layers"}
     if set(tower) != plain or tower["vocab_size"] != END + 1:
-        raise ConfigError(f"the text tower of {name!r} is not CLIP's plain transformer; ViT-H-14 and ViT-L-14, for example, have one")
+        raise ConfigError(
+            f"the text tower of {name!r} is not CLIP's plain transformer; ViT-H-14 and ViT-L-14, for example, have one"
+        )
     return config

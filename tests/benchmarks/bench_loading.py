@@ -1,0 +1,81 @@
+"""Creating a model with control and filling it from a file, against only reading that file.
+
+    python -m tests.benchmarks.bench_loading [--config cldm_v15] [--folder FOLDER] [--pairs 3]
+
+A file of real size (SD 1.5 with control: 5.7 GB) is written to a temporary folder and removed at the end. Each run is a process of its
+own, whose imports are not counted; peak memory is what it takes beyond them.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from cldm.checkpoint.lazy import LazyEntries, LazyTensor
+from cldm.checkpoint.writing import write_checkpoint
+from cldm.model import expected_entries
+
+ROOT = Path(__file__).parents[2]
+
+_RUN = """
+import json, resource, sys, time
+import torch
+from cldm.model import create_model
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+what, config, path = sys.argv[1:]
+if what == "load":
+    create_model(config, device="meta")  # what is imported on the way is not counted
+before, start = peak(), time.perf_counter()
+if what == "read":
+    with open(path, "rb") as file:
+        kept = file.read()
+else:
+    kept = create_model(config, weights=path)
+print(json.dumps([time.perf_counter() - start, peak() - before]))
+"""
+
+
+def measure(what: str, config: str, path: Path) -> tuple[float, float]:
+    """Seconds and bytes that one run takes."""
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, what, config, str(path)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    seconds, memory = json.loads(done.stdout)
+    return seconds, memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="cldm_v15")
+    parser.add_argument("--folder", help="where there is room for the file")
+    parser.add_argument("--pairs", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        path = Path(folder) / "model.safetensors"
+        lazy = {
+            key: LazyTensor(info, lambda info=info: torch.full(info.shape, 0.01).to(info.dtype))
+            for key, info in expected_entries(args.config).items()
+        }
+        write_checkpoint(path, LazyEntries(lazy))
+        size = path.stat().st_size
+        pairs = [(measure("load", args.config, path), measure("read", args.config, path)) for _ in range(args.pairs)]
+    ratios = sorted(load[0] / read[0] for load, read in pairs)
+    loading, reading = (statistics.median(run[i][0] for run in pairs) for i in range(2))
+    memory = statistics.median(load[1] for load, _ in pairs)
+    print(
+        f"{args.config}, {size / 1e9:.2f} GB: created and filled in {loading:.2f} s, read in {reading:.2f} s, "
+        f"ratio {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f}); "
+        f"peak memory {memory / size:.2f} times the file"
+    )
+
+
+if __name__ == "__main__":
+    main()

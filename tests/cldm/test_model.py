@@ -1,0 +1,123 @@
+"""Creating and loading models: packaged configurations, every way weights come, and errors that say what is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.writing import write_checkpoint
+from cldm.config import load_config, override
+from cldm.model import create_model, load_control, load_state_dict, load_weights
+from ldm.util import ConfigError
+from tests.cldm.tiny import tiny_config, tiny_model
+from tutorial_train import Settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A filled small model, its configuration file and its weights in fp32 and fp16."""
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny_model("sd2")
+    OmegaConf.save({"model": tiny_config("sd2")}, folder / "small.yaml")
+    write_checkpoint(folder / "full.safetensors", model.state_dict(), progress=False)
+    write_checkpoint(folder / "half.ckpt", model.state_dict(), dtype=torch.float16, progress=False)
+    return model, folder
+
+
+def test_the_published_idiom_and_the_quick_way_give_the_same_model(saved):
+    model, folder = saved
+    idiom = create_model(str(folder / "small.yaml")).cpu()
+    idiom.load_state_dict(load_state_dict(folder / "full.safetensors", location="cpu"))
+    quick = create_model(folder / "small.yaml", weights=folder / "full.safetensors")
+    for other in (idiom, quick):
+        assert other.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
+    assert not any(b.is_meta for b in [*quick.buffers(), *quick.parameters()])
+    wanted = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in quick.named_parameters() if p.requires_grad} == wanted
+    assert quick.device == quick.first_stage_model.device == torch.device("cpu")
+    torch.testing.assert_close(quick.lvlb_weights, model.lvlb_weights)
+
+
+def test_half_precision_files_fill_single_precision_models(saved):
+    model, folder = saved
+    loaded = create_model(folder / "small.yaml", weights=folder / "half.ckpt")
+    key = "control_model.input_blocks.1.0.in_layers.2.weight"
+    assert loaded.state_dict()[key].dtype == torch.float32
+    torch.testing.assert_close(loaded.state_dict()[key], model.state_dict()[key].half().float())
+
+
+def test_published_files_lack_logvar(saved, tmp_path):
+    model, folder = saved
+    entries = {k: v for k, v in model.state_dict().items() if k != "logvar"}
+    write_checkpoint(tmp_path / "published.safetensors", entries, progress=False)
+    loaded = create_model(folder / "small.yaml", weights=tmp_path / "published.safetensors")
+    assert torch.equal(loaded.logvar, torch.zeros(1000))
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", ""])
+def test_a_controlnet_alone(saved, tmp_path, prefix):
+    model, folder = saved
+    entries = {prefix + k: v + 1 for k, v in model.control_model.state_dict().items()}
+    write_checkpoint(tmp_path / "control.safetensors", entries, progress=False)
+    loaded = create_model(folder / "small.yaml", weights=folder / "full.safetensors")
+    report = load_control(loaded, tmp_path / "control.safetensors")
+    assert len(report.loaded) == len(entries) and not report.ignored
+    assert torch.equal(loaded.control_model.zero_convs[0][0].weight, model.control_model.zero_convs[0][0].weight + 1)
+
+
+def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
+    model, folder = saved
+    write_checkpoint(tmp_path / "base.safetensors", model.model.state_dict(prefix="model."), progress=False)
+    with pytest.raises(CheckpointError, match="entries are missing"):
+        create_model(folder / "small.yaml", weights=tmp_path / "base.safetensors")
+    with pytest.raises(CheckpointError, match="holds no ControlNet"):
+        load_control(model, tmp_path / "base.safetensors")
+    other = tiny_model("sd1")
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"another shape, e.g. .*proj_in.* is \[\d+, \d+\] where \[\d+, \d+, 1, 1\]"):
+        load_weights(other, folder / "full.safetensors")
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+    no_control = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
+    write_checkpoint(tmp_path / "plain.safetensors", no_control, progress=False)
+    with pytest.raises(CheckpointError, match="tool_add_control"):
+        create_model(folder / "small.yaml", weights=tmp_path / "plain.safetensors")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load_state_dict(tmp_path / "nowhere.ckpt")
+
+
+def test_configurations_are_found_by_name_and_mistakes_named(tmp_path):
+    assert load_config("cldm_tiny").model.target == "cldm.cldm.ControlLDM"
+    with pytest.raises(ConfigError, match="cldm_v15"):
+        load_config("cldm_v99")
+    (tmp_path / "broken.yaml").write_text("model: [1, 2")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n- 2")
+    with pytest.raises(ConfigError, match="must hold a mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "empty.yaml").write_text("training: 3")
+    with pytest.raises(ConfigError, match="`model:`"):
+        create_model(tmp_path / "empty.yaml")
+
+
+def test_overrides_are_typed():
+    settings = override(Settings(), ["steps=7", "sd_locked=false", "out=/x/y", "learning_rate=1e-5"])
+    assert (settings.steps, settings.sd_locked, settings.out, settings.learning_rate) == (7, False, "/x/y", 1e-5)
+    for wrong in (["steps=1.5"], ["sd_locked=perhaps"], ["nosuch=1"]):
+        with pytest.raises(ConfigError, match=wrong[0].split("=")[0]):
+            override(Settings(), wrong)
+
+
+def test_importing_the_core_is_light():
+    code = "import sys, cldm.cldm, cldm.model; print([m for m in ('open_clip', 'diffusers', 'timm') if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

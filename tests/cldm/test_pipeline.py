@@ -1,0 +1,136 @@
+"""The pipeline, the reference's switches in `cldm.hack`, and pictures while training."""
+
+import numpy as np
+import pytest
+import torch
+
+from cldm.ddim_hacked import DDIMSampler as HackedSampler
+from cldm.hack import enable_sliced_attention, hack_everything
+from cldm.logger import ImageLogger
+from cldm.pictures import grid, save_png
+from cldm.pipeline import BatchedGuidance, ControlPipeline, strength_scales
+from ldm.modules.attention import get_attention, sliced_attention
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.util import instantiate_from_config
+from tests.cldm.tiny import GUESS_SCALES, Inputs, tiny_config, tiny_model
+from tests.parity import fill_
+
+SMALL_TEXT = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": {"width": 48, "layers": 1, "heads": 4}}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fill_(instantiate_from_config(tiny_config("sd1", cond_stage_config=SMALL_TEXT))).eval()
+
+
+def hint(seed=0, size=64):
+    return np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_one_batched_call_gives_the_numbers_of_the_published_two(guess_mode):
+    model, inputs = tiny_model("sd1"), Inputs("sd1")
+    model.control_scales = strength_scales(0.7, guess_mode)
+    uncond = {**inputs.uncond, "c_concat": None} if guess_mode else inputs.uncond
+    calls = []
+    handle = model.model.diffusion_model.register_forward_pre_hook(lambda *a: calls.append(1))
+    with torch.no_grad():
+        batched = BatchedGuidance(model).guided_output(inputs.x, inputs.t, inputs.cond, 3.0, uncond)
+        assert len(calls) == 1
+        apart = HackedSampler(model).guided_output(inputs.x, inputs.t, inputs.cond, 3.0, uncond)
+    handle.remove()
+    torch.testing.assert_close(batched, apart, atol=1e-4, rtol=1e-4)
+
+
+def test_scales_of_guess_mode():
+    assert strength_scales(1.0, True) == pytest.approx(GUESS_SCALES) and strength_scales(0.5) == [0.5] * 13
+
+
+def test_the_same_seed_gives_the_same_pictures_and_the_model_is_left_as_it_was(model):
+    model.train()
+    scales = model.control_scales
+    pipeline = ControlPipeline(model)
+    calls = []
+    handle = model.control_model.input_hint_block.register_forward_pre_hook(lambda *a: calls.append(1))
+    first, again, other = (pipeline(hint(), "a", num_samples=2, steps=3, seed=s, strength=0.5, eta=0.5) for s in (1, 1, 2))
+    handle.remove()
+    assert first.shape == (2, 64, 64, 3) and first.dtype == np.uint8
+    assert np.array_equal(first, again) and not np.array_equal(first, other) and not np.array_equal(first[0], first[1])
+    assert len(calls) == 3  # the hint is encoded once a run
+    assert model.training and model.control_scales is scales
+    model.eval()
+
+
+def test_hints_prompts_and_sizes_in_every_form(model):
+    pipeline = ControlPipeline(model)
+    several = np.stack([hint(0), hint(1)])
+    out = pipeline(several, ["a", "b"], negative_prompt="c", steps=2, seed=0, guess_mode=True)
+    tensor = (torch.from_numpy(several).float() / 255).permute(0, 3, 1, 2)
+    assert np.array_equal(out, pipeline(tensor, ["a", "b"], negative_prompt=["c", "c"], steps=2, seed=0, guess_mode=True))
+    assert pipeline(None, "a", size=(64, 128), steps=1, guidance_scale=1.0).shape == (1, 64, 128, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"hint": np.zeros((60, 64, 3), np.uint8)}, "multiples of 64"),
+        ({"hint": np.zeros((64, 64), np.uint8)}, "HWC3"),
+        ({"hint": np.zeros((64, 64, 3), np.float32)}, "uint8"),
+        ({"hint": torch.full((1, 3, 64, 64), 2.0)}, r"\[0, 1\]"),
+        ({"prompt": ["a", "b", "c"], "num_samples": 2}, "3 prompts"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_mistakes_are_named(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ControlPipeline(model)(**{"hint": hint(), "prompt": "a", "steps": 1, **arguments})
+
+
+def test_sliced_attention_is_a_switch_read_when_called():
+    model, inputs = tiny_model("sd1"), Inputs("sd1")
+    with torch.no_grad():
+        full = model.apply_model(inputs.x, inputs.t, inputs.cond)
+        enable_sliced_attention()
+        try:
+            assert get_attention() is sliced_attention
+            torch.testing.assert_close(model.apply_model(inputs.x, inputs.t, inputs.cond), full, atol=1e-5, rtol=1e-5)
+        finally:
+            enable_sliced_attention(False)
+
+
+def test_long_prompts_and_clip_skip(model):
+    forward = FrozenCLIPEmbedder.forward
+    try:
+        hack_everything(clip_skip=1)
+        assert model.get_learned_conditioning(["cat " * 100]).shape == (1, 231, 48)
+    finally:
+        FrozenCLIPEmbedder.forward = forward
+    assert model.get_learned_conditioning(["cat"]).shape == (1, 77, 48)
+
+
+def test_image_logger_saves_each_kind_and_an_overview(model, tmp_path):
+    images = {kind: torch.rand(2, 3, 64, 64) * 2 - 1 for kind in ("control", "samples")}
+    ImageLogger(max_images=2).log_local(tmp_path, "train", images, global_step=7, current_epoch=1, batch_idx=3)
+    assert {p.name for p in (tmp_path / "image_log" / "train").iterdir()} == {
+        f"{kind}_gs-000007_e-000001_b-000003.png" for kind in ("control", "samples", "overview")
+    }
+    due = ImageLogger(batch_frequency=5)
+    assert [i for i in range(11) if due.check_frequency(i)] == [0, 5, 10]
+
+
+def test_log_images_of_a_control_model(model):
+    batch = {"jpg": torch.rand(2, 64, 64, 3) * 2 - 1, "hint": torch.rand(2, 64, 64, 3), "txt": ["a", "b"]}
+    images = model.log_images(batch, N=2, sample=True, ddim_steps=2)
+    assert set(images) == {"reconstruction", "control", "conditioning", "samples", "samples_cfg_scale_9.00"}
+    assert all(picture.shape == (2, 3, 64, 64) for picture in images.values())
+    torch.testing.assert_close(images["control"], batch["hint"].permute(0, 3, 1, 2) * 2 - 1)
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    picture = grid([[hint(), hint(1)], [hint(2)]], gap=4, scale=2)
+    assert picture.shape == (4 + 2 * 132, 4 + 2 * 132, 3)
+    save_png(tmp_path / "a" / "x.png", picture)
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_png(tmp_path / "a" / "y.png", picture)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.png"]

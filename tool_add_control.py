@@ -1,0 +1,60 @@
+"""Add a ControlNet to a base model: a copy of its encoder with new zero convolutions and hint encoder, to be trained.
+
+    python tool_add_control.py INPUT OUTPUT
+
+INPUT is any weights file or diffusers folder with a base model; it is read tensor by tensor, and never executed. A
+ControlNet that it holds already is kept. OUTPUT's suffix chooses the format: .safetensors, or .ckpt, .pth, .pt, .bin.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cldm.checkpoint.control import AddedControl, add_control
+from cldm.checkpoint.writing import FLOAT_DTYPES
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", metavar="INPUT", help="base model: weights file, or folder of diffusers")
+    parser.add_argument("output", metavar="OUTPUT", help="weights file to write")
+    parser.add_argument("--config", help="cldm_v15, cldm_v21, cldm_tiny, or a YAML file; "
+                        "recognised from the weights by default")  # fmt: skip
+    parser.add_argument("--control-from", metavar="FILE", help="start from the ControlNet in this file, of any layout")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights; as they are by default")
+    parser.add_argument(
+        "--half", dest="dtype", action="store_const", const="float16", help="the same as --dtype float16"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite OUTPUT if it exists")
+    return parser.parse_args(argv)
+
+
+def summary(args: argparse.Namespace, added: AddedControl) -> str:
+    """What was done, with the new entries one a line."""
+    lines = [f"new: {key}" for key in added.new]
+    lines += added.notes
+    if added.dropped:
+        lines.append(f"left out: {len(added.dropped)} entries that the model does not have, first {added.dropped[0]}")
+    lines.append(
+        f"wrote {args.output}: {len(added.entries)} entries, of which {len(added.new)} are new; of the ControlNet, "
+        f"{len(added.copied)} are copied from the UNet and {len(added.kept)} kept as they were"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        added = add_control(args.input, args.output, args.config, args.control_from, args.dtype, args.force)
+    except ValueError as error:
+        print(f"tool_add_control.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(summary(args, added))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

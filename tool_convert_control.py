@@ -1,0 +1,68 @@
+"""Convert weights from any layout to any other: full checkpoints, ControlNets alone, and those of diffusers.
+
+    python tool_convert_control.py INPUT OUTPUT --to LAYOUT
+
+INPUT is any weights file or diffusers folder; it is recognised by its content, read tensor by tensor, never executed.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cldm.checkpoint.converting import TARGETS, convert
+from cldm.checkpoint.writing import FLOAT_DTYPES
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    layouts = "\n".join(f"  {name:<20}{target.help}" for name, target in TARGETS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"layouts:\n{layouts}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", metavar="INPUT", help="weights file, or folder of diffusers")
+    parser.add_argument(
+        "output", metavar="OUTPUT", help=".safetensors, .ckpt, .pth, .pt or .bin file, or a folder to make"
+    )
+    parser.add_argument("--to", required=True, choices=TARGETS, metavar="LAYOUT", help="one of those below")
+    parser.add_argument("--base", metavar="FILE", help="the base model of the ControlNet: supplies what INPUT lacks; if "
+                        "the base in INPUT differs (trained with sd_locked=False), it is written beside OUTPUT")  # fmt: skip
+    parser.add_argument("--with-base", action="store_true", help="write INPUT's base model beside OUTPUT in any case")
+    parser.add_argument("--config", help="configuration by name or path, for models of no known family")
+    parser.add_argument("--ema", action="store_true", help="take the UNet's averaged weights")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights; as they are by default")
+    parser.add_argument("--global-average-pooling", action="store_true", default=None,
+                        help="the ControlNet averages its outputs (shuffle of ControlNet 1.1)")  # fmt: skip
+    parser.add_argument(
+        "--prediction", choices=("eps", "v"), help="what the model predicts, where the file does not tell"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite what exists")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        lines = convert(
+            args.input,
+            args.output,
+            args.to,
+            base=args.base,
+            with_base=args.with_base,
+            config=args.config,
+            ema=args.ema,
+            dtype=args.dtype,
+            global_average_pooling=args.global_average_pooling,
+            prediction=args.prediction,
+            overwrite=args.force,
+        )
+    except ValueError as error:
+        print(f"tool_convert_control.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
