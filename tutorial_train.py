@@ -47,18 +47,18 @@ class Settings:
     weights: str = ""  # with control, as tool_add_control.py writes them
     data: str = TINY_DATA  # folder with prompt.json; the default is made if absent
     out: str = "runs/tutorial"
-    steps: int = 600  # optimizer steps
+    steps: int = 900  # optimizer steps
     batch_size: int = 32
     accumulate: int = 1  # batches a step
-    learning_rate: float = 5e-4
+    learning_rate: float = 1.5e-3  # for the tiny model; real weights want 1e-5
     sd_locked: bool = True
     only_mid_control: bool = False
     precision: str = "32-true"  # or bf16-mixed, 16-mixed
     accelerator: str = "auto"
     devices: int = 1
     workers: int = 0  # processes that load data
-    log_every: int = 100  # steps between pictures and scores
-    save_every: int = 200  # steps between checkpoints
+    log_every: int = 50  # steps between pictures and scores
+    save_every: int = 300  # steps between checkpoints
     held_out: int = 64  # pairs at the end of the data that are not trained on
     sample_steps: int = 20  # DDIM steps, and
     guidance_scale: float = 3.0  # of the pictures made while training and for the score
@@ -115,7 +115,7 @@ def train(s: Settings) -> None:
         precision=s.precision,
         accumulate_grad_batches=s.accumulate,
         callbacks=callbacks,
-        logger=CSVLogger(out, name="", version="log"),
+        logger=CSVLogger(out, name="log"),
         log_every_n_steps=10,
         enable_model_summary=False,
     )
@@ -133,7 +133,7 @@ def train(s: Settings) -> None:
         for name, what in {
             "result.png": "prompt, hint, target, before, after",
             "image_log": "pictures while training",
-            "log/metrics.csv": "loss, and fill/iou every few steps",
+            "log/version_*/metrics.csv": "loss, and fill/iou every few steps",
             "model.safetensors": "the trained model",
             "checkpoints/last.ckpt": "to go on training with more steps",
         }.items():

@@ -48,6 +48,7 @@ _STORAGE_NAMES = {
 _ALIGNMENT = 64  # bytes; where torch.save places tensors in its archives, so that they can be mapped
 _SPARE = 1 << 20  # bytes beyond the tensors' own: headers and directories
 _CHUNK = 1 << 20  # bytes handed to the file at once; few enough to stay in the processor's cache between read and write
+_SEND = 32 << 20  # bytes after which they are sent on to the disk
 _FOLDER_SIGNS = ("config.json", "model_index.json")
 
 
@@ -80,7 +81,7 @@ def write_checkpoint(
     check_target(path, overwrite, folder=False)
     _check_space(path, _needed(plans))
     with _bar(path.name, sum(plan.info.nbytes for plan in plans), progress) as bar, interruptible():
-        with _replacing(path, overwrite) as temporary, open(temporary, "xb") as file:
+        with _replacing(path, overwrite) as temporary, _create(temporary) as file:
             write(file, plans, dict(metadata or {}), bar.update)
             _flush(file)
     return path
@@ -113,7 +114,7 @@ def write_folder(
     with _bar(path.name, total, progress) as bar, interruptible(), _replacing(path, overwrite) as temporary:
         for name, content in {**texts, **plans}.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary / name, "xb") as file:
+            with _create(temporary / name) as file:
                 if isinstance(content, str):
                     file.write(content.encode("utf-8"))
                 else:
@@ -279,6 +280,27 @@ def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+class _EagerFile(io.FileIO):
+    """A new file whose bytes set out for the disk while more are written, so that the last flush has little to wait for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb")
+        self._sent = 0
+
+    def write(self, data: Any) -> int:
+        written = super().write(data)
+        end = self.tell()
+        if end - self._sent >= _SEND and hasattr(os, "posix_fadvise"):
+            # Bytes that are not on the disk yet cannot be dropped; being told to, Linux begins to write them and goes on.
+            os.posix_fadvise(self.fileno(), self._sent, end - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = end
+        return written
+
+
+def _create(path: Path) -> BinaryIO:
+    return io.BufferedWriter(_EagerFile(path), _CHUNK)
 
 
 def _flush(file: BinaryIO) -> None:

@@ -190,4 +190,4 @@ def test_pictures_of_all_kinds_are_read(tmp_path):
 
 def test_the_module_runs_and_lists_itself():
     ran = subprocess.run([sys.executable, "-m", "annotator", "--list"], capture_output=True, text=True, check=True)
-    assert "low_threshold=100" in ran.stdout and "normalbae" in ran.stdout and not ran.stderr
+    assert "low_threshold=100" in ran.stdout and "pidinet" in ran.stdout and not ran.stderr

@@ -36,7 +36,7 @@ def test_a_short_run_and_going_on(data, tmp_path):
     picture = cv2.imread(str(out / "result.png"))
     assert picture is not None and picture.shape[1] > 8 * 64
     assert list((out / "image_log" / "train").glob("overview_*.png"))
-    with open(out / "log" / "metrics.csv") as file:
+    with open(out / "log" / "version_0" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(r["step"]) for r in rows if r.get("fill/iou")] == [2, 4]
     assert tutorial_train.main(arguments(data, out, steps=6)) == 0

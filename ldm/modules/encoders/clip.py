@@ -1,7 +1,7 @@
 """The text transformers of CLIP (Radford et al. 2021, section 2.4) in the two layouts that published weights use.
 
-Both are the same network: token and position embeddings, pre-norm blocks with causal attention, a final layer norm. Attribute
-names are the published keys. Shapes: B prompts, L tokens, D width, h heads, d width of a head.
+Both are the same network: token and position embeddings, pre-norm blocks with causal attention, a final layer norm.
+Attribute names are the published keys. Shapes: B prompts, L tokens, D width, h heads, d width of a head.
 """
 
 from collections.abc import Callable
@@ -76,8 +76,8 @@ class _Embeddings(nn.Module):
         return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        # The ids are always 0, 1, 2, ...: neither their absence from a file nor their type there (some hold floats) matters, nor
-        # what lies in the buffer before (nothing yet, after `to_empty`).
+        # The ids are always 0, 1, 2, ...: neither their absence from a file nor their type there (some hold floats)
+        # matters, nor what lies in the buffer before (nothing yet, after `to_empty`).
         key = f"{prefix}position_ids"
         ids = torch.arange(self.position_ids.shape[1], device=self.position_ids.device)[None]
         super()._load_from_state_dict({**state_dict, key: ids}, prefix, *args)
@@ -187,7 +187,9 @@ class _OpenTransformer(nn.Module):
 
 
 class OpenCLIPTextTransformer(nn.Module):
-    """The text tower under open_clip's names, with the projection and temperature that SD 2.x files carry and nothing here uses.
+    """The text tower under open_clip's names.
+
+    The projection and the temperature are there because SD 2.x files carry them; nothing here uses them.
 
     Args:
         width, heads, layers: of the transformer; the defaults are ViT-H/14's.

@@ -1,6 +1,7 @@
 """Encoders of conditionings: the text encoders of Stable Diffusion 1.x and 2.x, and small ones for other conditionings.
 
-All are built from their configuration alone; their weights come from the checkpoint. Shapes: B prompts, L tokens, D width.
+All are built from their configuration alone; their weights come from the checkpoint.
+Shapes: B prompts, L tokens, D width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -102,7 +103,7 @@ class _FrozenText(AbstractEncoder):
         return next(self.parameters()).device
 
     def tokenize(self, text: str | Sequence[str]) -> Tensor:
-        """Prompts -> token ids (B, L): begin, prompt, end, padding; what does not fit is cut off before the end token."""
+        """Prompts -> token ids (B, L): begin, prompt, end, padding; what does not fit is cut off before the end."""
         return tokenize(text, self.max_length, pad=self.PAD)
 
     def encode_with_transformer(self, tokens: Tensor) -> Tensor:
