@@ -36,8 +36,11 @@ def angular_difference(weight: Tensor) -> Tensor:
 
 
 def radial_difference(weight: Tensor) -> Tensor:
-    """Kernel (O, I, 5, 5) that weighs differences between the outer and the inner ring; the centre counts nothing."""
-    outer_weights = weight.flatten(2)[:, :, [0, 1, 2, 3, 5, 6, 7, 8]]
+    """Kernel (O, I, 5, 5) that weighs differences between the outer and the inner ring; the centre counts nothing.
+
+    The eight places of a ring, row by row, take the weights 1 to 8 of the nine: the published weights leave out the first, not the middle.
+    """
+    outer_weights = weight.flatten(2)[:, :, 1:]
     kernel = weight.new_zeros(*weight.shape[:2], 25)
     kernel[:, :, OUTER_RING] = outer_weights
     kernel[:, :, INNER_RING] = -outer_weights
