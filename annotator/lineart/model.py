@@ -1,4 +1,4 @@
-"""The generator of "Learning to generate line drawings" (Chan et al., CVPR 2022): a small residual image-to-image net."""
+"""The generator of "Learning to generate line drawings" (Chan et al., CVPR 2022): a small residual network."""
 
 from torch import Tensor, nn
 

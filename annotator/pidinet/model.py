@@ -17,7 +17,7 @@ MIN_SIDE = 8  # the picture is halved three times
 
 # Flat positions in a 3x3 kernel: for each, the neighbour one step on (anticlockwise) around the centre.
 NEXT_AROUND = [3, 0, 1, 6, 4, 2, 7, 8, 5]
-# Flat positions in a 5x5 kernel of a 3x3 kernel's eight outer entries: on the outer ring, and on the inner one.
+# Flat positions in a 5x5 kernel of the eight pixels two steps from the centre, and of those one step from it.
 OUTER_RING = [0, 2, 4, 10, 14, 20, 22, 24]
 INNER_RING = [6, 7, 8, 11, 13, 16, 17, 18]
 
@@ -72,9 +72,7 @@ class PixelDifferenceConv2d(nn.Conv2d):
 class Block(nn.Module):
     """A depthwise pixel difference, ReLU and 1x1 convolution with a residual; halves the picture first if told to."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, to_kernel: Callable[[Tensor], Tensor], halve: bool
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, to_kernel: Callable[[Tensor], Tensor], halve: bool) -> None:
         super().__init__()
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if halve else None
         self.conv1 = PixelDifferenceConv2d(in_channels, in_channels, to_kernel, groups=in_channels)

@@ -19,7 +19,7 @@ def detector(tmp_path_factory) -> PidiNetDetector:
     state_dict = case_state_dict(MANIFEST, META["cases"]["photo_coffee"])
     torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in state_dict.items()}, "epoch": 19}, path)
     detector = PidiNetDetector(device="cpu", weights=path.parent)
-    assert list(detector.network.state_dict()).sort() == list(open_manifest(MANIFEST)).sort()
+    assert sorted(detector.network.state_dict()) == sorted(open_manifest(MANIFEST))
     return detector
 
 
