@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.openaimodel import BlockOptions, TimestepEmbedSequential, UNetModel, build_encoder
-from ldm.modules.diffusionmodules.util import channels_last, conv_nd, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import conv_nd, timestep_embedding, zero_module
 from ldm.util import ConfigError, instantiate_from_config, log_txt_as_img
 
 # Output channels and strides of the hint encoder's convolutions before the last: 8 times smaller in all, as the latent is.
@@ -120,7 +120,7 @@ class ControlNet(nn.Module):
     def encode_hint(self, hint: Tensor) -> Tensor:
         """hint (B, hint_channels, H, W) in [0, 1] -> (B, model_channels, h, w). Does not depend on the timestep."""
         weight = self.input_hint_block[0].weight
-        return self.input_hint_block(channels_last(hint.to(weight.dtype)), None, None)
+        return self.input_hint_block(hint.to(weight.dtype), None, None)
 
     def forward(
         self,
@@ -146,7 +146,7 @@ class ControlNet(nn.Module):
         )  # (B, E)
         if guided_hint is None:
             guided_hint = self.encode_hint(hint)  # (B, model_channels, h, w)
-        hidden = self.input_blocks[0](channels_last(x.to(dtype)), emb, context)
+        hidden = self.input_blocks[0](x.to(dtype), emb, context)
         if guided_hint.shape[2:] != hidden.shape[2:]:
             size = tuple(8 * s for s in x.shape[2:])
             raise ValueError(

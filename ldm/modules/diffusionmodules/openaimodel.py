@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
-    channels_last,
     checkpoint,
     conv_nd,
     linear,
@@ -575,7 +574,7 @@ class UNetModel(nn.Module):
 
     def encode(self, x: Tensor, emb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The middle block's output (B, C, h', w') and the skip connections, first level first."""
-        hidden = channels_last(x.to(self.input_blocks[0][0].weight.dtype))
+        hidden = x.to(self.input_blocks[0][0].weight.dtype)
         skips = []
         for block in self.input_blocks:
             hidden = block(hidden, emb, context)

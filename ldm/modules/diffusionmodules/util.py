@@ -20,7 +20,6 @@ from ldm.models.diffusion.schedule import (
 __all__ = [
     "GroupNorm32",
     "avg_pool_nd",
-    "channels_last",
     "checkpoint",
     "conv_nd",
     "extract_into_tensor",
@@ -77,14 +76,6 @@ def normalization(channels: int) -> GroupNorm32:
     if channels % 32:
         raise ValueError(f"group normalisation has 32 groups: {channels} channels are no multiple of 32")
     return GroupNorm32(32, channels)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """`x` with its channels innermost in memory if it is a picture (B, C, H, W).
-
-    Convolutions are fastest so, hand the layout on to all that follows, and tokens are then a view of the picture.
-    """
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def zero_module(module: nn.Module) -> nn.Module:
