@@ -36,9 +36,10 @@ def angular_difference(weight: Tensor) -> Tensor:
 
 
 def radial_difference(weight: Tensor) -> Tensor:
-    """Kernel (O, I, 5, 5) that weighs differences between the outer and the inner ring; the centre counts nothing.
+    """Kernel (O, I, 5, 5) that weighs differences between the outer and the inner ring.
 
-    The eight places of a ring, row by row, take the weights 1 to 8 of the nine: the published weights leave out the first, not the middle.
+    The eight places of a ring, row by row, take the last eight of the nine weights: the published network leaves out
+    the first, not the middle.
     """
     outer_weights = weight.flatten(2)[:, :, 1:]
     kernel = weight.new_zeros(*weight.shape[:2], 25)

@@ -1,0 +1,232 @@
+"""The Fill task: a circle's outline as the hint, the filled circle on a plain ground as the picture, both colours in the prompt.
+
+A sample depends on its number and the seed alone, so that any part of a set can be made anywhere, in any order.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import ImageColor
+from tqdm import tqdm
+
+from cldm.pictures import save_png
+
+Colour = tuple[int, int, int]
+
+# The web's named colours in words, common names first; of names for the same colour (aqua and cyan, gray and grey) one is here.
+_NAMES = """
+burly wood, orange, black, white, red, green, blue, yellow, gray, purple, pink, brown, teal, navy, olive, maroon, sky blue,
+violet, salmon, turquoise, lime, aqua, fuchsia, gold, khaki, alice blue, antique white, aquamarine, azure, beige, bisque,
+blanched almond, blue violet, cadet blue, chartreuse, chocolate, coral, cornflower blue, cornsilk, crimson, dark blue, dark
+cyan, dark goldenrod, dark gray, dark green, dark khaki, dark magenta, dark olive green, dark orange, dark orchid, dark red,
+dark salmon, dark sea green, dark slate blue, dark slate gray, dark turquoise, dark violet, deep pink, deep sky blue, dim
+gray, dodger blue, fire brick, floral white, forest green, gainsboro, ghost white, goldenrod, green yellow, honeydew, hot
+pink, indian red, indigo, ivory, lavender, lavender blush, lawn green, lemon chiffon, light blue, light coral, light cyan,
+light goldenrod yellow, light gray, light green, light pink, light salmon, light sea green, light sky blue, light slate gray,
+light steel blue, light yellow, lime green, linen, medium aquamarine, medium blue, medium orchid, medium purple, medium sea
+green, medium slate blue, medium spring green, medium turquoise, medium violet red, midnight blue, mint cream, misty rose,
+moccasin, navajo white, old lace, olive drab, orange red, orchid, pale goldenrod, pale green, pale turquoise, pale violet
+red, papaya whip, peach puff, peru, plum, powder blue, rebecca purple, rosy brown, royal blue, saddle brown, sandy brown, sea
+green, sea shell, sienna, silver, slate blue, slate gray, snow, spring green, steel blue, tan, thistle, tomato, wheat, white
+smoke, yellow green
+"""
+COLOURS: dict[str, Colour] = {
+    name: ImageColor.getrgb(name.replace(" ", ""))[:3]
+    for name in (n.strip() for n in _NAMES.replace("\n", " ").split(","))
+}
+
+
+def colour_distances(colours: Sequence[Colour]) -> np.ndarray:
+    """Euclidean CIELAB distances between colours (n,) -> (n, n); 2 is just noticeable, black to white is 100."""
+    rgb = np.asarray(colours, dtype=np.float32).reshape(1, -1, 3) / 255
+    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0]
+    return np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+
+
+def tellable(colours: Mapping[str, Colour], distance: float) -> dict[str, Colour]:
+    """Colours in their order, leaving out each that is nearer than `distance` to one before it."""
+    names = list(colours)
+    distances = colour_distances([colours[n] for n in names])
+    kept: list[int] = []
+    for i in range(len(names)):
+        if all(distances[i, j] >= distance for j in kept):
+            kept.append(i)
+    return {names[i]: colours[names[i]] for i in kept}
+
+
+# `clear`: colours that stay tellable after an autoencoder; `web`: all.
+PALETTES: dict[str, dict[str, Colour]] = {"web": COLOURS, "clear": tellable(COLOURS, 28.0)}
+
+# Circle and ground differ by at least this much, so that a circle can be seen on its ground.
+_MINIMUM_CONTRAST = 30.0
+
+
+@dataclass(frozen=True)
+class FillSample:
+    """One sample: pictures (size, size, 3) uint8 RGB, the prompt, and what was drawn (pixels, from the top left corner)."""
+
+    source: np.ndarray
+    target: np.ndarray
+    prompt: str
+    centre: tuple[float, float]  # x, y
+    radius: float
+    circle: str
+    ground: str
+
+
+@lru_cache(maxsize=8)
+def _contrasting(names: tuple[str, ...], colours: tuple[Colour, ...]) -> list[tuple[str, str]]:
+    """All (circle, ground) pairs of names whose colours differ enough."""
+    distances = colour_distances(colours)
+    return [
+        (names[i], names[j])
+        for i in range(len(names))
+        for j in range(len(names))
+        if distances[i, j] >= _MINIMUM_CONTRAST
+    ]
+
+
+def draw_fill(index: int, size: int, seed: int, colours: Mapping[str, Colour] = COLOURS) -> FillSample:
+    """Sample number `index` of the set with this seed, at `size` pixels a side.
+
+    Circles lie wholly inside the picture; their radius is 0.12 to 0.4 of the side. The same sample at another size is the same scene.
+
+    Raises:
+        ValueError: the size is under 16, or no two colours contrast.
+    """
+    if size < 16:
+        raise ValueError(f"a Fill picture needs at least 16 pixels a side, found {size}")
+    prompt, circle, ground, (x, y, radius) = describe_fill(index, seed, colours)
+    x, y, radius = x * size, y * size, radius * size
+    source = paint_circle(size, (x, y), radius, (255, 255, 255), (0, 0, 0), outline=max(1.5, size / 256))
+    target = paint_circle(size, (x, y), radius, colours[circle], colours[ground])
+    return FillSample(source, target, prompt, (x, y), radius, circle, ground)
+
+
+def describe_fill(
+    index: int, seed: int, colours: Mapping[str, Colour] = COLOURS
+) -> tuple[str, str, str, tuple[float, float, float]]:
+    """Prompt, circle and ground colour, and x, y, radius in units of the side, of a sample: what `draw_fill` draws."""
+    pairs = _contrasting(tuple(colours), tuple(tuple(c) for c in colours.values()))
+    if not pairs:
+        raise ValueError("the palette has no two colours that can be told apart")
+    rng = np.random.default_rng([seed, index])
+    circle, ground = pairs[rng.integers(len(pairs))]
+    radius = rng.uniform(0.12, 0.4)
+    x, y = rng.uniform(radius + 0.02, 1 - radius - 0.02, size=2)
+    return f"{circle} circle with {ground} background", circle, ground, (float(x), float(y), float(radius))
+
+
+def paint_circle(
+    size: int, centre: tuple[float, float], radius: float, colour: Colour, ground: Colour, outline: float | None = None
+) -> np.ndarray:
+    """An antialiased disc, or a ring `outline` pixels wide, on a plain ground: (size, size, 3) uint8."""
+    picture = np.empty((size, size, 3), dtype=np.uint8)
+    picture[:] = ground
+    # Only the square around the circle needs work, which at large sizes is most of the time.
+    reach = radius + (outline or 0) / 2 + 1
+    left, top = (max(int(c - reach), 0) for c in centre)
+    right, bottom = (min(int(c + reach) + 2, size) for c in centre)
+    x = np.arange(left, right, dtype=np.float32) + 0.5
+    y = np.arange(top, bottom, dtype=np.float32) + 0.5
+    distance = np.hypot(x[None] - centre[0], y[:, None] - centre[1])
+    inside = radius - distance if outline is None else outline / 2 - np.abs(distance - radius)
+    cover = np.clip(inside + 0.5, 0, 1)[..., None]
+    picture[top:bottom, left:right] = np.rint(cover * np.float32(colour) + (1 - cover) * np.float32(ground))
+    return picture
+
+
+def generate_fill(
+    folder: str | Path,
+    count: int,
+    size: int = 512,
+    seed: int = 0,
+    palette: str = "web",
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a Fill set: `source/N.png`, `target/N.png` and `prompt.json`, as Fill50K is laid out.
+
+    Can be interrupted: pictures that are there are kept, and `prompt.json` is written last. A folder that holds a set of other settings
+    is refused; a larger `count` goes on.
+
+    Args:
+        folder: made if need be.
+        count: number of pairs.
+        size: pixels a side, a multiple of 64.
+        seed: of the set.
+        palette: one of PALETTES.
+        workers: threads; as many as there are processors, by default.
+        progress: show a progress bar.
+
+    Returns:
+        the path of `prompt.json`.
+
+    Raises:
+        ValueError: settings out of range, or a folder that holds something else.
+    """
+    folder = Path(folder)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, found {count}")
+    if size < 64 or size % 64:
+        raise ValueError(f"size must be a multiple of 64, found {size}")
+    if palette not in PALETTES:
+        raise ValueError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, found {workers}")
+    _claim(folder, {"size": size, "seed": seed, "palette": palette})
+    for part in ("source", "target"):
+        (folder / part).mkdir(exist_ok=True)
+    todo = [(folder, i, size, seed, palette) for i in range(count) if not (folder / f"target/{i}.png").is_file()]
+    # Threads, not processes: drawing and encoding run outside Python's lock, and processes would each import torch first.
+    with (
+        tqdm(total=count, initial=count - len(todo), unit="pair", desc=str(folder), disable=not progress) as bar,
+        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+    ):
+        for start in range(
+            0, len(todo), 1000
+        ):  # in portions, so that an interruption does not wait for all that was queued
+            for done in as_completed([pool.submit(_write_sample, *job) for job in todo[start : start + 1000]]):
+                done.result()
+                bar.update()
+    lines = []
+    for i in range(count):
+        prompt = describe_fill(i, seed, PALETTES[palette])[0]
+        lines.append(json.dumps({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}))
+    listing = folder / "prompt.json"
+    temporary = folder / "prompt.json.tmp"
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, listing)
+    return listing
+
+
+def _claim(folder: Path, settings: dict[str, int | str]) -> None:
+    """Make the folder and note what set it holds, or check that it holds this one."""
+    note = folder / "fill.json"
+    if note.is_file():
+        try:
+            found = json.loads(note.read_text())
+        except json.JSONDecodeError:
+            found = None
+        if found != settings:
+            raise ValueError(
+                f"{folder} holds a Fill set of other settings ({found}, wanted {settings}); choose another folder"
+            )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and was not made by this generator; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(settings))
+
+
+def _write_sample(folder: Path, index: int, size: int, seed: int, palette: str) -> None:
+    sample = draw_fill(index, size, seed, PALETTES[palette])
+    save_png(folder / f"source/{index}.png", sample.source)
+    save_png(folder / f"target/{index}.png", sample.target)  # last: where it is, the pair is whole

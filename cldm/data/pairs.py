@@ -1,0 +1,184 @@
+"""Image pairs on disk: a folder with `prompt.json`, one JSON object a line with `source`, `target` and `prompt`.
+
+Everything that can be known before training is found by `check`: missing files, broken lines, sizes that do not fit.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+
+KEYS = ("source", "target", "prompt")
+
+
+class DataError(ValueError):
+    """A data folder that cannot be trained on; the message names the file or the line."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One line of `prompt.json`; paths are whole."""
+
+    source: Path
+    target: Path
+    prompt: str
+
+
+def read_pairs(root: str | Path, prompts: str = "prompt.json") -> list[Pair]:
+    """The pairs that `root/prompt.json` lists.
+
+    Raises:
+        DataError: no such folder or file, no pairs, or a line that is no object with the three texts.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataError(
+            f"there is no data folder {str(root)!r}; `python tutorial_dataset.py --out {root}` makes a Fill set there"
+        )
+    path = root / prompts
+    if not path.is_file():
+        raise DataError(f"{path} is missing: it must hold one JSON object a line with {', '.join(KEYS)}")
+    pairs = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            pairs.append(_parse(line, f"{path}, line {number}", root))
+    if not pairs:
+        raise DataError(f"{path} lists no pairs")
+    return pairs
+
+
+def _parse(line: str, where: str, root: Path) -> Pair:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is no JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} must be an object with {', '.join(KEYS)}, found {type(entry).__name__}")
+    for key in KEYS:
+        if not isinstance(entry.get(key), str):
+            found = "nothing" if key not in entry else type(entry[key]).__name__
+            raise DataError(f"{where} needs a text under {key!r}, found {found}")
+    for key in ("source", "target"):
+        if not (root / entry[key]).resolve().is_relative_to(root.resolve()):
+            raise DataError(f"{where}: {key} {entry[key]!r} lies outside the data folder")
+    return Pair(root / entry["source"], root / entry["target"], entry["prompt"])
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """A picture as uint8 RGB (H, W, 3): turned as its EXIF says, 16 bits cut to 8, transparency laid on white.
+
+    Raises:
+        DataError: missing, or it does not decode.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16") or picture.mode == "I":
+                return np.repeat(
+                    (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2
+                )
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                rgba = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            return np.asarray(picture.convert("RGB"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} does not decode as a picture: {error}") from error
+
+
+def _stored_size(path: Path) -> tuple[int, int]:
+    """Height and width from the file's header."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(0x0112, 1) >= 5
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} does not decode as a picture: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+class PairDataset(Dataset):
+    """Items `{"jpg": target in [-1, 1], "txt": prompt, "hint": source in [0, 1]}`, pictures float32 (H, W, 3) RGB.
+
+    Args:
+        root: the data folder.
+        empty_prompts: share of prompts replaced by the empty one, drawn anew each time (0.5 in the paper, section 3.3; 0 in its
+            released code).
+        resolution: resize pictures so that they are this many pixels a side; as they are, by default.
+
+    Raises:
+        DataError: see `read_pairs`.
+    """
+
+    def __init__(self, root: str | Path, empty_prompts: float = 0.0, resolution: int | None = None) -> None:
+        if not 0.0 <= empty_prompts <= 1.0:
+            raise ValueError(f"empty_prompts must be between 0 and 1, found {empty_prompts}")
+        self.root = Path(root)
+        self.empty_prompts = empty_prompts
+        self.resolution = resolution
+        self.pairs = read_pairs(root)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self.pairs[index]
+        source, target = read_rgb(pair.source), read_rgb(pair.target)
+        _check_sizes(pair, source.shape[:2], target.shape[:2], self.resolution)
+        if self.resolution is not None:
+            source, target = (_resize(picture, self.resolution) for picture in (source, target))
+        prompt = pair.prompt
+        if self.empty_prompts and np.random.random() < self.empty_prompts:
+            prompt = ""
+        return {
+            "jpg": target.astype(np.float32) / 127.5 - 1.0,
+            "txt": prompt,
+            "hint": source.astype(np.float32) / 255.0,
+        }
+
+    def check(self, uniform: bool = True) -> tuple[int, int]:
+        """Look at the header of every picture, and decode the first pair; returns height and width.
+
+        Args:
+            uniform: all pairs must have one size, as batches need it.
+
+        Raises:
+            DataError: a file that is missing or broken, or sizes that do not fit.
+        """
+        first = self[0]["jpg"].shape[:2]
+        for pair in self.pairs:
+            size = _stored_size(pair.target)
+            _check_sizes(pair, _stored_size(pair.source), size, self.resolution)
+            if uniform and self.resolution is None and size != first:
+                raise DataError(
+                    f"{pair.target} is {size[1]}x{size[0]}, but {self.pairs[0].target} is {first[1]}x{first[0]}; batches need one size"
+                )
+        return int(first[0]), int(first[1])
+
+
+def _check_sizes(pair: Pair, source: tuple[int, int], target: tuple[int, int], resolution: int | None) -> None:
+    if tuple(source) != tuple(target):
+        raise DataError(
+            f"{pair.source} is {source[1]}x{source[0]}, its target {pair.target} is {target[1]}x{target[0]}; they must be equal"
+        )
+    if resolution is None and (target[0] % 64 or target[1] % 64 or 0 in target):
+        raise DataError(f"{pair.target} is {target[1]}x{target[0]}; sides must be multiples of 64")
+
+
+def _resize(picture: np.ndarray, resolution: int) -> np.ndarray:
+    shrinks = min(picture.shape[:2]) > resolution
+    return cv2.resize(
+        picture, (resolution, resolution), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4
+    )

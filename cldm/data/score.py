@@ -1,0 +1,138 @@
+"""How well generated pictures solve the Fill task: is the circle where the hint's is, and are both colours the prompt's?
+
+The painted circle is found in the picture alone, without looking at the hint.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from cldm.data.fill import COLOURS, Colour, FillSample, colour_distances
+
+# A painted colour counts as right within this CIELAB distance of the named one; the `clear` palette keeps 28 between colours.
+COLOUR_TOLERANCE = 14.0
+# A circle must stand out from the ground by this much, and cover this share of the picture, to count as painted.
+_MINIMUM_CONTRAST = 10.0
+_MINIMUM_AREA = 0.002
+
+
+@dataclass(frozen=True)
+class FillScore:
+    """Scores by picture, (N,) each; the properties are their means."""
+
+    ious: np.ndarray  # float, of the painted circle with the hint's disc
+    circle_right: np.ndarray  # bool
+    ground_right: np.ndarray  # bool
+
+    @property
+    def iou(self) -> float:
+        """Mean intersection over union, 0 to 1."""
+        return float(self.ious.mean())
+
+    @property
+    def colours(self) -> float:
+        """Share of pictures in which both colours are right."""
+        return float((self.circle_right & self.ground_right).mean())
+
+    def __str__(self) -> str:
+        return f"mean IoU {self.iou:.3f}, both colours right in {self.colours:.0%} of {len(self.ious)} pictures"
+
+
+def parse_prompt(prompt: str) -> tuple[str, str]:
+    """The names of circle and ground colour in "burly wood circle with orange background".
+
+    Raises:
+        ValueError: another kind of prompt, or a colour that is not among the web's.
+    """
+    match = re.fullmatch(r"\s*(.+?) circle with (.+?) background\s*", prompt.lower())
+    if not match:
+        raise ValueError(f'not a Fill prompt: {prompt!r}; expected "<colour> circle with <colour> background"')
+    by_letters = {name.replace(" ", ""): name for name in COLOURS}
+    names = []
+    for given in match.groups():
+        key = given.replace(" ", "").replace("grey", "gray")
+        if key not in by_letters:
+            raise ValueError(f"unknown colour {given!r} in the prompt {prompt!r}")
+        names.append(by_letters[key])
+    return names[0], names[1]
+
+
+def fill_geometry(source: np.ndarray) -> tuple[tuple[float, float], float]:
+    """Centre (x, y) and radius, in pixels, of the outline in a hint picture (H, W, 3) uint8, white on black.
+
+    Raises:
+        ValueError: the picture holds no outline.
+    """
+    mask = source.max(axis=2) if source.ndim == 3 else source
+    rows, columns = np.nonzero(mask > 64)
+    if len(rows) < 8:
+        raise ValueError("the hint holds no circle's outline")
+    weights = mask[rows, columns].astype(np.float64)
+    # Least squares for x^2 + y^2 = 2 a x + 2 b y + c: the centre is (a, b), the radius sqrt(c + a^2 + b^2).
+    x, y = columns + 0.5, rows + 0.5
+    system = np.stack([2 * x, 2 * y, np.ones_like(x)], axis=1) * weights[:, None]
+    a, b, c = np.linalg.lstsq(system, (x**2 + y**2) * weights, rcond=None)[0]
+    return (float(a), float(b)), float(np.sqrt(max(c + a * a + b * b, 0.0)))
+
+
+def disc(height: int, width: int, centre: tuple[float, float], radius: float) -> np.ndarray:
+    """The pixels (H, W) whose middle lies inside the circle, bool."""
+    x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
+    return (x[None] - centre[0]) ** 2 + (y[:, None] - centre[1]) ** 2 <= radius**2
+
+
+def painted_circle(image: np.ndarray) -> np.ndarray | None:
+    """The pixels (H, W), bool, of the shape painted on a plain ground in uint8 (H, W, 3); None where there is none.
+
+    The ground's colour is the median of the border; the shape is the largest connected region nearer to the other main colour.
+    """
+    lab = cv2.cvtColor(cv2.medianBlur(image, 3).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    border = np.concatenate([lab[0], lab[-1], lab[1:-1, 0], lab[1:-1, -1]])
+    distance = np.linalg.norm(lab - np.median(border, axis=0), axis=2)  # (H, W)
+    if distance.max() < _MINIMUM_CONTRAST:
+        return None
+    # Otsu's threshold splits the distances to the ground into two groups; it needs 8 bits.
+    scaled = np.clip(distance / distance.max() * 255, 0, 255).astype(np.uint8)
+    _, mask = cv2.threshold(scaled, 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
+    if count < 2:
+        return None
+    largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
+    region = labels == largest
+    if region.mean() < _MINIMUM_AREA:
+        return None
+    return region
+
+
+def score_fill(images: np.ndarray, samples: Sequence[FillSample], tolerance: float = COLOUR_TOLERANCE) -> FillScore:
+    """Score uint8 pictures (N, H, W, 3) against the samples whose hints and prompts they were made from.
+
+    Raises:
+        ValueError: not as many pictures as samples, or not uint8.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(samples):
+        raise ValueError(f"expected uint8 ({len(samples)}, H, W, 3), found {images.dtype} {images.shape}")
+    ious, circles, grounds = [], [], []
+    for image, sample in zip(images, samples, strict=True):
+        height, width, _ = image.shape
+        factor = width / sample.source.shape[1]
+        wanted = disc(height, width, (sample.centre[0] * factor, sample.centre[1] * factor), sample.radius * factor)
+        found = painted_circle(image)
+        if found is None:
+            found = np.zeros_like(wanted)
+        ious.append((wanted & found).sum() / max((wanted | found).sum(), 1))
+        circles.append(_is_colour(image[found], COLOURS[sample.circle], tolerance))
+        grounds.append(_is_colour(image[~found], COLOURS[sample.ground], tolerance))
+    return FillScore(np.array(ious), np.array(circles), np.array(grounds))
+
+
+def _is_colour(pixels: np.ndarray, wanted: Colour, tolerance: float) -> bool:
+    """Whether the median of (n, 3) pixels is within `tolerance` of a colour."""
+    if len(pixels) == 0:
+        return False
+    median = tuple(int(v) for v in np.median(pixels, axis=0))
+    return float(colour_distances([median, wanted])[0, 1]) <= tolerance
