@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cldm.checkpoint.converting import open_model, open_weights
 from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.reading import Checkpoint, TensorInfo, open_checkpoint
+from cldm.checkpoint.layout import CONTROL_PREFIX, Report, identify
+from cldm.checkpoint.lazy import LazyEntries, lazy_entries
+from cldm.checkpoint.reading import TensorInfo
 from cldm.config import load_config, model_section, resolve
 from ldm.util import ConfigError, instantiate_from_config
 
@@ -27,15 +30,32 @@ def get_state_dict(d: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def load_state_dict(ckpt_path: str | Path, location: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """All tensors of a weights file on `location`, whatever format it has; nothing in it is executed.
+    """All tensors of a weights file or folder on `location`, under the keys that a model here has; nothing is executed.
+
+    A file with such keys, or with keys of no known layout, comes as it is. A ControlNet without prefix gets its
+    `control_model.`, and what diffusers wrote gets the names of this library. What a file lacks is logged as a warning.
 
     Raises:
-        CheckpointError: the file is missing, broken, or holds something else than weights.
+        CheckpointError: the file is missing, broken, or holds something else than weights; or it is a difference, which
+            only `load_control` can add to its base.
     """
-    with open_checkpoint(ckpt_path) as checkpoint:
-        state_dict = {key: checkpoint[key].to(location) for key in checkpoint}
-    logger.info("read %d entries from %s", len(state_dict), ckpt_path)
+    with open_weights(ckpt_path) as (entries, checkpoint):
+        state_dict = {key: entries[key].to(location) for key in entries}
+        report = identify(checkpoint)
+    logger.info("read %d entries from %s (%s, %s)", len(state_dict), ckpt_path, report.layout, report.family)
+    _warn_if_partial(report)
     return state_dict
+
+
+def _warn_if_partial(report: Report) -> None:
+    if report.missing:
+        logger.warning(
+            "%s is an incomplete %s file of family %s: %d entries are missing (%s)",
+            report.path, report.layout, report.family, len(report.missing), abbreviate(report.missing),
+        )  # fmt: skip
+    if report.mismatched:
+        logger.warning("%s: %d entries are not of the shape that its family has (%s)",
+                       report.path, len(report.mismatched), abbreviate(report.mismatched))  # fmt: skip
 
 
 def create_model(
@@ -47,8 +67,9 @@ def create_model(
 
     Args:
         config_path: a YAML file, the name of a packaged one (`cldm_v15`, `cldm_v21`, `cldm_tiny`), or its content.
-        weights: a file to fill it from. The model then takes memory only for what is read, so this is the quick way. What the
-            file need not have (REFERENCE: `logvar`) keeps its initial value; anything else missing is an error.
+        weights: a file or folder to fill it from, of any layout that has the whole model. The model then takes memory only
+            for what is read, so this is the quick way. What a file need not have (`logvar`) keeps its initial value;
+            anything else missing is an error.
         device: of the parameters; `meta` makes a model without memory.
 
     Raises:
@@ -105,7 +126,7 @@ def abbreviate(keys: Iterable[str], most: int = 3) -> str:
 
 
 def load_weights(model: nn.Module, path: str | Path, optional: Iterable[str] = OPTIONAL) -> LoadReport:
-    """Fill `model` from a weights file, tensor by tensor; parameters on the meta device get memory as they are read.
+    """Fill `model` from a weights file or folder, tensor by tensor; parameters on the meta device get memory as they are read.
 
     Values are converted to the type that the model's entry has (fp16 files become fp32 weights).
 
@@ -115,31 +136,30 @@ def load_weights(model: nn.Module, path: str | Path, optional: Iterable[str] = O
     Raises:
         CheckpointError: entries are missing or of another shape. The model is unchanged then.
     """
-    with open_checkpoint(path) as checkpoint:
-        return _fill(model, checkpoint, tuple(optional))
+    with open_weights(path) as (entries, _):
+        return _fill(model, entries, tuple(optional))
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, optional: tuple[str, ...]) -> LoadReport:
+def _fill(model: nn.Module, entries: LazyEntries, optional: tuple[str, ...]) -> LoadReport:
     places = dict(model.state_dict(keep_vars=True))
-    missing = [key for key in places if key not in checkpoint]
-    wrong = [key for key in places if key in checkpoint and checkpoint.info(key).shape != tuple(places[key].shape)]
+    missing = [key for key in places if key not in entries]
+    wrong = [key for key in places if key in entries and entries.info(key).shape != tuple(places[key].shape)]
     needed = [key for key in missing if not key.startswith(optional)]
     if needed or wrong:
-        raise CheckpointError(_misfit(model, checkpoint, places, needed, wrong))
-    on_meta = [key for key, place in places.items() if place.is_meta]
-    report = LoadReport([k for k in places if k in checkpoint], missing, [k for k in checkpoint if k not in places])
+        raise CheckpointError(_misfit(model, entries, places, needed, wrong))
+    stranded = [key for key in missing if places[key].is_meta]
+    if stranded:
+        raise CheckpointError(
+            f"{entries.path}: {abbreviate(stranded)} are missing, and have no initial values in a model made without memory"
+        )
+    report = LoadReport([k for k in places if k in entries], missing, [k for k in entries if k not in places])
     with torch.no_grad():
         for key in report.loaded:
             if places[key].is_meta:
-                _give_memory(model, key, checkpoint[key].to(places[key].dtype))
+                _give_memory(model, key, entries[key].to(places[key].dtype))
             else:
-                checkpoint.read_into(key, places[key])
-    stranded = [key for key in on_meta if key in missing]
-    if stranded:
-        raise CheckpointError(
-            f"{checkpoint.path}: {abbreviate(stranded)} have no initial values in a model made without memory"
-        )
-    logger.info("%s: %s", checkpoint.path, report)
+                entries.read_into(key, places[key])
+    logger.info("%s: %s", entries.path, report)
     return report
 
 
@@ -154,14 +174,14 @@ def _give_memory(model: nn.Module, key: str, value: Tensor) -> None:
 
 
 def _misfit(
-    model: nn.Module, checkpoint: Checkpoint, places: Mapping[str, Tensor], missing: list[str], wrong: list[str]
+    model: nn.Module, entries: LazyEntries, places: Mapping[str, Tensor], missing: list[str], wrong: list[str]
 ) -> str:
     """What was found, what was expected, and which keys."""
-    lines = [f"{checkpoint.path} does not fit {type(model).__name__}:"]
+    lines = [f"{entries.path} does not fit {type(model).__name__}:"]
     if wrong:
         key = wrong[0]
         lines.append(
-            f"{len(wrong)} entries have another shape, e.g. {key} is {list(checkpoint.info(key).shape)} "
+            f"{len(wrong)} entries have another shape, e.g. {key} is {list(entries.info(key).shape)} "
             f"where {list(places[key].shape)} was expected;"
         )
     if missing:
@@ -170,49 +190,28 @@ def _misfit(
         lines.append("it holds no ControlNet: add one with tool_add_control.py")
     else:
         lines.append(
-            f"it holds {len(checkpoint)} entries ({abbreviate(checkpoint, 2)}): choose the configuration that belongs to it"
+            f"it holds {len(entries)} entries ({abbreviate(entries, 2)}): choose the configuration that belongs to it"
         )
     return " ".join(lines)
 
 
 def load_control(model: nn.Module, path: str | Path) -> LoadReport:
-    """Fill the ControlNet of `model` from any file that holds one: full, or control only with or without prefix.
+    """Fill the ControlNet of `model` from any file that holds one.
+
+    It may be a full checkpoint, a ControlNet alone with or without prefix, of diffusers, or stored as the difference to
+    its base, which is then added to the UNet that `model` has. The rest of the model stays as it is; what the file holds
+    beside a ControlNet is ignored, and reported so.
 
     Raises:
+        ConfigError: `model` has no ControlNet.
         CheckpointError: the file holds no ControlNet that fits; the model is unchanged then.
     """
     control = getattr(model, "control_model", None)
     if control is None:
         raise ConfigError(f"{type(model).__name__} has no ControlNet to load")
-    with open_checkpoint(path) as checkpoint:
-        prefix = "control_model." if any(key.startswith("control_model.") for key in checkpoint) else ""
-        view = _Prefixed(checkpoint, prefix)
-        if "input_hint_block.0.weight" not in view:
-            raise CheckpointError(f"{path} holds no ControlNet ({len(checkpoint)} entries: {abbreviate(checkpoint)})")
-        return _fill(control, view, ())
-
-
-class _Prefixed:
-    """A checkpoint's entries below a prefix, under their keys without it."""
-
-    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
-        self._checkpoint, self._prefix = checkpoint, prefix
-        self.path = checkpoint.path
-
-    def __contains__(self, key: str) -> bool:
-        return self._prefix + key in self._checkpoint
-
-    def __iter__(self):
-        return (key.removeprefix(self._prefix) for key in self._checkpoint if key.startswith(self._prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._checkpoint[self._prefix + key]
-
-    def info(self, key: str) -> TensorInfo:
-        return self._checkpoint.info(self._prefix + key)
-
-    def read_into(self, key: str, out: Tensor) -> None:
-        self._checkpoint.read_into(self._prefix + key, out)
+    with open_model(path, lazy_entries(model.state_dict())) as opened:
+        if not opened.has(CONTROL_PREFIX):
+            raise CheckpointError(f"{path} holds no ControlNet: it is a {opened.report.layout} file")
+        report = _fill(control, opened.state_dict(CONTROL_PREFIX), ())
+        beside = [key for key in opened.entries if not key.startswith(CONTROL_PREFIX)]
+    return replace(report, ignored=[*report.ignored, *beside])

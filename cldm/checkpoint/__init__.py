@@ -1,7 +1,7 @@
 """Weights files: read safely and lazily, recognised, converted and written."""
 
 from cldm.checkpoint.control import AddedControl, add_control, transfer_control
-from cldm.checkpoint.converting import TARGETS, Model, convert, open_model
+from cldm.checkpoint.converting import TARGETS, Model, convert, open_model, open_weights
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.layout import Report, identify
 from cldm.checkpoint.reading import Checkpoint, TensorInfo, open_checkpoint, read_state_dict
@@ -20,6 +20,7 @@ __all__ = [
     "identify",
     "open_checkpoint",
     "open_model",
+    "open_weights",
     "read_state_dict",
     "transfer_control",
     "write_checkpoint",

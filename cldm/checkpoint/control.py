@@ -80,7 +80,7 @@ def add_control(
         config = config if config is not None else base.report.config
         if config is None:
             raise CheckpointError(f"{source}: of no known family; name its configuration with --config")
-        control = opened.enter_context(open_model(control_from, base)) if control_from is not None else None
+        control = opened.enter_context(open_model(control_from, base.entries)) if control_from is not None else None
         try:
             added = join_control(base, control, config, expected_entries(config))
         except CheckpointError as error:
@@ -209,7 +209,7 @@ def transfer_control(
         for model in (base_model, target_model):
             if not model.has(UNET_PREFIX):
                 raise CheckpointError(f"{model.path}: holds no base model, only {model.report.layout}")
-        control = opened.enter_context(open_model(controlled, base_model))
+        control = opened.enter_context(open_model(controlled, base_model.entries))
         if not control.has(CONTROL_PREFIX):
             raise CheckpointError(f"{controlled}: holds no ControlNet")
         notes = [*base_model.notes, *target_model.notes, *control.notes]

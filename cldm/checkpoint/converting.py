@@ -6,6 +6,7 @@ lazy throughout, so neither the file nor the model is ever in memory whole.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,7 @@ from cldm.checkpoint.layout import (
     VAE_PREFIX,
     Report,
     identify,
+    layout_of,
 )
 from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, constant, lazy_entries, zeros
 from cldm.checkpoint.names import (
@@ -48,6 +50,8 @@ from cldm.checkpoint.names import (
 )
 from cldm.checkpoint.reading import Checkpoint, TensorInfo, open_checkpoint
 from cldm.checkpoint.writing import check_target, is_weights_file, write_checkpoint, write_folder
+
+logger = logging.getLogger(__name__)
 
 POOLING = "global_average_pooling"  # also its name in a file's metadata
 _PREDICTION = "modelspec.prediction_type"
@@ -90,12 +94,12 @@ class Model:
 
 
 @contextmanager
-def open_model(path: str | Path, base: Model | None = None, ema: bool = False) -> Iterator[Model]:
+def open_model(path: str | Path, base: Entries | None = None, ema: bool = False) -> Iterator[Model]:
     """Open a weights file or folder of any known layout.
 
     Args:
         path: what to open.
-        base: the model that a difference was taken from; only differences need one.
+        base: entries of the model that a difference was taken from; only differences need them.
         ema: give the UNet its averaged weights. They are left out otherwise, and in any case as entries of their own.
 
     Raises:
@@ -121,6 +125,34 @@ def open_model(path: str | Path, base: Model | None = None, ema: bool = False) -
         yield model
 
 
+@contextmanager
+def open_weights(path: str | Path) -> Iterator[tuple[LazyEntries, Checkpoint]]:
+    """Open a weights file or folder to fill a model from: its entries under the keys that a model here has.
+
+    Whole checkpoints and what is of no known layout come entry by entry as they are, averages included. A ControlNet
+    alone gets its prefix; what diffusers wrote gets this library's names, and what its layout does not keep.
+
+    Yields:
+        the entries, and the checkpoint that they come from.
+
+    Raises:
+        CheckpointError: as `open_model`.
+    """
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(path))
+        layout = layout_of(checkpoint)
+        if layout in ("full", "base", "control") or layout not in _READERS:
+            yield LazyEntries(lazy_entries(checkpoint), path), checkpoint
+            return
+        model = opened.enter_context(open_model(path))
+        config = model.report.config
+        if layout == "diffusers-pipeline" and config is not None:
+            model.entries = {**_unconverted(model, model.entries, Options(None, config, False, None)), **model.entries}
+        for note in model.notes:
+            logger.info("%s", note)
+        yield model.state_dict(), checkpoint
+
+
 def below(entries: Entries, prefix: str) -> Entries:
     """The entries whose keys begin with a prefix, without it."""
     return {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
@@ -134,11 +166,11 @@ def under(entries: Entries, prefix: str) -> Entries:
 # Reading: one function a layout, from the entries as they lie in the file to those of a full checkpoint.
 
 
-def _read_flat(model: Model, checkpoint: Checkpoint, _base: Model | None) -> Entries:
+def _read_flat(model: Model, checkpoint: Checkpoint, _base: Entries | None) -> Entries:
     return lazy_entries(checkpoint)
 
 
-def _read_control(model: Model, checkpoint: Checkpoint, _base: Model | None) -> Entries:
+def _read_control(model: Model, checkpoint: Checkpoint, _base: Entries | None) -> Entries:
     entries = lazy_entries(checkpoint)
     control = under(below(entries, model.report.prefix), CONTROL_PREFIX)
     if len(control) < len(entries):
@@ -146,11 +178,14 @@ def _read_control(model: Model, checkpoint: Checkpoint, _base: Model | None) -> 
     return control
 
 
-def _read_difference(model: Model, checkpoint: Checkpoint, base: Model | None) -> Entries:
+def _read_difference(model: Model, checkpoint: Checkpoint, base: Entries | None) -> Entries:
     if base is None:
-        raise CheckpointError("a ControlNet stored as the difference to its base; name that base model with --base")
+        raise CheckpointError(
+            "a ControlNet stored as the difference to its base: tool_convert_control.py takes that base with --base, "
+            "and cldm.model.load_control(model, path) adds it to the model's own"
+        )
     stored = {key: entry for key, entry in lazy_entries(checkpoint).items() if key != DIFFERENCE}
-    unet = base.part(UNET_PREFIX)
+    unet = below(base, UNET_PREFIX)
     control = below(stored, model.report.prefix)
     return under({k: _combined(e, unet[k], torch.add) if k in unet else e for k, e in control.items()}, CONTROL_PREFIX)
 
@@ -168,15 +203,15 @@ def _combined(a: LazyTensor, b: LazyTensor, operation: Callable[[Tensor, Tensor]
     )
 
 
-def _read_diffusers(component: str) -> Callable[[Model, Checkpoint, Model | None], Entries]:
-    def read(_model: Model, checkpoint: Checkpoint, _base: Model | None) -> Entries:
+def _read_diffusers(component: str) -> Callable[[Model, Checkpoint, Entries | None], Entries]:
+    def read(_model: Model, checkpoint: Checkpoint, _base: Entries | None) -> Entries:
         network = NETWORKS[component]
         return under(network.from_diffusers(lazy_entries(checkpoint))[0], network.prefix)
 
     return read
 
 
-def _read_pipeline(model: Model, checkpoint: Checkpoint, _base: Model | None) -> Entries:
+def _read_pipeline(model: Model, checkpoint: Checkpoint, _base: Entries | None) -> Entries:
     entries = lazy_entries(checkpoint)
     made: Entries = {}
     for component, network in NETWORKS.items():
@@ -202,7 +237,7 @@ def _note_unknown(model: Model, component: str, unknown: list[str]) -> None:
         )
 
 
-_READERS: dict[str, Callable[[Model, Checkpoint, Model | None], Entries]] = {
+_READERS: dict[str, Callable[[Model, Checkpoint, Entries | None], Entries]] = {
     "full": _read_flat,
     "base": _read_flat,
     "control": _read_control,
@@ -355,15 +390,20 @@ def _completed(model: Model, options: Options) -> Entries:
             raise CheckpointError(f"{where} no {name}; name a base model that has one with --base")
     if options.config is None:
         return made
+    given = options.base.entries.items() if options.base is not None else ()
+    made = {**{key: entry for key, entry in given if key in SCHEDULE_KEYS}, **made}
+    return {**_unconverted(model, made, options), **made}
+
+
+def _unconverted(model: Model, made: Entries, options: Options) -> Entries:
+    """The entries of a checkpoint that other layouts do not keep: its noise schedule, and zeros for unused weights."""
     schedule = schedule_entries(options.params(model))
     if not model.has(CONTROL_PREFIX):
         del schedule["logvar"]  # as published base models
-    if options.base is not None:
-        schedule |= {key: entry for key, entry in options.base.entries.items() if key in SCHEDULE_KEYS}
     unused = unused_text_entries(below(made, TEXT_PREFIX), options.config)
     if unused:
         model.notes.append(f"{len(unused)} entries of the text encoder that the model does not use are zeros")
-    return {**schedule, **under(unused, TEXT_PREFIX), **made}
+    return {**schedule, **under(unused, TEXT_PREFIX)}
 
 
 def _build_control(model: Model, _options: Options, _folder: bool) -> Entries:
@@ -481,7 +521,7 @@ def convert(
     check_target(output, overwrite, folder)
     with ExitStack() as opened:
         base_model = opened.enter_context(open_model(base)) if base is not None else None
-        model = opened.enter_context(open_model(source, base_model, ema))
+        model = opened.enter_context(open_model(source, base_model.entries if base_model else None, ema))
         if target.needs and not model.has(target.needs):
             raise CheckpointError(
                 f"{source}: holds no ControlNet, which {to!r} is made of; add one with tool_add_control.py"

@@ -104,7 +104,7 @@ def identify(source: Checkpoint | str | Path) -> Report:
         with open_checkpoint(source) as checkpoint:
             return identify(checkpoint)
     infos = {key: source.info(key) for key in source}
-    layout = _layout(source, infos)
+    layout = layout_of(source)
     family = _family(infos)
     prefix = next((p for p in (CONTROL_PREFIX, "controlnet/") if any(key.startswith(p) for key in infos)), "")
     parts = Counter(part_of(key, layout) for key in infos)
@@ -146,24 +146,26 @@ def part_of(key: str, layout: str = "full") -> str:
     return next((part for prefix, part in _PART_PREFIXES.items() if key.startswith(prefix)), "other")
 
 
-def _layout(source: Checkpoint, infos: Mapping[str, TensorInfo]) -> str:
+def layout_of(source: Checkpoint) -> str:
+    """The layout of an open checkpoint, as `Report.layout` has it, by its keys alone."""
+
     def has(prefix: str) -> bool:
-        return any(key.startswith(prefix) for key in infos)
+        return any(key.startswith(prefix) for key in source)
 
     control, base = has(CONTROL_PREFIX), has(UNET_PREFIX)
     if source.format == "folder" and any(has(f"{name}/") for name in COMPONENTS):
         return "diffusers-pipeline"
-    if (DIFFERENCE in infos or DIFFERENCE in source.extras) and (control or "input_hint_block.0.weight" in infos):
+    if (DIFFERENCE in source or DIFFERENCE in source.extras) and (control or "input_hint_block.0.weight" in source):
         return DIFFERENCE
     if base:
         return "full" if control else "base"
     if control:
         return "control"
-    if "input_hint_block.0.weight" in infos:
+    if "input_hint_block.0.weight" in source:
         return "control-plain"
-    if "controlnet_cond_embedding.conv_in.weight" in infos:
+    if "controlnet_cond_embedding.conv_in.weight" in source:
         return "diffusers-controlnet"
-    if "conv_in.weight" in infos and "time_embedding.linear_1.weight" in infos and has("up_blocks."):
+    if "conv_in.weight" in source and "time_embedding.linear_1.weight" in source and has("up_blocks."):
         return "diffusers-unet"
     return "unknown"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.reading import Checkpoint, TensorInfo
 from cldm.checkpoint.storage import Entry
 
@@ -67,9 +68,21 @@ class LazyEntries(Mapping[str, Tensor]):
         return self._entries[key].info
 
     def read_into(self, key: str, out: Tensor) -> None:
-        """Fill `out` with the tensor, converting where dtype or device differ."""
-        with torch.no_grad():
-            out.copy_(self[key])
+        """Fill `out` with the tensor, converting where dtype or device differ; straight from the file where it can be.
+
+        Raises:
+            CheckpointError: `out` has another shape.
+        """
+        entry = self._entries[key]
+        if tuple(out.shape) != entry.info.shape:
+            raise CheckpointError(
+                f"{self.path}: entry {key!r} has shape {list(entry.info.shape)}, its place has {list(out.shape)}"
+            )
+        if entry.stored is not None:
+            entry.stored.read_into(out)
+        else:
+            with torch.no_grad():
+                out.copy_(entry.read())
 
 
 def lazy_entries(source: Mapping[str, Tensor]) -> Entries:
@@ -82,7 +95,7 @@ def _lazy(source: Mapping[str, Tensor], key: str) -> LazyTensor:
         return source.lazy(key)
     if not isinstance(source, Checkpoint):
         return constant(source[key])
-    entry = source._entries[key]
+    entry = source.entry(key)
     return LazyTensor(source.info(key), entry.read, entry if entry.contiguous else None)
 
 

@@ -79,6 +79,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 
+    def entry(self, key: str) -> Entry:
+        """Where the tensor lies in its file."""
+        return self._entries[key]
+
     def info(self, key: str) -> TensorInfo:
         """Shape and dtype, without reading the tensor."""
         entry = self._entries[key]
@@ -249,7 +253,7 @@ def _open_folder(folder: Path) -> Checkpoint:
                 if missing is not None:
                     raise CheckpointError(f"{path}: lacks {missing!r}, which the index of its folder places there")
                 prefix = f"{part}/" if part else ""
-                entries.update({prefix + key: checkpoint._entries[key] for key in wanted or checkpoint})
+                entries.update({prefix + key: checkpoint.entry(key) for key in wanted or checkpoint})
                 metadata.update(checkpoint.metadata)
     except CheckpointError:
         for checkpoint in opened:

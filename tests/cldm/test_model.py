@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from cldm.checkpoint.converting import convert
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.writing import write_checkpoint
 from cldm.config import load_config, override
@@ -71,6 +72,49 @@ def test_a_controlnet_alone(saved, tmp_path, prefix):
     report = load_control(loaded, tmp_path / "control.safetensors")
     assert len(report.loaded) == len(entries) and not report.ignored
     assert torch.equal(loaded.control_model.zero_convs[0][0].weight, model.control_model.zero_convs[0][0].weight + 1)
+
+
+@pytest.mark.parametrize("to", ["full", "control", "control-plain", "difference", "diffusers", "diffusers.safetensors"])
+def test_a_controlnet_of_every_layout_loads_onto_a_model(saved, tmp_path, to):
+    model, folder = saved
+    full = folder / "full.safetensors"
+    output = full if to == "full" else tmp_path / ("control" if to == "diffusers" else "control.safetensors")
+    if to != "full":
+        convert(full, output, to.partition(".")[0], base=full, config=folder / "small.yaml", progress=False)
+    loaded = create_model(folder / "small.yaml", weights=folder / "full.safetensors")
+    loaded.control_model.load_state_dict({k: torch.zeros_like(v) for k, v in loaded.control_model.state_dict().items()})
+    report = load_control(loaded, output)
+    wanted = model.control_model.state_dict()
+    assert len(report.loaded) == len(wanted) and not report.kept and bool(report.ignored) == (to == "full")
+    tolerance = 1e-6 if to == "difference" else 0.0
+    for key, value in loaded.control_model.state_dict().items():
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=tolerance)
+    if to == "difference":
+        with pytest.raises(CheckpointError, match="load_control"):
+            load_state_dict(output)
+    elif to != "full":
+        read = load_state_dict(output)
+        assert read.keys() == {f"control_model.{k}" for k in wanted}
+        assert all(torch.equal(v, wanted[k.removeprefix("control_model.")]) for k, v in read.items())
+
+
+def test_a_pipeline_of_diffusers_fills_a_model_and_gives_its_state_dict(tmp_path):
+    tiny = create_model("cldm_tiny")
+    write_checkpoint(tmp_path / "full.safetensors", tiny.state_dict(), progress=False)
+    convert(tmp_path / "full.safetensors", tmp_path / "pipeline", "diffusers-pipeline", progress=False)
+    loaded = create_model("cldm_tiny", weights=tmp_path / "pipeline")
+    read = load_state_dict(tmp_path / "pipeline")
+    for key, value in tiny.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value) and torch.equal(read[key], value), key
+    assert create_model("cldm_tiny").load_state_dict(read)
+
+
+def test_an_incomplete_file_is_never_silent(tmp_path, caplog):
+    state_dict = create_model("cldm_tiny").state_dict()
+    del state_dict["model.diffusion_model.out.2.bias"]
+    write_checkpoint(tmp_path / "cut.safetensors", state_dict, progress=False)
+    load_state_dict(tmp_path / "cut.safetensors")
+    assert "1 entries are missing (model.diffusion_model.out.2.bias)" in caplog.text
 
 
 def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
