@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from cldm.checkpoint.converting import open_model, open_weights
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.layout import CONTROL_PREFIX, Report, identify
 from cldm.checkpoint.lazy import LazyEntries, lazy_entries
-from cldm.checkpoint.reading import TensorInfo
 from cldm.config import load_config, model_section, resolve
 from ldm.util import ConfigError, instantiate_from_config
 
@@ -88,18 +86,6 @@ def create_model(
         model = instantiate_from_config(section)
     load_weights(model, weights)
     return model.to(device if device is not None else "cpu")  # also tells Lightning that it is not on the meta device any more
-
-
-@lru_cache(maxsize=8)
-def _expected_entries(path: Path) -> dict[str, TensorInfo]:
-    with torch.device("meta"):
-        model = instantiate_from_config(model_section(load_config(path), path))
-    return {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in model.state_dict().items()}
-
-
-def expected_entries(config_name: str | Path) -> dict[str, TensorInfo]:
-    """Keys, shapes and types of the state dict that a configuration's model has; no memory is taken for it."""
-    return dict(_expected_entries(resolve(config_name, ".yaml")))
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _hint_tensor(hint: np.ndarray | Tensor) -> Tensor:
             raise ValueError(f"a hint tensor must be float (N, 3, H, W), found {hint.dtype} {tuple(hint.shape)}")
         if hint.numel() and not (0 <= float(hint.min()) and float(hint.max()) <= 1):
             raise ValueError("a hint tensor must lie in [0, 1]")
-        return hint
+        return hint.contiguous()  # the memory's layout would decide between kernels that differ in the last digits
     hint = np.asarray(hint)
     if hint.dtype != np.uint8 or hint.ndim not in (3, 4) or hint.shape[-1] != 3:
         raise ValueError(

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cldm.checkpoint.converting import Model, model_params, open_model, schedule_entries, under
 from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.layout import CONTROL_PREFIX, SCHEDULE_KEYS, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
 from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, constant, zeros
 from cldm.checkpoint.reading import TensorInfo
 from cldm.checkpoint.writing import write_checkpoint
+from ldm.modules.diffusionmodules.util import conv_nd, zero_module
 
 _HINT_ENCODER = CONTROL_PREFIX + "input_hint_block."
 _ZEROS = (CONTROL_PREFIX + "zero_convs.", CONTROL_PREFIX + "middle_block_out.")
@@ -69,8 +70,6 @@ def add_control(
     Raises:
         CheckpointError: a file cannot be read or does not fit the configuration, or the output cannot be written.
     """
-    from cldm.model import expected_entries
-
     with ExitStack() as opened:
         base = opened.enter_context(open_model(source))
         if not base.has(UNET_PREFIX):
@@ -145,7 +144,7 @@ def initial_entries(config: str | Path, wanted: Mapping[str, TensorInfo]) -> Ent
     """
     params = model_params(config)
     schedule = schedule_entries(params)
-    hint = _fresh_hint_encoder(params) if any(key.startswith(_HINT_ENCODER) for key in wanted) else {}
+    hint = _fresh_hint_encoder({k: info.shape for k, info in wanted.items() if k.startswith(_HINT_ENCODER)})
 
     def initial(key: str, info: TensorInfo) -> LazyTensor | None:
         if key in SCHEDULE_KEYS:
@@ -162,16 +161,18 @@ def initial_entries(config: str | Path, wanted: Mapping[str, TensorInfo]) -> Ent
     return {key: entry for key, entry in made.items() if entry is not None}
 
 
-def _fresh_hint_encoder(params: Mapping[str, Any]) -> Entries:
-    """The hint encoder as the configuration's ControlNet makes it; the rest of that takes no memory."""
-    from ldm.util import instantiate_from_config
-
-    with torch.device("meta"):
-        control = instantiate_from_config(params["control_stage_config"])
+def _fresh_hint_encoder(shapes: Mapping[str, tuple[int, ...]]) -> Entries:
+    """The values that the convolutions of a new hint encoder have, always the same; the last one's are zero."""
+    weights = [key for key in shapes if key.endswith(".weight")]
+    made: Entries = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        encoder = control.make_hint_encoder()
-    return {_HINT_ENCODER + key: constant(value) for key, value in encoder.state_dict().items()}
+        for key in weights:
+            out_channels, in_channels, *kernel = shapes[key]
+            conv = conv_nd(len(kernel), in_channels, out_channels, tuple(kernel))
+            layer = zero_module(conv) if key == weights[-1] else conv
+            made |= {key.removesuffix("weight") + name: constant(value) for name, value in layer.state_dict().items()}
+    return made
 
 
 def transfer_control(

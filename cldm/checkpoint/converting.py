@@ -29,6 +29,7 @@ from cldm.checkpoint.diffusers_config import (
     vae_config,
 )
 from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.layout import (
     CONTROL_PREFIX,
     DIFFERENCE,
@@ -50,6 +51,7 @@ from cldm.checkpoint.names import (
 )
 from cldm.checkpoint.reading import Checkpoint, TensorInfo, open_checkpoint
 from cldm.checkpoint.writing import check_target, is_weights_file, write_checkpoint, write_folder
+from cldm.config import load_config, model_section
 
 logger = logging.getLogger(__name__)
 
@@ -276,8 +278,6 @@ def _settle_averages(model: Model, ema: bool) -> None:
 
 def model_params(config: str | Path) -> Mapping[str, Any]:
     """The parameters of the model that a configuration names."""
-    from cldm.config import load_config, model_section
-
     return model_section(load_config(config), config).get("params") or {}
 
 
@@ -308,8 +308,6 @@ def unused_text_entries(text: Entries, config: str | Path) -> Entries:
     """
     if not is_open_clip(text):
         return {}
-    from cldm.model import expected_entries
-
     every = expected_entries(config).items()
     expected = {key.removeprefix(TEXT_PREFIX): info for key, info in every if key.startswith(TEXT_PREFIX)}
     layers = [int(m[1]) for key in expected if (m := re.search(r"resblocks\.(\d+)\.", key))]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.lazy import Entries, LazyTensor
 from cldm.checkpoint.names import NETWORKS, text_to_diffusers
 from cldm.checkpoint.reading import COMPONENTS, Checkpoint, TensorInfo, open_checkpoint
@@ -175,7 +176,7 @@ def _family(infos: Mapping[str, TensorInfo]) -> str:
     widths = _widths(infos)
     if widths is None or widths in _FAMILIES or widths[1] > min(width for _, width in _FAMILIES):
         return _FAMILIES.get(widths, "unknown")
-    return "tiny" if widths == _widths(_own_entries(CONFIGS["tiny"])) else "unknown"
+    return "tiny" if widths == _widths(expected_entries(CONFIGS["tiny"])) else "unknown"
 
 
 def _widths(infos: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
@@ -187,13 +188,6 @@ def _widths(infos: Mapping[str, TensorInfo]) -> tuple[int, int] | None:
         if first is not None and context is not None and len(first.shape) == 4 and len(context.shape) == 2:
             return first.shape[0], context.shape[1]
     return None
-
-
-def _own_entries(config: str) -> dict[str, TensorInfo]:
-    """What the model of a packaged configuration holds."""
-    from cldm.model import expected_entries  # imports this package
-
-    return expected_entries(config)
 
 
 def _prediction(source: Checkpoint, family: str) -> str | None:
@@ -240,7 +234,7 @@ def _is_optional(key: str) -> bool:
 
 def _expected(infos: Mapping[str, TensorInfo], layout: str, prefix: str, config: str) -> dict[str, TensorInfo]:
     """The entries that a file of this layout holds when it is complete."""
-    own = _own_entries(config)
+    own = expected_entries(config)
     control = {key.removeprefix(CONTROL_PREFIX): info for key, info in own.items() if key.startswith(CONTROL_PREFIX)}
     if layout == "full":
         return own

@@ -60,6 +60,17 @@ class FileBytes:
         except (OSError, ValueError) as error:  # ValueError: the file is closed
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
 
+    def fileno(self) -> int:
+        """The system's number of the open file.
+
+        Raises:
+            CheckpointError: it is closed.
+        """
+        try:
+            return self._file.fileno()
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
+
     def map(self) -> mmap.mmap:
         """The whole file as memory: read when touched, and copied, not written, when changed."""
         with self._lock:

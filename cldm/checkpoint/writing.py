@@ -6,6 +6,7 @@ the writing removes it; what kills the process leaves it under a name that nobod
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -32,7 +33,7 @@ from cldm.checkpoint.layout import SCHEDULE_KEYS
 from cldm.checkpoint.lazy import LazyTensor, lazy_entries
 from cldm.checkpoint.reading import TensorInfo
 from cldm.checkpoint.safetensors_file import DTYPES, MAX_HEADER, METADATA
-from cldm.checkpoint.storage import contiguous_stride
+from cldm.checkpoint.storage import FileBytes, contiguous_stride
 
 SAFETENSORS_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")
@@ -49,6 +50,8 @@ _ALIGNMENT = 64  # bytes; where torch.save places tensors in its archives, so th
 _SPARE = 1 << 20  # bytes beyond the tensors' own: headers and directories
 _CHUNK = 1 << 20  # bytes handed to the file at once; few enough to stay in the processor's cache between read and write
 _SEND = 32 << 20  # bytes after which they are sent on to the disk
+# Where the system cannot copy between these two files, it is done here: other disks, file systems, or kernels.
+_NOT_COPIED = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY}
 _FOLDER_SIGNS = ("config.json", "model_index.json")
 
 
@@ -171,13 +174,20 @@ class _Plan:
     entry: LazyTensor
 
     def write(self, file: BinaryIO, advance: Callable[[int], Any]) -> None:
-        for chunk in self._copied() if self.entry.stored and self.entry.info == self.info else self._read():
+        done = 0
+        if self.entry.stored is None or self.entry.info != self.info:
+            chunks = self._read()
+        else:
+            if isinstance(file, _CopyingWriter):
+                done = file.copy_from(self.entry.stored.file, self.entry.stored.start, self.info.nbytes, advance)
+            chunks = self._copied(done)
+        for chunk in chunks:
             advance(file.write(chunk))
 
-    def _copied(self) -> Iterator[memoryview]:
-        """The bytes as they lie in another file, a chunk at a time."""
+    def _copied(self, begin: int) -> Iterator[memoryview]:
+        """The bytes from `begin` as they lie in another file, a chunk at a time."""
         stored, buffer = self.entry.stored, memoryview(bytearray(min(_CHUNK, self.info.nbytes)))
-        for done in range(0, self.info.nbytes, _CHUNK):
+        for done in range(begin, self.info.nbytes, _CHUNK):
             chunk = buffer[: min(_CHUNK, self.info.nbytes - done)]
             stored.file.read_into(stored.start + done, chunk)
             yield chunk
@@ -291,16 +301,47 @@ class _EagerFile(io.FileIO):
 
     def write(self, data: Any) -> int:
         written = super().write(data)
+        self.send()
+        return written
+
+    def send(self) -> None:
+        """Let what was written so far begin its way to the disk."""
         end = self.tell()
         if end - self._sent >= _SEND and hasattr(os, "posix_fadvise"):
             # Bytes that are not on the disk yet cannot be dropped; being told to, Linux begins to write them and goes on.
             os.posix_fadvise(self.fileno(), self._sent, end - self._sent, os.POSIX_FADV_DONTNEED)
             self._sent = end
-        return written
+
+
+class _CopyingWriter(io.BufferedWriter):
+    """A buffered new file into which bytes of other files are copied without passing through this process."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(_EagerFile(path), _CHUNK)
+
+    def copy_from(self, source: FileBytes, start: int, count: int, advance: Callable[[int], Any]) -> int:
+        """Copy bytes from `start`, as many of `count` as the system can, and say how many these were."""
+        done = 0
+        if not hasattr(os, "copy_file_range"):
+            return done
+        self.flush()
+        try:
+            while done < count:
+                step = os.copy_file_range(source.fileno(), self.fileno(), min(_SEND, count - done), start + done)
+                if not step:
+                    break
+                done += step
+                advance(step)
+                self.raw.send()
+        except OSError as error:
+            if error.errno not in _NOT_COPIED:
+                raise
+        self.seek(0, io.SEEK_END)  # the buffer does not know of what went past it
+        return done
 
 
 def _create(path: Path) -> BinaryIO:
-    return io.BufferedWriter(_EagerFile(path), _CHUNK)
+    return _CopyingWriter(path)
 
 
 def _flush(file: BinaryIO) -> None:

@@ -9,7 +9,6 @@ both sides (or on, with --recompute). Sampling: guidance with the hint in both h
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 
 from cldm.checkpoint.diffusers_config import controlnet_config, unet_config
 from cldm.checkpoint.lazy import lazy_entries
-from cldm.checkpoint.names import unet_to_diffusers
+from cldm.checkpoint.names import NETWORKS
 from cldm.cldm import ControlLDM
 from cldm.pipeline import BatchedGuidance
 from ldm.util import instantiate_from_config
+from tests.benchmarks.memory import peak_memory
 
 SIZES = {  # model channels, latent height and width, batch, heads, context width
     "tiny": (32, 16, 2, 4, 64),
@@ -53,10 +53,8 @@ def build_ours(size: str, recompute: bool) -> ControlLDM:
 
 
 def build_theirs(ours: ControlLDM, size: str, recompute: bool) -> tuple[nn.Module, nn.Module]:
-    """diffusers' UNet and ControlNet with the same weights."""
+    """diffusers' UNet and ControlNet with the same weights; random ones if our model lies on the meta device."""
     from diffusers import ControlNetModel, UNet2DConditionModel
-
-    from cldm.checkpoint.names import NETWORKS
 
     channels, _, _, heads, context = SIZES[size]
     options = {"num_heads": heads, "context_dim": context, "use_spatial_transformer": True, "transformer_depth": 1}
@@ -65,9 +63,9 @@ def build_theirs(ours: ControlLDM, size: str, recompute: bool) -> tuple[nn.Modul
     control_entries = lazy_entries(ours.control_model.state_dict())
     unet = UNet2DConditionModel.from_config(unet_config(unet_entries, params, "eps"))
     control = ControlNetModel.from_config(controlnet_config(control_entries, params, False))
-    unet.load_state_dict({k: v.read() for k, v in unet_to_diffusers(unet_entries)[0].items()})
-    converted = next(n for n in NETWORKS.values() if n.prefix == "control_model.").to_diffusers(control_entries)[0]
-    control.load_state_dict({k: v.read() for k, v in converted.items()})
+    if ours.device.type != "meta":
+        for theirs, name, entries in ((unet, "unet", unet_entries), (control, "controlnet", control_entries)):
+            theirs.load_state_dict({k: v.read() for k, v in NETWORKS[name].to_diffusers(entries)[0].items()})
     if recompute:
         unet.enable_gradient_checkpointing()
         control.enable_gradient_checkpointing()
@@ -89,7 +87,8 @@ class Inputs:
 
 
 def our_steps(model: ControlLDM, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    model.learning_rate = 1e-5
+    optimizer = model.configure_optimizers()
     cond = {"c_crossattn": [inputs.text], "c_concat": [inputs.hint]}
 
     def train() -> Tensor:
@@ -158,10 +157,11 @@ def prepare(
     size: str, device: str, recompute: bool, sides: tuple[str, ...]
 ) -> dict[str, dict[str, Callable[[], Tensor]]]:
     torch.manual_seed(0)
-    ours = build_ours(size, recompute)
+    with torch.device("cpu" if "ours" in sides else "meta"):  # nothing but the measured side takes memory
+        ours = build_ours(size, recompute)
     with torch.no_grad():  # zero convolutions that are not zero, so that all of the ControlNet works
         for p in ours.parameters():
-            if p.dim() > 1 and not p.any():
+            if p.dim() > 1 and not p.is_meta and not p.any():
                 p.normal_(std=0.02)
     inputs = Inputs(size, device)
     steps = {}
@@ -183,24 +183,10 @@ def timed(step: Callable[[], Tensor], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(size: str, device: str, recompute: bool, side: str, what: str, threads: int) -> float:
+def peak_of(size: str, device: str, recompute: bool, side: str, what: str, threads: int) -> float:
     """GiB that one side's step needs, in a process of its own; on CUDA the device's memory."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.benchmarks.bench_diffusers",
-        "--size",
-        size,
-        "--device",
-        device,
-        "--threads",
-        str(threads),
-        "--memory",
-        side,
-        what,
-    ]
-    if recompute:
-        command.append("--recompute")
+    command = [sys.executable, "-m", "tests.benchmarks.bench_diffusers", "--size", size, "--device", device]
+    command += ["--threads", str(threads), "--memory", side, what] + ["--recompute"] * recompute
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -222,11 +208,7 @@ def main() -> None:
         step = prepare(args.size, args.device, args.recompute, (side,))[side][what]
         for _ in range(2):
             step()
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if args.device == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_memory()
         print(json.dumps(peak / 2**30))
         return
 
@@ -242,7 +224,7 @@ def main() -> None:
         a, b = (statistics.median(times) for times in zip(*pairs, strict=True))
         ratios = sorted(x / y for x, y in pairs)
         memory = [
-            peak_memory(args.size, args.device, args.recompute, side, what, args.threads) for side in ("ours", "theirs")
+            peak_of(args.size, args.device, args.recompute, side, what, args.threads) for side in ("ours", "theirs")
         ]
         print(
             f"{what}: {a:.3f} s here, {b:.3f} s diffusers, ratio {statistics.median(ratios):.3f} "

@@ -16,30 +16,28 @@ from pathlib import Path
 
 import torch
 
+from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.lazy import LazyEntries, LazyTensor
 from cldm.checkpoint.writing import write_checkpoint
-from cldm.model import expected_entries
 
 ROOT = Path(__file__).parents[2]
 
 _RUN = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 from cldm.model import create_model
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+from tests.benchmarks.memory import peak_memory
 
 what, config, path = sys.argv[1:]
 if what == "load":
     create_model(config, device="meta")  # what is imported on the way is not counted
-before, start = peak(), time.perf_counter()
+before, start = peak_memory(), time.perf_counter()
 if what == "read":
     with open(path, "rb") as file:
         kept = file.read()
 else:
     kept = create_model(config, weights=path)
-print(json.dumps([time.perf_counter() - start, peak() - before]))
+print(json.dumps([time.perf_counter() - start, peak_memory() - before]))
 """
 
 

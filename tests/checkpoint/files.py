@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from cldm.checkpoint.control import initial_entries
+from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.reading import TensorInfo
 from cldm.checkpoint.writing import write_checkpoint
-from cldm.model import expected_entries
 
 CONFIG = "cldm_tiny"
 CONTROL, UNET, VAE, TEXT = "control_model.", "model.diffusion_model.", "first_stage_model.", "cond_stage_model."

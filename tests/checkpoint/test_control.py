@@ -226,7 +226,7 @@ def test_differences_are_near_exact_and_marked(base: Path, full: dict[str, Tenso
         assert torch.equal(file[key], full[key] - full[key.replace(CONTROL, UNET)])
         key = "control_model.zero_convs.0.0.weight"
         assert torch.equal(file[key], full[key])
-    with pytest.raises(CheckpointError, match="name that base model with --base"):
+    with pytest.raises(CheckpointError, match="takes that base with --base"):
         convert(difference, tmp_path / "x.pt", "control", **QUIET)
     convert(difference, tmp_path / "back.pt", "full", base=base, **QUIET)
     got = read_state_dict(tmp_path / "back.pt")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cldm.checkpoint import identify, open_checkpoint
-from cldm.model import expected_entries
+from cldm.checkpoint.expected import expected_entries
 from tests.checkpoint.forging import hollow
 from tests.parity import load_json
 

