@@ -1,14 +1,31 @@
-"""The training data: MyDataset reads image pairs; as a script, this file makes a Fill set.
+"""The training data: MyDataset reads image pairs; as a script, this file makes them, drawn or from photographs.
 
-python tutorial_dataset.py --out training/fill50k --count 50000 --size 512
+    python tutorial_dataset.py --out training/fill50k --count 50000 --size 512
+    python tutorial_dataset.py canny training/photos training/photos-canny --size 512
+
+The first command draws a Fill set. The second makes the condition of every picture in a folder: `tutorial_dataset.py CONDITION
+--help` shows the options of each. Both go on where they were when they are started again. Exit status: 0, 1 if pictures
+failed (the rest is done), 2 for a mistake in the command, 130 after Ctrl-C.
 """
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from annotator.folder import Task, find_pictures
+from annotator.options import Parser, add_detector_options, read_task, run_with_bar
+from annotator.registry import Annotator, describe, list_annotators
 from cldm.data.fill import PALETTES, generate_fill
+from cldm.data.folders import claim_folder
 from cldm.data.pairs import PairDataset
+from cldm.data.photos import Framing, PhotoPair, list_pairs, parse_size, plan_pairs, read_prompts, settings_of, write_pair
+
+PROGRAM = "tutorial_dataset.py"
+# A hole's -1 cannot be stored in a picture file; masks belong into the training loop.
+CONDITIONS = [name for name in list_annotators() if name != "inpaint"]
 
 
 class MyDataset(PairDataset):
@@ -22,8 +39,13 @@ class MyDataset(PairDataset):
         super().__init__(root, **kwargs)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make a Fill set: circles to fill, with both colours in the prompt.")
+def fill_parser() -> argparse.ArgumentParser:
+    """The command line for a Fill set."""
+    parser = Parser(
+        prog=PROGRAM,
+        description="Make a Fill set: circles to fill, with both colours in the prompt.",
+        epilog=f"{PROGRAM} CONDITION PHOTOS OUT makes a set from pictures, CONDITION being one of {', '.join(CONDITIONS)}.",
+    )
     parser.add_argument("--out", default="./training/fill50k/", help="folder to write (default: %(default)s)")
     parser.add_argument("--count", type=int, default=50_000, help="number of pairs (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="pixels a side, a multiple of 64 (default: %(default)s)")
@@ -32,19 +54,109 @@ def main(argv: list[str] | None = None) -> int:
         "--palette", default="web", choices=list(PALETTES), help="colours to use (default: %(default)s)"
     )
     parser.add_argument("--workers", type=int, help="threads (default: one for each processor)")
-    options = parser.parse_args(argv)
-    try:
-        listing = generate_fill(
-            options.out, options.count, options.size, options.seed, options.palette, options.workers
+    parser.set_defaults(run=make_fill)
+    return parser
+
+
+def photos_parser() -> argparse.ArgumentParser:
+    """The command line for a set from photographs, with one sub-command a condition."""
+    parser = Parser(prog=PROGRAM, description="Make a training set from a folder of pictures.")
+    commands = parser.add_subparsers(dest="condition", metavar="CONDITION", required=True)
+    for name in CONDITIONS:
+        command = commands.add_parser(name, description=f"Pairs of pictures and their condition: {describe(name).title}.")
+        command.add_argument("photos", metavar="PHOTOS", type=Path, help="folder of pictures, with sub-folders")
+        command.add_argument("out", metavar="OUT", type=Path, help="data folder to write")
+        prompts = command.add_mutually_exclusive_group()
+        prompts.add_argument(
+            "--captions", type=Path, metavar="FILE", help='lines like {"file": "a.jpg", "prompt": "..."} (default: a.txt beside a.jpg)'
         )
-    except (ValueError, OSError) as error:
-        print(f"tutorial_dataset.py: {error}", file=sys.stderr)
-        return 2
+        prompts.add_argument("--prompt", help="one prompt for all pictures")
+        command.add_argument("--size", default="512", help="of the pairs: pixels a side, or WIDTHxHEIGHT (default: %(default)s)")
+        command.add_argument(
+            "--buckets", action="store_true", help="sizes of this area, for each picture the one nearest to its shape"
+        )
+        command.add_argument(
+            "--crops", type=int, metavar="N", help="N random parts of each picture (default: one, in the middle)"
+        )
+        command.add_argument("--seed", type=int, default=0, help="of whatever is random (default: %(default)s)")
+        add_detector_options(command, name, leave_out=["seed"])
+    parser.set_defaults(run=make_pairs)
+    return parser
+
+
+def make_fill(options: argparse.Namespace) -> int:
+    """Draw a Fill set."""
+    listing = generate_fill(options.out, options.count, options.size, options.seed, options.palette, options.workers)
+    print(f"{options.count} pairs are in {listing.parent}")
+    return 0
+
+
+@dataclass(frozen=True)
+class PairTask(Task):
+    """Making a pair of each part of a photograph.
+
+    Attributes:
+        out: the data folder.
+        framing: which parts, at which size.
+    """
+
+    out: Path = Path()
+    framing: Framing = Framing(512, 512)
+
+    def work(self, annotator: Annotator, job: PhotoPair) -> None:
+        parameters = dict(self.parameters)
+        if "seed" in parameters:
+            parameters["seed"] = self.framing.seed_of(job.name)
+
+        def condition(part: np.ndarray, target: np.ndarray) -> np.ndarray:
+            return annotator.make_hint(
+                part, detect_resolution=self.detect_resolution, picture=target, **parameters
+            ).source
+
+        write_pair(self.out, job, self.framing, condition)
+
+
+def make_pairs(options: argparse.Namespace) -> int:
+    """Make a set from photographs."""
+    if options.crops is not None and options.crops < 1:
+        raise ValueError(f"--crops must be at least 1, found {options.crops}")
+    framing = Framing(*parse_size(options.size), options.buckets, options.crops is not None, options.seed)
+    task = read_task(options, options.condition, PairTask, out=options.out, framing=framing)
+    if not options.photos.is_dir():
+        raise ValueError(f"there is no folder {options.photos}")
+    if options.out.resolve() == options.photos.resolve():
+        raise ValueError(f"PHOTOS and OUT are the same folder: {options.out}")
+    photos = find_pictures(options.photos, options.out)
+    prompts, complaints = read_prompts(options.photos, photos, options.captions, options.prompt)
+    pairs = plan_pairs(options.photos, prompts, photos, options.crops)
+    facts = ("name", "version", "detect_resolution", "parameters")
+    claim_folder(options.out, "photos.json", settings_of(framing, {fact: getattr(task, fact) for fact in facts}))
+    for complaint in complaints:
+        print(f"{PROGRAM}: {complaint}", file=sys.stderr)
+    todo = [pair for pair in pairs if not pair.is_current(options.out)]
+    failed: set[Path] = set()
+    try:
+        # Threads: a process would import torch first, and decoding, resizing and encoding run outside Python's lock.
+        failed = run_with_bar(PROGRAM, options, task, todo, len(pairs), unit="pair", processes=False)
+    finally:
+        made = list_pairs(options.out, (pair for pair in pairs if pair.picture not in failed))
+    print(f"{made} pairs of {len(prompts) - len(failed)} pictures are in {options.out}")
+    return 1 if failed or complaints else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        parser = photos_parser() if arguments and not arguments[0].startswith("-") else fill_parser()
+        options = parser.parse_args(arguments)
+        return options.run(options)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    print(f"{options.count} pairs are in {listing.parent}")
-    return 0
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        print(f"{PROGRAM}: {reason}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

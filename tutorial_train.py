@@ -16,6 +16,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,11 +24,12 @@ import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from cldm.checkpoint.control import add_control
 from cldm.checkpoint.writing import write_checkpoint
 from cldm.config import override, resolve
+from cldm.data.batches import SameSizeBatches
 from cldm.data.fill import generate_fill
 from cldm.evaluation import FillProgress, Sampling, evaluate_fill, fill_samples, generate, save_comparison
 from cldm.logger import ImageLogger
@@ -47,7 +49,7 @@ class Settings:
     weights: str = ""  # with control, as tool_add_control.py writes them
     data: str = TINY_DATA  # folder with prompt.json; the default is made if absent
     out: str = "runs/tutorial"
-    steps: int = 900  # optimizer steps
+    steps: int = 750  # optimizer steps
     batch_size: int = 32
     accumulate: int = 1  # batches a step
     learning_rate: float = 1.5e-3  # for the tiny model; real weights want 1e-5
@@ -58,7 +60,7 @@ class Settings:
     devices: int = 1
     workers: int = 0  # processes that load data
     log_every: int = 50  # steps between pictures and scores
-    save_every: int = 300  # steps between checkpoints
+    save_every: int = 250  # steps between checkpoints
     held_out: int = 64  # pairs at the end of the data that are not trained on
     sample_steps: int = 20  # DDIM steps, and
     guidance_scale: float = 3.0  # of the pictures made while training and for the score
@@ -77,12 +79,13 @@ def train(s: Settings) -> None:
     if s.data == TINY_DATA:
         generate_fill(s.data, count=2000 + s.held_out, size=64, seed=s.seed, palette="clear")
     dataset = MyDataset(s.data)
-    dataset.check()
+    sizes = dataset.sizes()
     if len(dataset) <= s.held_out:
         raise ConfigError(f"{s.data} holds {len(dataset)} pairs, and {s.held_out} are held out; set held_out")
     split = len(dataset) - s.held_out
-    loader = DataLoader(Subset(dataset, range(split)), s.batch_size, shuffle=True, num_workers=s.workers)
-    held_out = Held(dataset, range(split, len(dataset)))
+    loader = make_loader(Subset(dataset, range(split)), sizes[:split], s)
+    # Of several sizes, one: pictures are compared side by side.
+    held_out = Held(dataset, [i for i in range(split, len(dataset)) if sizes[i] == sizes[split]])
 
     # Model: the configuration, filled from weights with control.
     weights = s.weights or str(out / "control_ini.safetensors")
@@ -133,17 +136,27 @@ def train(s: Settings) -> None:
         for name, what in {
             "result.png": "prompt, hint, target, before, after",
             "image_log": "pictures while training",
-            "log/version_*/metrics.csv": "loss, and fill/iou every few steps",
+            "log/version_*/metrics.csv": "loss" + ", and fill/iou every few steps" * bool(held_out.samples),
             "model.safetensors": "the trained model",
             "checkpoints/last.ckpt": "to go on training with more steps",
         }.items():
             logging.info("  %-40s %s", out / name, what)
 
 
+def make_loader(data: Subset, sizes: list[tuple[int, int]], s: Settings) -> DataLoader:
+    """Shuffled batches, each of pictures of one size."""
+    if len(set(sizes)) == 1:
+        return DataLoader(data, s.batch_size, shuffle=True, num_workers=s.workers)
+    if s.devices > 1:
+        raise ConfigError(f"{s.data} holds pictures of several sizes, which is for one device; set devices=1")
+    batches = SameSizeBatches(RandomSampler(data), s.batch_size, drop_last=False, sizes=sizes)
+    return DataLoader(data, batch_sampler=batches, num_workers=s.workers)
+
+
 class Held:
     """The held-out pairs; scored if they are circles to fill."""
 
-    def __init__(self, dataset: MyDataset, indices: range) -> None:
+    def __init__(self, dataset: MyDataset, indices: Sequence[int]) -> None:
         pairs = [dataset.pairs[i] for i in indices]
         self.samples = fill_samples(pairs)
         items = [dataset[i] for i in indices]

@@ -16,57 +16,30 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
-from tqdm import tqdm
-
-from annotator.folder import SAVED, Job, Task, find_jobs, run, write_atomically
-from annotator.registry import REGISTRY, VERSIONS, Parameter, describe, list_annotators
+from annotator.folder import SAVED, Job, Task, find_jobs, write_atomically
+from annotator.options import Parser, add_detector_options, check_resolution, read_task, run_with_bar
+from annotator.registry import REGISTRY, describe, list_annotators
 
 PROGRAM = "python -m annotator"
 SETTINGS = ".annotator.json"  # in the folder of the maps: what they were made with
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def _parameters(name: str) -> dict[str, Parameter]:
-    return {p.name: p for (known, _), info in REGISTRY.items() if known == name for p in info.parameters}
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line, with one sub-command a condition whose parameters are options."""
-    parser = _Parser(prog=PROGRAM, description="Make the conditions of ControlNet from pictures.")
+    parser = Parser(prog=PROGRAM, description="Make the conditions of ControlNet from pictures.")
     parser.add_argument("--list", action="store_true", help="list all conditions and their parameters")
     commands = parser.add_subparsers(dest="name", metavar="NAME", help="a condition; NAME --help shows its parameters")
     for name in list_annotators():
         command = commands.add_parser(name, help=describe(name).title, description=describe(name).title)
         command.add_argument("source", metavar="IN", type=Path, help="a picture or a folder of pictures")
         command.add_argument("target", metavar="OUT", type=Path, help="a .png file or a folder")
-        command.add_argument("--version", choices=VERSIONS, help="ControlNet whose conventions hold")
         command.add_argument("--resolution", type=int, help="shorter side of the result (default: as the picture)")
-        command.add_argument("--detect-resolution", type=int, help="shorter side of what the detector sees")
         command.add_argument(
             "--save", choices=SAVED, default="hint", help="what a model takes, people look at, or the detector gives"
         )
-        command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-        command.add_argument("--weights", help="weight file, or folder that holds it")
-        if describe(name).network:
-            command.add_argument("--batch", type=int, help="pictures at once (default: 1 on the CPU, else 8)")
-        else:
-            command.add_argument("--workers", type=int, help="processes (default: all processors)")
         command.add_argument("--force", action="store_true", help="make anew what is already there")
-        for parameter in _parameters(name).values():
-            option = "--" + parameter.name.replace("_", "-")
-            if parameter.kind is bool:
-                command.add_argument(option, dest=parameter.name, action="store_const", const=True, help=parameter.help)
-            else:
-                limits = f"{parameter.minimum:g} to {parameter.maximum:g}"
-                default = "" if parameter.default is None else f", default {parameter.default:g}"
-                text = f"{parameter.help} ({limits}{default})"
-                command.add_argument(option, dest=parameter.name, type=parameter.kind, metavar="N", help=text)
+        add_detector_options(command, name)
     return parser
 
 
@@ -119,38 +92,11 @@ def _unfinished(jobs: list[Job], target: Path, task: Task, force: bool) -> list[
 
 
 def _run(args: argparse.Namespace) -> int:
-    info = describe(args.name, args.version)
-    given = {name: getattr(args, name) for name in _parameters(args.name)}
-    given = {name: value for name, value in given.items() if value is not None}
-    side_by_side = {option: vars(args)[option] for option in ("workers", "batch") if option in args}
-    for option, value in side_by_side.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{option} must be at least 1, got {value}")
-    for option in ("resolution", "detect_resolution"):
-        value = getattr(args, option)
-        if value is not None and not 64 <= value <= 8192:
-            raise ValueError(f"--{option.replace('_', '-')} must lie within 64 and 8192, got {value}")
-    if args.detect_resolution is not None and info.works_at != "detect":
-        raise ValueError(f"{info.name} {info.version} works on the picture itself and takes no --detect-resolution")
-    task = Task(
-        name=args.name,
-        version=info.version,
-        resolution=args.resolution,
-        detect_resolution=args.detect_resolution,
-        parameters=info.check_parameters(given),
-        saved=args.save,
-        device=args.device,
-        weights=args.weights,
-    )
+    check_resolution("--resolution", args.resolution)
+    task = read_task(args, args.name, resolution=args.resolution, saved=args.save)
     jobs, todo = _plan(args.source, args.target, task, args.force)
-    failed = 0
     done = len(jobs) - len(todo)
-    with tqdm(total=len(jobs), initial=done, desc=args.name, unit="picture", disable=None) as bar:
-        for _, complaint in run(task, todo, **side_by_side):
-            if complaint:
-                failed += 1
-                tqdm.write(f"{PROGRAM}: {complaint}", file=sys.stderr)
-            bar.update()
+    failed = len(run_with_bar(PROGRAM, args, task, todo, len(jobs)))
     parts = [f"{len(todo) - failed} written to {args.target}"]
     parts += [f"{done} were there already"] * bool(done) + [f"{failed} failed"] * bool(failed)
     print(", ".join(parts))

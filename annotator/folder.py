@@ -1,5 +1,6 @@
 """Conditions of many pictures: reading, writing, and running an annotator over a folder, several pictures at a time."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -80,16 +81,23 @@ def _umask() -> int:
     return mask
 
 
+class HasPicture(Protocol):
+    """Whatever is done to one picture: all that `run` needs to know is the file, for its reports."""
+
+    @property
+    def picture(self) -> Path: ...
+
+
 class Job(NamedTuple):
     """A picture and the file that its condition goes to."""
 
-    source: Path
+    picture: Path
     target: Path
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is done to every picture; see `Annotator.make_hint` for the sizes.
+    """What is done to every picture; see `Annotator.make_hint` for the sizes. A subclass may do something else.
 
     Attributes:
         saved: "hint" (what a training set holds as source), "shown" (what people look at), or the detector's "map".
@@ -111,17 +119,20 @@ class Task:
     def load(self) -> Annotator:
         return load(self.name, self.device, self.weights, self.version)
 
-    def picture(self, annotator: Annotator, image: np.ndarray) -> np.ndarray:
-        """The uint8 picture that is to be saved for `image`."""
-        hint: Hint = annotator.make_hint(image, self.resolution, self.detect_resolution, **self.parameters)
-        return {"hint": lambda: hint.source, "shown": lambda: hint.shown, "map": lambda: hint.map}[self.saved]()
+    def work(self, annotator: Annotator, job: Any) -> None:
+        """Do one job; what it raises is reported, and the other jobs go on."""
+        hint: Hint = annotator.make_hint(
+            read_image(job.picture), self.resolution, self.detect_resolution, **self.parameters
+        )
+        saved = {"hint": lambda: hint.source, "shown": lambda: hint.shown, "map": lambda: hint.map}[self.saved]()
+        write_png(job.target, saved)
 
 
-def find_jobs(source: Path, target: Path) -> list[Job]:
-    """The pictures in a folder and its sub-folders, with where each goes: the same name below `target`, as PNG.
+def find_pictures(source: Path, target: Path) -> list[Path]:
+    """The pictures in a folder and its sub-folders, sorted, but for hidden ones and what lies in `target`.
 
     Raises:
-        ValueError: if there are none, or two would go to the same file.
+        ValueError: if there are none.
     """
     own = target.resolve() if target.resolve().is_relative_to(source.resolve()) else None
     found = sorted(
@@ -134,8 +145,17 @@ def find_jobs(source: Path, target: Path) -> list[Job]:
     )
     if not found:
         raise ValueError(f"no pictures in {source} (looked for {' '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def find_jobs(source: Path, target: Path) -> list[Job]:
+    """The pictures in a folder and its sub-folders, with where each goes: the same name below `target`, as PNG.
+
+    Raises:
+        ValueError: if there are none, or two would go to the same file.
+    """
     taken: dict[Path, Path] = {}
-    for path in found:
+    for path in find_pictures(source, target):
         goal = target / path.relative_to(source).with_suffix(".png")
         if goal in taken:
             raise ValueError(f"{taken[goal]} and {path} would both become {goal}; rename one of them")
@@ -149,12 +169,17 @@ def usable_cpus() -> int:
 
 
 def run(
-    task: Task, jobs: Sequence[Job], workers: int | None = None, batch: int | None = None
-) -> Iterator[tuple[Job, str | None]]:
+    task: Task,
+    jobs: Sequence[HasPicture],
+    workers: int | None = None,
+    batch: int | None = None,
+    processes: bool = True,
+) -> Iterator[tuple[Any, str | None]]:
     """Do the jobs; yield each in the end with None, or with one line that says what went wrong.
 
     Args:
         workers: processes for a detector without a network; as many as there are processors if not given.
+        processes: if False, such workers are threads, which start at once where the program imports much.
         batch: pictures at once for a detector with a network, which runs in this process; if not given, 8 on an
             accelerator and 1 on the CPU, where batches gain nothing.
 
@@ -164,8 +189,8 @@ def run(
     if not jobs:
         return
     workers = min(workers or usable_cpus(), len(jobs))
-    if task.info.network or workers <= 1:
-        yield from _run_here(task, jobs, batch)
+    if task.info.network or workers <= 1 or not processes:
+        yield from _run_here(task, jobs, workers, batch)
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(task,))
@@ -176,37 +201,37 @@ def run(
         pool.shutdown(cancel_futures=True)
 
 
-def _run_here(task: Task, jobs: Sequence[Job], batch: int | None) -> Iterator[tuple[Job, str | None]]:
+def _run_here(
+    task: Task, jobs: Sequence[HasPicture], workers: int, batch: int | None
+) -> Iterator[tuple[Any, str | None]]:
     annotator = task.load()
-    if not task.info.network:
-        yield from ((job, _attempt(task, annotator, job)) for job in jobs)
-        return
-    from annotator.batching import Batcher
+    enrolled: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if task.info.network:
+        from annotator.batching import Batcher
 
-    if batch is None:
-        batch = 1 if annotator.detector.device.type == "cpu" else BATCH
-    batcher = Batcher()
-    batcher.attach(annotator.detector)
+        workers = batch or (1 if annotator.detector.device.type == "cpu" else BATCH)
+        enrolled = Batcher()
+        enrolled.attach(annotator.detector)
 
-    def work(job: Job) -> str | None:
-        with batcher:
+    def work(job: HasPicture) -> str | None:
+        with enrolled:
             return _attempt(task, annotator, job)
 
-    pool = ThreadPoolExecutor(max_workers=batch)
+    pool = ThreadPoolExecutor(workers)
     try:
         yield from zip(jobs, pool.map(work, jobs), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(task: Task, annotator: Annotator, job: Job) -> str | None:
+def _attempt(task: Task, annotator: Annotator, job: HasPicture) -> str | None:
     try:
-        write_png(job.target, task.picture(annotator, read_image(job.source)))
+        task.work(annotator, job)
     except Exception as err:  # one picture must not stop the rest, whatever its trouble is
-        logger.debug("%s failed", job.source, exc_info=True)
+        logger.debug("%s failed", job.picture, exc_info=True)
         reason = (str(err).strip().splitlines() or [""])[0]
         line = reason if isinstance(err, (ValueError, OSError)) else f"{type(err).__name__}: {reason}"
-        return line if str(job.source) in line else f"{job.source}: {line}"
+        return line if str(job.picture) in line else f"{job.picture}: {line}"
     return None
 
 
@@ -220,5 +245,5 @@ def _start_worker(task: Task) -> None:
     _in_worker = task, task.load()
 
 
-def _work(job: Job) -> str | None:
+def _work(job: HasPicture) -> str | None:
     return _attempt(*_in_worker, job)

@@ -3,7 +3,6 @@
 A sample depends on its number and the seed alone, so that any part of a set can be made anywhere, in any order.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import ImageColor
 from tqdm import tqdm
 
+from cldm.data.folders import claim_folder, write_listing
 from cldm.pictures import save_png
 
 Colour = tuple[int, int, int]
@@ -181,7 +181,7 @@ def generate_fill(
         raise ValueError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, found {workers}")
-    _claim(folder, {"size": size, "seed": seed, "palette": palette})
+    claim_folder(folder, "fill.json", {"size": size, "seed": seed, "palette": palette})
     for part in ("source", "target"):
         (folder / part).mkdir(exist_ok=True)
     todo = [(folder, i, size, seed, palette) for i in range(count) if not (folder / f"target/{i}.png").is_file()]
@@ -196,34 +196,10 @@ def generate_fill(
             for done in as_completed([pool.submit(_write_sample, *job) for job in todo[start : start + 1000]]):
                 done.result()
                 bar.update()
-    lines = []
-    for i in range(count):
-        prompt = describe_fill(i, seed, PALETTES[palette])[0]
-        lines.append(json.dumps({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}))
-    listing = folder / "prompt.json"
-    temporary = folder / "prompt.json.tmp"
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, listing)
-    return listing
-
-
-def _claim(folder: Path, settings: dict[str, int | str]) -> None:
-    """Make the folder and note what set it holds, or check that it holds this one."""
-    note = folder / "fill.json"
-    if note.is_file():
-        try:
-            found = json.loads(note.read_text())
-        except json.JSONDecodeError:
-            found = None
-        if found != settings:
-            raise ValueError(
-                f"{folder} holds a Fill set of other settings ({found}, wanted {settings}); choose another folder"
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and was not made by this generator; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(settings))
+    prompts = (describe_fill(i, seed, PALETTES[palette])[0] for i in range(count))
+    return write_listing(
+        folder, ({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": p} for i, p in enumerate(prompts))
+    )
 
 
 def _write_sample(folder: Path, index: int, size: int, seed: int, palette: str) -> None:

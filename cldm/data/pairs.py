@@ -158,14 +158,25 @@ class PairDataset(Dataset):
             DataError: a file that is missing or broken, or sizes that do not fit.
         """
         first = self[0]["jpg"].shape[:2]
-        for pair in self.pairs:
-            size = _stored_size(pair.target)
-            _check_sizes(pair, _stored_size(pair.source), size, self.resolution)
-            if uniform and self.resolution is None and size != first:
+        for pair, size in zip(self.pairs, self.sizes(), strict=True):
+            if uniform and size != first:
                 raise DataError(
                     f"{pair.target} is {size[1]}x{size[0]}, but {self.pairs[0].target} is {first[1]}x{first[0]}; batches need one size"
                 )
         return int(first[0]), int(first[1])
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of every item, by index, from the headers of the files.
+
+        Raises:
+            DataError: a file that is missing or whose header is broken, or a pair whose sizes do not fit.
+        """
+        sizes = []
+        for pair in self.pairs:
+            size = _stored_size(pair.target)
+            _check_sizes(pair, _stored_size(pair.source), size, self.resolution)
+            sizes.append(size if self.resolution is None else (self.resolution, self.resolution))
+        return sizes
 
 
 def _check_sizes(pair: Pair, source: tuple[int, int], target: tuple[int, int], resolution: int | None) -> None:
