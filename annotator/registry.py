@@ -11,6 +11,7 @@ in 1.1 Canny has a size of its own too, every map is resized linearly and shown 
 """
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -192,6 +193,7 @@ class Annotator:
         image: np.ndarray,
         resolution: int | None = 512,
         detect_resolution: int | None = None,
+        picture: np.ndarray | None = None,
         **parameters: object,
     ) -> Hint:
         """A picture's condition, with the same steps as in the reference's apps.
@@ -200,6 +202,7 @@ class Annotator:
             image: (H, W), (H, W, 3) or RGBA, uint8.
             resolution: shorter side of the result (see `annotator.util.resize_image`); None keeps the size of `image`.
             detect_resolution: shorter side of what the detector sees, where it has a size of its own.
+            picture: `image` at the size of the result, where the caller has resized it; then `resolution` has no say.
             parameters: the detector's, see `info.parameters`.
 
         Raises:
@@ -209,7 +212,10 @@ class Annotator:
         if detect_resolution is not None and info.works_at != "detect":
             raise ValueError(f"{info.name} {info.version} works on the picture itself and takes no detect_resolution")
         image = INPUTS[info.takes](image)
-        picture = image if resolution is None else resize_image(image, resolution)
+        if picture is not None:
+            picture = INPUTS[info.takes](picture)
+        else:
+            picture = image if resolution is None else resize_image(image, resolution)
         if info.works_at == "detect":
             view = resize_image(image, info.detect_resolution if detect_resolution is None else detect_resolution)
         else:
@@ -239,6 +245,13 @@ SHUFFLE = (
 )
 BLUR = Parameter("blur", 5.0, 0.0, 64.0, "sigma that softens the hole's border, in pixels")
 
+NORMALS = (
+    Parameter("a", 2 * math.pi, 0.1, 20.0, "what z counts against the slopes; larger is flatter"),
+    Parameter("bg_th", 0.4, 0.0, 1.0, "depth below which all is background"),
+)
+HAND = Parameter("hand", False, help="draw hands too")
+HAND_AND_FACE = Parameter("hand_and_face", False, help="draw hands and faces too")
+
 _AT_IMAGE_SIZE = {"network": False, "works_at": "image", "detect_resolution": None}
 # Name: title, class below `annotator`, what differs from the usual.
 _V10: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -260,6 +273,18 @@ _V10: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fake_scribble": (
         "scribble made from HED edges", "hed.HEDdetector", {"shown": "inverted", "finish": "fake scribble"}
     ),
+    "openpose": (
+        "human pose (OpenPose)",
+        "openpose.OpenposeDetector",
+        {"interpolation": "nearest", "parameters": (HAND,), "options": {"version": "1.0"}, "output": 0},
+    ),
+    "seg": ("semantic segmentation (UniFormer)", "uniformer.UniformerDetector", {"interpolation": "nearest"}),
+    "depth": ("depth (MiDaS)", "midas.MidasDetector", {"detect_resolution": 384, "output": 0}),
+    "normal": (
+        "normals from depth (MiDaS)",
+        "midas.MidasDetector",
+        {"detect_resolution": 384, "hint": "channels reversed", "parameters": NORMALS, "output": 1},
+    ),
 }  # fmt: skip
 _IN_BOTH: dict[str, dict[str, Any]] = {  # what 1.1 does otherwise, besides linear resizing and showing the map as it is
     "canny": {"works_at": "detect", "detect_resolution": 512},
@@ -268,6 +293,9 @@ _IN_BOTH: dict[str, dict[str, Any]] = {  # what 1.1 does otherwise, besides line
     "scribble": {},
     "scribble_interactive": {},
     "fake_scribble": {},
+    "openpose": {"parameters": (HAND_AND_FACE,), "options": {"version": "1.1"}, "output": None},
+    "seg": {},
+    "depth": {"detect_resolution": 512},
 }
 _V11_ONLY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fake_scribble_pidinet": (
@@ -276,6 +304,7 @@ _V11_ONLY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lineart": ("line art", "lineart.LineartDetector", {"hint": "inverted", "parameters": (COARSE,)}),
     "lineart_anime": ("anime line art", "lineart_anime.LineartAnimeDetector", {"hint": "inverted"}),
     "pidinet": ("soft edges (PiDiNet)", "pidinet.PidiNetDetector", {"parameters": (SAFE,)}),
+    "normalbae": ("normals (NormalBae)", "normalbae.NormalBaeDetector", {}),
     "shuffle": ("shuffled content", "shuffle.ContentShuffleDetector", {"network": False, "parameters": SHUFFLE}),
     "tile": ("the picture itself", "tile.TileDetector", {**_AT_IMAGE_SIZE, "works_at": "input"}),
     "inpaint": (

@@ -33,10 +33,10 @@ def stubbed(name: str, version: str, result) -> Annotator:
 
 
 def test_all_conditions_are_there():
-    assert {"canny", "mlsd", "hed", "scribble", "fake_scribble"} <= set(
+    assert {"canny", "mlsd", "hed", "scribble", "fake_scribble", "openpose", "seg", "depth", "normal"} <= set(
         list_annotators("1.0")
     )
-    new = {"lineart", "lineart_anime", "pidinet", "shuffle", "tile", "inpaint"}
+    new = {"lineart", "lineart_anime", "pidinet", "normalbae", "shuffle", "tile", "inpaint"}
     assert new <= set(list_annotators("1.1")) and not new & set(list_annotators("1.0"))
     assert list_annotators() == sorted(set(list_annotators("1.0")) | set(list_annotators("1.1")))
 
@@ -60,6 +60,14 @@ def test_every_entry_names_a_class_that_takes_its_options_and_parameters(key):
         ("mlsd", "1.0", 512, "nearest", "map", "dilated, inverted"),
         ("mlsd", "1.1", 512, "linear", "map", "map"),
         ("hed", "1.0", 512, "linear", "map", "map"),
+        ("openpose", "1.0", 512, "nearest", "map", "map"),
+        ("openpose", "1.1", 512, "linear", "map", "map"),
+        ("seg", "1.0", 512, "nearest", "map", "map"),
+        ("seg", "1.1", 512, "linear", "map", "map"),
+        ("depth", "1.0", 384, "linear", "map", "map"),
+        ("depth", "1.1", 512, "linear", "map", "map"),
+        ("normal", "1.0", 384, "linear", "channels reversed", "map"),
+        ("normalbae", "1.1", 512, "linear", "map", "map"),
         ("lineart", "1.1", 512, "linear", "inverted", "map"),
         ("lineart_anime", "1.1", 512, "linear", "inverted", "map"),
     ],
@@ -75,6 +83,15 @@ def test_line_art_reaches_the_model_inverted():
     assert found.hint.shape == IMAGE.shape and found.hint.dtype == np.float32
     assert np.array_equal(found.hint, 1 - found.map.astype(np.float32) / 255)
     assert np.array_equal(found.source, 255 - found.map)
+
+
+def test_normals_reach_the_model_reversed_and_people_as_they_are():
+    annotator = stubbed("normal", "1.0", lambda image: (image[:, :, 0], image))
+    found = annotator.make_hint(IMAGE, None, bg_th=0.2)
+    assert annotator.detector.parameters == {"a": 2 * np.pi, "bg_th": 0.2}
+    assert np.array_equal(found.shown, found.map)
+    assert np.array_equal(found.hint, found.map[:, :, ::-1].astype(np.float32) / 255)
+    assert np.array_equal(found.source, found.map[:, :, ::-1])
 
 
 def test_nearest_maps_gain_no_new_values_and_mlsd_is_shown_dilated():
@@ -97,6 +114,7 @@ def test_nearest_maps_gain_no_new_values_and_mlsd_is_shown_dilated():
         ("canny", {"low_threshold": "100"}, "number, got '100'"),
         ("canny", {"low": 3}, "no parameter low; it has: low_threshold, high_threshold"),
         ("mlsd", {"thr_v": float("nan")}, "thr_v"),
+        ("openpose", {"hand": 1}, "True or False"),
     ],
 )
 def test_bad_parameters_are_named_before_anything_runs(name, parameters, message):

@@ -1,0 +1,73 @@
+"""From logits to labels at the size of a picture, and from labels to colours."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 128  # pixels a side that are labelled at once; narrow pictures have longer tiles of the same area
+
+# Red, green and blue of the 150 classes of ADE20K, in the order of its labels.
+PALETTE_HEX = (
+    "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04"
+    "ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff"
+    "e0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe000"
+    "99ff000000ffff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff00"
+    "0052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc2"
+    "00ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ff"
+    "ff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ff"
+    "ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cff"
+    "b8ff000085ffffd60019c2c266ff005c00ff"
+)
+PALETTE = np.frombuffer(bytes.fromhex(PALETTE_HEX), dtype=np.uint8).reshape(-1, 3)
+
+
+def colour(labels: np.ndarray) -> np.ndarray:
+    """The colours of labels (H, W), uint8: (H, W, 3), uint8, RGB. Labels that ADE20K does not have are black."""
+    lookup = np.zeros((256, 3), dtype=np.uint8)
+    lookup[: len(PALETTE)] = PALETTE
+    return lookup[labels]
+
+
+def label_map(logits: Tensor, padded: tuple[int, int], network: tuple[int, int], picture: tuple[int, int]) -> np.ndarray:
+    """The likeliest class of each pixel, with the logits resized bilinearly twice: to the network's input, to the picture.
+
+    A tile of the result is made at a time, as all classes of a large picture would take gigabytes.
+
+    Args:
+        logits: (classes, h, w).
+        padded: height and width of the network's input.
+        network: height and width of the part of it that shows the picture, from the top left.
+        picture: height and width of the result.
+
+    Returns:
+        (height, width), uint8.
+    """
+    height, width = picture
+    tile_height, tile_width = max(TILE, TILE**2 // width), max(TILE, TILE**2 // height)
+    labels = np.empty(picture, dtype=np.uint8)
+    for top in range(0, height, tile_height):
+        rows = slice(top, min(top + tile_height, height))
+        above, vertical = _weights(logits.shape[1], padded[0], network[0], height, rows)
+        band = vertical.to(logits).T @ logits[:, above]  # (classes, rows, w)
+        for left in range(0, width, tile_width):
+            columns = slice(left, min(left + tile_width, width))
+            beside, horizontal = _weights(logits.shape[2], padded[1], network[1], width, columns)
+            tile = band[:, :, beside] @ horizontal.to(logits)  # (classes, rows, columns)
+            labels[rows, columns] = tile.argmax(dim=0).cpu().numpy()
+    return labels
+
+
+def _weights(side: int, padded: int, network: int, picture: int, pixels: slice) -> tuple[slice, Tensor]:
+    """One axis of both resizings: which of the `side` logits the `pixels` depend on, and how: (logits, pixels)."""
+    first = F.interpolate(torch.eye(side)[None], size=padded, mode="linear")[0]  # (side, padded)
+    centres = torch.arange(pixels.start, pixels.stop, dtype=torch.float64) + 0.5
+    position = (centres * (network / picture) - 0.5).clamp(min=0.0)
+    before = position.long()
+    after = (before + 1).clamp(max=network - 1)
+    start = int(before[0])
+    first = first[:, start : int(after[-1]) + 1]
+    used = first.any(dim=1).nonzero()
+    nonzero = slice(int(used[0]), int(used[-1]) + 1)
+    first = first[nonzero]
+    return nonzero, torch.lerp(first[:, before - start], first[:, after - start], (position - before).float())
