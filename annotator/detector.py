@@ -68,6 +68,9 @@ class NetworkDetector:
         """The network, with any weights."""
         raise NotImplementedError
 
+    def load_for(self, **parameters: object) -> None:
+        """Load now what a call with these arguments would load when it is made; before threads make many."""
+
     def rename(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Entries of the published file under the network's own names."""
         return state_dict

@@ -210,6 +210,7 @@ def _run_here(
         from annotator.batching import Batcher
 
         workers = batch or (1 if annotator.detector.device.type == "cpu" else BATCH)
+        annotator.detector.load_for(**task.parameters)
         enrolled = Batcher()
         enrolled.attach(annotator.detector)
 

@@ -128,6 +128,12 @@ class OpenposeDetector(NetworkDetector):
     def face_network(self) -> nn.Module:
         return self._load(FacePoseModel(), find_weights("facenet.pth", self._folder, self.repository))
 
+    def load_for(self, **parameters: object) -> None:
+        if parameters.get("hand") or parameters.get("hand_and_face"):
+            _ = self.hand_network
+            if self.version == "1.1":
+                _ = self.face_network
+
     def __call__(
         self, image: np.ndarray, hand: bool = False, return_is_index: bool = False, *, hand_and_face: bool = False
     ) -> np.ndarray | dict | tuple[np.ndarray, dict]:

@@ -297,3 +297,12 @@ def test_no_people_is_a_black_picture_and_empty_lists():
     pose = poses.relative(20, 30)
     assert pose == {"bodies": {"candidate": [], "subset": []}, "hands": [], "faces": []}
     assert not draw_pose(pose, 20, 30).any() and draw_pose(pose, 20, 30).shape == (20, 30, 3)
+
+
+def test_networks_can_be_loaded_before_threads_ask_for_them(weights):
+    for version, loaded in (("1.0", {"hand_network"}), ("1.1", {"hand_network", "face_network"})):
+        detector = OpenposeDetector("cpu", weights, version)
+        detector.load_for(hand=False)
+        assert not loaded & set(vars(detector))
+        detector.load_for(hand=True)
+        assert loaded == {"hand_network", "face_network"} & set(vars(detector))
