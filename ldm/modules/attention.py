@@ -208,14 +208,15 @@ class SpatialTransformer(nn.Module):
             )
         height = x.shape[2]
         tokens = self.norm(x)
+        if not self.use_linear:
+            tokens = self.proj_in(tokens)
+        # Tokens one after the other in memory, and the map as it came: else every norm and sum copies or strides.
+        tokens = rearrange(tokens, "b c h w -> b (h w) c").contiguous()
         if self.use_linear:
-            tokens = self.proj_in(rearrange(tokens, "b c h w -> b (h w) c"))
-        else:
-            tokens = rearrange(self.proj_in(tokens), "b c h w -> b (h w) c")
+            tokens = self.proj_in(tokens)
         for block, block_context in zip(blocks, contexts, strict=True):
             tokens = block(tokens, block_context)  # (B, H*W, D)
         if self.use_linear:
-            tokens = rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=height)
-        else:
-            tokens = self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=height))
-        return x + tokens
+            tokens = self.proj_out(tokens)
+        tokens = rearrange(tokens, "b (h w) c -> b c h w", h=height).contiguous()
+        return x + (tokens if self.use_linear else self.proj_out(tokens))
