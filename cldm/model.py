@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from cldm.config import load_config, model_section, resolve
 from ldm.util import ConfigError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
+
+_READERS = 4  # threads that read a weights file; what takes time is the system's copying, outside Python's lock
 
 # Entries that not every file of a family has: published SD files lack `logvar`, newer ones `position_ids`.
 OPTIONAL = ("logvar", "cond_stage_model.transformer.text_model.embeddings.position_ids")
@@ -38,7 +41,8 @@ def load_state_dict(ckpt_path: str | Path, location: str | torch.device = "cpu")
             only `load_control` can add to its base.
     """
     with open_weights(ckpt_path) as (entries, checkpoint):
-        state_dict = {key: entries[key].to(location) for key in entries}
+        with ThreadPoolExecutor(_READERS) as pool:
+            state_dict = dict(zip(entries, pool.map(lambda key: entries[key].to(location), entries), strict=True))
         report = identify(checkpoint)
     logger.info("read %d entries from %s (%s, %s)", len(state_dict), ckpt_path, report.layout, report.family)
     _warn_if_partial(report)
@@ -139,12 +143,18 @@ def _fill(model: nn.Module, entries: LazyEntries, optional: tuple[str, ...]) -> 
             f"{entries.path}: {abbreviate(stranded)} are missing, and have no initial values in a model made without memory"
         )
     report = LoadReport([k for k in places if k in entries], missing, [k for k in entries if k not in places])
-    with torch.no_grad():
-        for key in report.loaded:
-            if places[key].is_meta:
-                _give_memory(model, key, entries[key].to(places[key].dtype))
-            else:
-                entries.read_into(key, places[key])
+
+    def read(key: str) -> Tensor | None:
+        if places[key].is_meta:
+            return entries[key].to(places[key].dtype)
+        with torch.no_grad():
+            entries.read_into(key, places[key])
+        return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for key, value in zip(report.loaded, pool.map(read, report.loaded), strict=True):
+            if value is not None:
+                _give_memory(model, key, value)
     logger.info("%s: %s", entries.path, report)
     return report
 
