@@ -21,7 +21,16 @@ from annotator.registry import Annotator, describe, list_annotators
 from cldm.data.fill import PALETTES, generate_fill
 from cldm.data.folders import claim_folder
 from cldm.data.pairs import PairDataset
-from cldm.data.photos import Framing, PhotoPair, list_pairs, parse_size, plan_pairs, read_prompts, settings_of, write_pair
+from cldm.data.photos import (
+    Framing,
+    PhotoPair,
+    list_pairs,
+    parse_size,
+    plan_pairs,
+    read_prompts,
+    settings_of,
+    write_pair,
+)
 
 PROGRAM = "tutorial_dataset.py"
 # A hole's -1 cannot be stored in a picture file; masks belong into the training loop.
@@ -63,15 +72,22 @@ def photos_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description="Make a training set from a folder of pictures.")
     commands = parser.add_subparsers(dest="condition", metavar="CONDITION", required=True)
     for name in CONDITIONS:
-        command = commands.add_parser(name, description=f"Pairs of pictures and their condition: {describe(name).title}.")
+        command = commands.add_parser(
+            name, description=f"Pairs of pictures and their condition: {describe(name).title}."
+        )
         command.add_argument("photos", metavar="PHOTOS", type=Path, help="folder of pictures, with sub-folders")
         command.add_argument("out", metavar="OUT", type=Path, help="data folder to write")
         prompts = command.add_mutually_exclusive_group()
         prompts.add_argument(
-            "--captions", type=Path, metavar="FILE", help='lines like {"file": "a.jpg", "prompt": "..."} (default: a.txt beside a.jpg)'
+            "--captions",
+            type=Path,
+            metavar="FILE",
+            help='lines like {"file": "a.jpg", "prompt": "..."} (default: a.txt beside a.jpg)',
         )
         prompts.add_argument("--prompt", help="one prompt for all pictures")
-        command.add_argument("--size", default="512", help="of the pairs: pixels a side, or WIDTHxHEIGHT (default: %(default)s)")
+        command.add_argument(
+            "--size", default="512", help="of the pairs: pixels a side, or WIDTHxHEIGHT (default: %(default)s)"
+        )
         command.add_argument(
             "--buckets", action="store_true", help="sizes of this area, for each picture the one nearest to its shape"
         )

@@ -30,7 +30,9 @@ def hack_everything(clip_skip: int = 0, model: nn.Module | None = None) -> None:
         model: change only this model's text encoder; by default all that exist and will be made.
     """
     if model is not None and not isinstance(model.cond_stage_model, FrozenCLIPEmbedder):
-        raise ValueError(f"long prompts are for SD 1.x text encoders; this model has a {type(model.cond_stage_model).__name__}")
+        raise ValueError(
+            f"long prompts are for SD 1.x text encoders; this model has a {type(model.cond_stage_model).__name__}"
+        )
     disable_verbosity()
     chosen = FrozenCLIPEmbedder if model is None else model.cond_stage_model
 

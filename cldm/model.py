@@ -89,7 +89,8 @@ def create_model(
     with torch.device("meta"):
         model = instantiate_from_config(section)
     load_weights(model, weights)
-    return model.to(device if device is not None else "cpu")  # also tells Lightning that it is not on the meta device any more
+    # On the CPU too: this tells Lightning that the model is not on the meta device any more.
+    return model.to(device if device is not None else "cpu")
 
 
 @dataclass(frozen=True)

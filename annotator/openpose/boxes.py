@@ -5,7 +5,8 @@ import numpy as np
 MIN_SIDE = 20
 LEFT_ARM, RIGHT_ARM = (5, 6, 7), (2, 3, 4)  # shoulder, elbow, wrist
 NOSE = 0
-FACE_REACH = {14: 3.0, 15: 3.0, 16: 1.5, 17: 1.5}  # how many times its distance from the nose a face reaches: eyes, ears
+# How many times its distance from the nose a face reaches: eyes, ears.
+FACE_REACH = {14: 3.0, 15: 3.0, 16: 1.5, 17: 1.5}
 
 
 def hand_boxes(candidates: np.ndarray, people: np.ndarray, height: int, width: int) -> list[tuple[int, int, int, bool]]:

@@ -51,16 +51,23 @@ def _quick_blur(x: np.ndarray) -> tuple[np.ndarray, float]:
     return blurred, _SLACK * max(abs(extreme) for extreme in cv2.minMaxLoc(x)[:2])
 
 
-def _find_in_map(heatmap: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of a map's peaks, by row, then column."""
+def _part_above(heatmap: np.ndarray, threshold: float) -> tuple[np.ndarray, int, int]:
+    """The part of a map outside of which no blurred value is above the threshold, and its top and left; maybe empty."""
     # The blur is a mean: it is above the threshold only near pixels that are. The factor allows for rounding.
     left, top, width, height = cv2.boundingRect((heatmap > threshold * 0.999).view(np.uint8))
     if not width:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        return heatmap[:0, :0], 0, 0
     margin = 2 * RADIUS + 2  # from that box to the farthest peak, its neighbour, and what the blur sees there
     bottom, right = top + height + margin, left + width + margin
     top, left = max(top - margin, 0), max(left - margin, 0)
-    part = heatmap[top:bottom, left:right]
+    return heatmap[top:bottom, left:right], top, left
+
+
+def _find_in_map(heatmap: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of a map's peaks, by row, then column."""
+    part, top, left = _part_above(heatmap, threshold)
+    if not part.size:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     blurred, slack = _quick_blur(part)
     least = cv2.dilate(blurred, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
     cv2.max(cv2.subtract(least, 2 * slack, dst=least), threshold - slack, dst=least)
@@ -100,7 +107,11 @@ def find_hand_peaks(heatmaps: Iterable[np.ndarray], threshold: float = POINT_THR
         (points, 2), int64: x, y; (0, 0) where nothing was found.
     """
     peaks = []
-    for heatmap in heatmaps:
+    for whole in heatmaps:
+        heatmap, top, left = _part_above(whole, threshold)
+        if not heatmap.size:
+            peaks.append((0, 0))
+            continue
         blurred, slack = _quick_blur(heatmap)
         above = blurred > threshold
         unsure = np.nonzero(np.abs(blurred - threshold) <= slack)
@@ -116,7 +127,7 @@ def find_hand_peaks(heatmaps: Iterable[np.ndarray], threshold: float = POINT_THR
         # Of equals the first by row, then column.
         part = heaviest[0] if len(heaviest) == 1 else inside[np.isin(inside, heaviest)][0]
         y, x = divmod(int(np.where(labels == part, heatmap, 0.0).argmax()), heatmap.shape[1])
-        peaks.append((x, y))
+        peaks.append((left + x, top + y))
     return np.array(peaks, dtype=np.int64)
 
 

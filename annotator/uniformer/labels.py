@@ -29,7 +29,9 @@ def colour(labels: np.ndarray) -> np.ndarray:
     return lookup[labels]
 
 
-def label_map(logits: Tensor, padded: tuple[int, int], network: tuple[int, int], picture: tuple[int, int]) -> np.ndarray:
+def label_map(
+    logits: Tensor, padded: tuple[int, int], network: tuple[int, int], picture: tuple[int, int]
+) -> np.ndarray:
     """The likeliest class of each pixel, with the logits resized bilinearly twice: to the network's input, to the picture.
 
     A tile of the result is made at a time, as all classes of a large picture would take gigabytes.

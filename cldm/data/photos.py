@@ -137,7 +137,9 @@ class PhotoPair:
         return self.is_made(folder) and (folder / self.target).stat().st_mtime_ns >= self.picture.stat().st_mtime_ns
 
 
-def plan_pairs(folder: Path, prompts: dict[Path, str], everything: Iterable[Path], crops: int | None) -> list[PhotoPair]:
+def plan_pairs(
+    folder: Path, prompts: dict[Path, str], everything: Iterable[Path], crops: int | None
+) -> list[PhotoPair]:
     """The pairs of the photographs that have a prompt, in the order of their names, those of one photograph side by side.
 
     Args:
@@ -188,7 +190,9 @@ def read_prompts(
     if listing is not None:
         by_file = _read_listing(listing, folder)
         known = {path.resolve() for path in photos}
-        complaints += [f"{where}: there is no picture {file}" for file, (where, _) in by_file.items() if file not in known]
+        complaints += [
+            f"{where}: there is no picture {file}" for file, (where, _) in by_file.items() if file not in known
+        ]
     for path in photos:
         if listing is not None:
             where, text = by_file.get(path.resolve(), (f"{listing} does not name it", ""))
@@ -237,10 +241,13 @@ def _read_listing(listing: Path, folder: Path) -> dict[Path, tuple[str, str]]:
         if not isinstance(entry, dict):
             raise DataError(f"{where} must be an object, found {type(entry).__name__}")
         file, text = (
-            next((entry[key] for key in keys if isinstance(entry.get(key), str)), None) for keys in (FILE_KEYS, TEXT_KEYS)
+            next((entry[key] for key in keys if isinstance(entry.get(key), str)), None)
+            for keys in (FILE_KEYS, TEXT_KEYS)
         )
         if file is None or text is None:
-            raise DataError(f"{where} needs a text under one of {', '.join(FILE_KEYS)} and one of {', '.join(TEXT_KEYS)}")
+            raise DataError(
+                f"{where} needs a text under one of {', '.join(FILE_KEYS)} and one of {', '.join(TEXT_KEYS)}"
+            )
         path = (folder / file).resolve()
         if path in found:
             raise DataError(f"{where} names {file} again, after {found[path][0]}")

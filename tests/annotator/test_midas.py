@@ -80,7 +80,9 @@ def test_flat_depth_faces_the_viewer():
 def test_pictures_of_any_size_and_kind(detector, shape):
     for value in (0, 255):
         depth, normals = detector(np.full(shape, value, dtype=np.uint8))
-        assert depth.shape == shape[:2] and normals.shape == (*shape[:2], 3) and depth.dtype == normals.dtype == np.uint8
+        assert (
+            depth.shape == shape[:2] and normals.shape == (*shape[:2], 3) and depth.dtype == normals.dtype == np.uint8
+        )
 
 
 @pytest.mark.parametrize("settings", [{"a": 0}, {"a": float("nan")}, {"bg_th": -0.1}, {"bg_th": 1.5}])

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -216,7 +217,13 @@ def test_peaks_are_those_of_a_double_precision_blur_of_everything():
     random = np.random.RandomState(0)
     maps = [random.rand(height, width) * scale for height, width, scale in
             ((1, 1, 1), (1, 70, 1), (40, 3, 1), (90, 130, 0.4), (90, 130, 1e4), (200, 200, 1))]  # fmt: skip
-    maps += [np.full((30, 40), 0.5), np.full((30, 40), 0.09), np.full((30, 40), 0.1), np.zeros((5, 5)), -np.ones((5, 5))]
+    maps += [
+        np.full((30, 40), 0.5),
+        np.full((30, 40), 0.09),
+        np.full((30, 40), 0.1),
+        np.zeros((5, 5)),
+        -np.ones((5, 5)),
+    ]
     spot = np.zeros((300, 200))
     spot[[0, 20, 24, 150, 299, 299], [0, 199, 50, 100, 0, 199]] = 60  # reflected spots tie with their mirror images
     block = np.zeros((120, 120))
@@ -242,6 +249,19 @@ def test_a_hands_point_is_the_maximum_of_the_heaviest_part():
     heavy[5:25, 30:50], high[40:50, 8:18] = 0.5, 1.0
     heavy[12, 33] = heavy[14, 31] = 0.6  # of equals the first by row
     assert find_hand_peaks([heavy + high, np.zeros((60, 60))]).tolist() == [[33, 12], [0, 0]]
+
+
+def test_a_hands_points_do_not_depend_on_what_lies_below_the_threshold():
+    random = np.random.RandomState(2)
+    for y, x in ((0, 0), (79, 99), (3, 60), (40, 50)):
+        spots = np.zeros((80, 100))
+        spots[y, x], spots[70, 20] = 300, 40
+        spots = gaussian_filter(spots) + random.rand(80, 100) * 0.03
+        above = (gaussian_filter(spots) > 0.05).astype(np.uint8)
+        _, labels = cv2.connectedComponents(above)
+        heaviest = 1 + np.argmax([spots[labels == k].sum() for k in range(1, labels.max() + 1)])
+        best = np.unravel_index(np.where(labels == heaviest, spots, 0).argmax(), spots.shape)
+        assert find_hand_peaks([spots]).tolist() == [[best[1], best[0]]]
 
 
 def test_weights_of_hands_and_faces_are_needed_only_when_asked_for(weights, tmp_path, monkeypatch):

@@ -239,12 +239,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench_bodies(name, case, args.side, args.repeats)
         for name, case in (("two people", "two_people"), ("a crowd", "photo_astronaut"))
     ]
-    hand = cv2.GaussianBlur(np.random.RandomState(0).rand(256, 256, HAND_POINTS), (0, 0), 12) - 0.46
-    hand = np.ascontiguousarray(hand.transpose(2, 0, 1))
-    plain_hand = (lambda: plain_hand_peaks(hand)) if ndimage else None
-    if ndimage:
-        np.testing.assert_array_equal(find_hand_peaks(hand), plain_hand_peaks(hand))
-    report("openpose, points of a hand, 256x256", lambda: find_hand_peaks(hand), plain_hand, args.repeats)
+    random = np.random.RandomState(0)
+    spots = np.zeros((HAND_POINTS, 256, 256))
+    rows, columns = random.randint(20, 236, (2, HAND_POINTS))
+    spots[np.arange(HAND_POINTS), rows, columns] = 500.0
+    spots = np.stack([cv2.GaussianBlur(spot, (0, 0), 9) for spot in spots]) + random.rand(*spots.shape) * 0.02
+    rough = np.stack([cv2.GaussianBlur(random.rand(256, 256), (0, 0), 12) - 0.46 for _ in range(HAND_POINTS)])
+    for name, hand in (("a hand's points", spots), ("the same in rough maps", rough)):
+        plain_hand = (lambda hand=hand: plain_hand_peaks(hand)) if ndimage else None
+        if ndimage:
+            np.testing.assert_array_equal(find_hand_peaks(hand), plain_hand_peaks(hand))
+        report(f"openpose, {name}, 256x256", lambda hand=hand: find_hand_peaks(hand), plain_hand, args.repeats)
 
     output = torch.from_numpy(np.random.RandomState(0).randn(5, args.side // 2, args.side // 2).astype(np.float32))
     np.testing.assert_allclose(plain_lines(output.numpy(), 0.1, 0.1), decode_lines(output), atol=1e-3)

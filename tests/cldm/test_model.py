@@ -126,7 +126,9 @@ def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
         load_control(model, tmp_path / "base.safetensors")
     other = tiny_model("sd1")
     before = {k: v.clone() for k, v in other.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"another shape, e.g. .*proj_in.* is \[\d+, \d+\] where \[\d+, \d+, 1, 1\]"):
+    with pytest.raises(
+        CheckpointError, match=r"another shape, e.g. .*proj_in.* is \[\d+, \d+\] where \[\d+, \d+, 1, 1\]"
+    ):
         load_weights(other, folder / "full.safetensors")
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     no_control = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
@@ -161,7 +163,9 @@ def test_overrides_are_typed():
 
 
 def test_importing_the_core_is_light():
-    code = "import sys, cldm.cldm, cldm.model; print([m for m in ('open_clip', 'diffusers', 'timm') if m in sys.modules])"
+    code = (
+        "import sys, cldm.cldm, cldm.model; print([m for m in ('open_clip', 'diffusers', 'timm') if m in sys.modules])"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -66,7 +66,9 @@ def test_no_two_photographs_share_a_name():
     assert names["sub/b.v2.png"] == "sub/b.v2" and names["c.png.jpg"] != names["c.png"]
     # A prompt more or less changes no name.
     del prompts[folder / "a.png"]
-    assert names.items() >= {(str(p.picture.relative_to(folder)), p.name) for p in plan_pairs(folder, prompts, photos, None)}
+    assert names.items() >= {
+        (str(p.picture.relative_to(folder)), p.name) for p in plan_pairs(folder, prompts, photos, None)
+    }
     crops = plan_pairs(folder, prompts, photos, 3)
     assert len({pair.target for pair in crops}) == 3 * len(prompts)
     assert [pair.name for pair in crops if pair.picture.name == "b.jpg"] == ["b-0", "b-1", "b-2"]
@@ -90,7 +92,11 @@ def test_prompts_beside_the_photographs(tmp_path):
 def test_prompts_from_a_listing(tmp_path):
     photos = [tmp_path / name for name in ("a.jpg", "sub/b.png", "c.png")]
     listing = tmp_path / "captions.jsonl"
-    entries = [{"file": "a.jpg", "prompt": "one"}, {"image": "./sub/b.png", "text": "two "}, {"file_name": "x.png", "caption": "y"}]
+    entries = [
+        {"file": "a.jpg", "prompt": "one"},
+        {"image": "./sub/b.png", "text": "two "},
+        {"file_name": "x.png", "caption": "y"},
+    ]
     listing.write_text("\n\n".join(map(json.dumps, entries)) + "\n")
     prompts, complaints = read_prompts(tmp_path, photos, listing)
     assert prompts == {photos[0]: "one", photos[1]: "two"}

@@ -15,7 +15,10 @@ from ldm.util import instantiate_from_config
 from tests.cldm.tiny import GUESS_SCALES, Inputs, tiny_config, tiny_model
 from tests.parity import fill_
 
-SMALL_TEXT = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": {"width": 48, "layers": 1, "heads": 4}}
+SMALL_TEXT = {
+    "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "params": {"width": 48, "layers": 1, "heads": 4},
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,9 @@ def test_the_same_seed_gives_the_same_pictures_and_the_model_is_left_as_it_was(m
     pipeline = ControlPipeline(model)
     calls = []
     handle = model.control_model.input_hint_block.register_forward_pre_hook(lambda *a: calls.append(1))
-    first, again, other = (pipeline(hint(), "a", num_samples=2, steps=3, seed=s, strength=0.5, eta=0.5) for s in (1, 1, 2))
+    first, again, other = (
+        pipeline(hint(), "a", num_samples=2, steps=3, seed=s, strength=0.5, eta=0.5) for s in (1, 1, 2)
+    )
     handle.remove()
     assert first.shape == (2, 64, 64, 3) and first.dtype == np.uint8
     assert np.array_equal(first, again) and not np.array_equal(first, other) and not np.array_equal(first[0], first[1])
@@ -66,7 +71,9 @@ def test_hints_prompts_and_sizes_in_every_form(model):
     several = np.stack([hint(0), hint(1)])
     out = pipeline(several, ["a", "b"], negative_prompt="c", steps=2, seed=0, guess_mode=True)
     tensor = (torch.from_numpy(several).float() / 255).permute(0, 3, 1, 2)
-    assert np.array_equal(out, pipeline(tensor, ["a", "b"], negative_prompt=["c", "c"], steps=2, seed=0, guess_mode=True))
+    assert np.array_equal(
+        out, pipeline(tensor, ["a", "b"], negative_prompt=["c", "c"], steps=2, seed=0, guess_mode=True)
+    )
     assert pipeline(None, "a", size=(64, 128), steps=1, guidance_scale=1.0).shape == (1, 64, 128, 3)
 
 

@@ -122,7 +122,9 @@ def test_what_is_broken_is_reported_and_the_rest_is_done(photos, tmp_path, capsy
     printed = capsys.readouterr()
     assert "8 pairs of 4 pictures" in printed.out
     complaints = [line for line in printed.err.splitlines() if line.startswith("tutorial_dataset.py: ")]
-    for line, words in zip(complaints, ("small.bmp has no prompt", "a.png does not decode", "broken.jpg does"), strict=True):
+    for line, words in zip(
+        complaints, ("small.bmp has no prompt", "a.png does not decode", "broken.jpg does"), strict=True
+    ):
         assert words in line
     assert {name.split("-")[0] for name in listed(out)} == {"a.jpg", "sub/clear", "sub/deep", "sub/turned"}
     # Mended, they join the rest.
@@ -157,7 +159,9 @@ def test_what_is_broken_is_reported_and_the_rest_is_done(photos, tmp_path, capsy
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_2(photos, tmp_path, capsys, command, message):
     places = {"IN": str(photos), "OUT": str(tmp_path / "out")}
-    command = [word.replace(start, places[start], 1) if (start := word.split("/")[0]) in places else word for word in command]
+    command = [
+        word.replace(start, places[start], 1) if (start := word.split("/")[0]) in places else word for word in command
+    ]
     before = files(photos)
     assert run(*command) == 2
     complaint = capsys.readouterr().err.strip().splitlines()[-1]
@@ -169,7 +173,9 @@ def test_a_network_sees_the_photograph_at_its_own_size(photos, tmp_path, monkeyp
     """Canny of 1.1 stands in for a network: it works at `--detect-resolution` on the part, not on the small result."""
     seen = []
     call = CannyDetector.__call__
-    monkeypatch.setattr(CannyDetector, "__call__", lambda self, img, **k: seen.append(img.shape) or call(self, img, **k))
+    monkeypatch.setattr(
+        CannyDetector, "__call__", lambda self, img, **k: seen.append(img.shape) or call(self, img, **k)
+    )
     out = tmp_path / "out"
     assert run("canny", photos, out, "--size", 64, "--version", "1.1", "--detect-resolution", 192, "--prompt", "x") == 0
     assert set(seen) == {(192, 192, 3)} and len(listed(out)) == 6

@@ -441,7 +441,9 @@ class DDPM(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW at `self.learning_rate`, with the learning-rate schedule of `scheduler_config` if there is one."""
         parameters = self.trained_parameters()
-        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, fused=self._fused_step_helps(parameters) or None)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, fused=self._fused_step_helps(parameters) or None
+        )
         return with_schedule(optimizer, self.scheduler_config)
 
     def _fused_step_helps(self, parameters: Sequence[nn.Parameter]) -> bool:
