@@ -77,6 +77,21 @@ def test_hints_prompts_and_sizes_in_every_form(model):
     assert pipeline(None, "a", size=(64, 128), steps=1, guidance_scale=1.0).shape == (1, 64, 128, 3)
 
 
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_every_sampler_takes_a_hint_and_they_meet_with_many_steps(model, guess_mode):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+    settings = {"guidance_scale": 2.0, "guess_mode": guess_mode, "x_T": noise}
+    ddim, plms, solver = (
+        ControlPipeline(model, sampler)(hint(), "a", steps=40, **settings).astype(int)
+        for sampler in ("ddim", "plms", "dpm_solver")
+    )
+    without = ControlPipeline(model, "dpm_solver")(None, "a", size=(64, 64), steps=40, **settings).astype(int)
+    near = max(abs(ddim - plms).mean(), abs(ddim - solver).mean())
+    assert 3 * near < abs(solver - without).mean()
+    with pytest.raises(ValueError, match="unknown sampler 'euler'; known are ddim, plms, dpm_solver"):
+        ControlPipeline(model, "euler")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -7,6 +7,7 @@ import torch
 from cldm.ddim_hacked import DDIMSampler as HackedSampler
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.ddpm import DDPM
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.schedule import make_beta_schedule, make_ddim_timesteps
 
@@ -30,13 +31,13 @@ class Exact:
         self.process, self.x0, self.parameterization = process, x0, parameterization
         self.num_timesteps, self.betas = process.num_timesteps, process.betas
         self.alphas_cumprod, self.alphas_cumprod_prev = process.alphas_cumprod, process.alphas_cumprod_prev
-        self.predict_eps_from_z_and_v = process.predict_eps_from_z_and_v
-        self.predict_start_from_z_and_v = process.predict_start_from_z_and_v
-        self.q_sample = process.q_sample
 
     def apply_model(self, x, t, cond):
-        eps = self.process.predict_noise_from_start(x, t, self.x0)
-        return self.process.loss_target(self.x0, eps, t)
+        log_alphas = self.alphas_cumprod.double().log().numpy()
+        alpha = float(np.exp(np.interp(float(t[0]), np.arange(self.num_timesteps), log_alphas)))
+        eps = (x - alpha**0.5 * self.x0) / (1 - alpha) ** 0.5
+        v = alpha**0.5 * eps - (1 - alpha) ** 0.5 * self.x0
+        return {"eps": eps, "v": v, "x0": self.x0}[self.parameterization]
 
 
 class Linear(Exact):
@@ -51,13 +52,115 @@ class Linear(Exact):
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
-@pytest.mark.parametrize("sampler", [DDIMSampler, HackedSampler, PLMSSampler])
+@pytest.mark.parametrize("sampler", [DDIMSampler, HackedSampler, PLMSSampler, DPMSolverSampler])
 def test_samplers_recover_x0_from_an_exact_predictor(sampler, parameterization):
     x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     out, kept = sampler(Exact(parameterization, x0)).sample(ddim_steps=10, batch_size=2, shape=(4, 8, 8), verbose=False)
     # The last step lands on the first alpha-bar, whose noise level is 0.03.
     assert float((out - x0).abs().max()) < 0.15
     torch.testing.assert_close(kept["pred_x0"][-1], x0, atol=1e-4, rtol=0)
+
+
+class Curved(Exact):
+    """A model whose output is no simple function of x and t."""
+
+    def apply_model(self, x, t, cond):
+        return torch.tanh(0.7 * x + self.x0) * (0.5 + t.view(-1, 1, 1, 1) / 1000)
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0"])
+@pytest.mark.parametrize("steps", [1, 9, 27])  # divisors of 999: elsewhere diffusers rounds the timesteps
+def test_dpm_solver_equals_that_of_diffusers(steps, parameterization):
+    from diffusers import DPMSolverMultistepScheduler
+
+    x0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    model = Curved(parameterization, x0)
+    got, _ = DPMSolverSampler(model).sample(steps, 2, (4, 8, 8), x_T=noise, verbose=False)
+    prediction = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[parameterization]
+    theirs = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction,
+        timestep_spacing="linspace", final_sigmas_type="sigma_min",
+    )  # fmt: skip
+    theirs.set_timesteps(steps)
+    x = noise
+    for t in theirs.timesteps:
+        x = theirs.step(model.apply_model(x, t.expand(2), None), t, x).prev_sample
+    torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-5)
+
+
+def test_dpm_solver_is_of_second_order_also_between_timesteps():
+    class Gaussian(Exact):
+        """Data of standard deviation 2, for which the probability-flow equation has a known solution."""
+
+        def alpha(self, t):
+            log_alphas = self.alphas_cumprod.double().log().numpy()
+            return float(np.exp(np.interp(float(t), np.arange(self.num_timesteps), log_alphas)))
+
+        def apply_model(self, x, t, cond):
+            alpha = self.alpha(t[0])
+            return x * (1 - alpha) ** 0.5 / (4 * alpha + 1 - alpha)
+
+    model = Gaussian("eps", torch.zeros(1))
+    model.alphas_cumprod = model.alphas_cumprod.double()
+    noise = torch.full((1, 4, 8, 8), 1.0, dtype=torch.float64)
+    first, last = (4 * a + 1 - a for a in (model.alpha(0), model.alpha(999)))
+    want = (first / last) ** 0.5
+    errors = [
+        abs(float(DPMSolverSampler(model).sample(steps, 1, (4, 8, 8), x_T=noise, verbose=False)[0].mean()) - want)
+        for steps in (80, 160, 320)
+    ]
+    assert errors[0] < 0.005 and errors[0] / errors[1] > 3 and errors[1] / errors[2] > 3
+    plain = DDIMSampler(model).sample(160, 1, (4, 8, 8), x_T=noise, verbose=False)[0].mean()
+    assert errors[1] < abs(float(plain) - want) / 5
+
+
+@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+def test_what_a_mask_keeps_and_where_image_to_image_starts(sampler):
+    model = Exact("eps", torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5)))
+    kept, mask = torch.randn(2, 4, 8, 8), torch.zeros(2, 1, 8, 8)
+    mask[..., :4] = 1
+    seen = []
+    model_output = model.apply_model
+    model.apply_model = lambda x, t, c: seen.append((x, float(t[0]))) or model_output(x, t, c)
+    sampler(model).sample(8, 2, (4, 8, 8), mask=mask, x0=kept, verbose=False)
+    x, t = seen[-1]
+    noise = (1 - float(np.interp(t, np.arange(1000), model.alphas_cumprod.numpy()))) ** 0.5
+    assert float((x - kept)[..., :4].std()) < 1.3 * noise < 0.5 < float((x - kept)[..., 4:].std())
+    image_to_image = sampler(model)
+    image_to_image.make_schedule(10, verbose=False)
+    noised = image_to_image.stochastic_encode(model.x0, torch.tensor([4, 4]))
+    seen.clear()
+    out = image_to_image.decode(noised, None, 5, verbose=False)
+    assert seen[0][1] == pytest.approx(float(image_to_image.ddim_timesteps[4])) and seen[0][0] is noised
+    assert float((out - model.x0).abs().max()) < 0.15
+
+
+@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler])
+def test_corrected_scores_and_quantised_latents(sampler):
+    class Corrector:
+        def modify_score(self, model, eps, x, t, c, factor):
+            return eps * factor
+
+    class FirstStage:
+        def quantize(self, x0):
+            return x0.round(), None, None
+
+    model = Exact("eps", torch.full((1, 4, 8, 8), 0.7))
+    model.first_stage_model = FirstStage()
+    plain = {"S": 4, "batch_size": 1, "shape": (4, 8, 8), "x_T": torch.ones(1, 4, 8, 8), "verbose": False}
+    corrected, _ = sampler(model).sample(**plain, score_corrector=Corrector(), corrector_kwargs={"factor": 1.5})
+    model.apply_model = lambda x, t, c, exact=model.apply_model: 1.5 * exact(x, t, c)
+    torch.testing.assert_close(corrected, sampler(model).sample(**plain)[0])
+    _, kept = sampler(Exact("x0", model.x0)).sample(**plain)
+    assert float(kept["pred_x0"][-1].mean()) == pytest.approx(0.7, abs=1e-5)
+    model = Exact("x0", model.x0)
+    model.first_stage_model = FirstStage()
+    _, kept = sampler(model).sample(**plain, quantize_x0=True)
+    assert torch.equal(kept["pred_x0"][-1], kept["pred_x0"][-1].round())
+    with pytest.raises(ValueError, match="predicts x0"):
+        sampler(model).sample(**plain, score_corrector=Corrector())
+    with pytest.raises(NotImplementedError, match="dynamic"):
+        sampler(model).sample(**plain, dynamic_threshold=0.9)
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
@@ -149,6 +252,13 @@ def test_sampler_mistakes_are_named():
         sampler.sample(5, 1, (4, 8, 8), ucg_schedule=[1.0], verbose=False)
     with pytest.raises(ValueError, match="eta must be 0"):
         PLMSSampler(Exact("eps", torch.zeros(1))).sample(5, 1, (4, 8, 8), eta=0.5, verbose=False)
+    solver = DPMSolverSampler(Exact("eps", torch.zeros(1)))
+    for wrong, message in (({"eta": 0.5}, "eta must be 0"), ({"S": 0}, "1 to 999"), ({"S": 1000}, "1 to 999")):
+        with pytest.raises(ValueError, match=message):
+            solver.sample(**{"S": 5, "batch_size": 1, "shape": (4, 8, 8), "verbose": False, **wrong})
+    solver.make_schedule(5)
+    with pytest.raises(ValueError, match="use_original_steps"):
+        solver.decode(torch.zeros(1, 4, 8, 8), None, 3, use_original_steps=True, verbose=False)
 
 
 def test_losses_by_parameterization_and_variational_weight():

@@ -56,19 +56,30 @@ class DDIMSampler:
 
         Sets `ddim_timesteps` (numpy, ascending), `ddim_sigmas`, `ddim_alphas`, `ddim_alphas_prev`, `ddim_sqrt_one_minus_alphas`.
         """
-        self.ddim_timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps)
+        timesteps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, self.ddpm_num_timesteps)
+        sigmas, alphas, previous = make_ddim_sampling_parameters(self._alphas_cumprod(), timesteps, ddim_eta)
+        self._keep_schedule(timesteps, sigmas, alphas, previous, ddim_eta)
+
+    def _alphas_cumprod(self) -> np.ndarray:
+        """The model's alpha-bar, (T,)."""
         alphas_cumprod = self.model.alphas_cumprod.detach().cpu().numpy()
         if len(alphas_cumprod) != self.ddpm_num_timesteps:
             raise ValueError(
                 f"alphas_cumprod has {len(alphas_cumprod)} entries for {self.ddpm_num_timesteps} timesteps"
             )
-        sigmas, alphas, previous = make_ddim_sampling_parameters(alphas_cumprod, self.ddim_timesteps, ddim_eta)
+        return alphas_cumprod
+
+    def _keep_schedule(
+        self, timesteps: np.ndarray, sigmas: np.ndarray, alphas: np.ndarray, previous: np.ndarray, eta: float
+    ) -> None:
+        """Set what the steps look up: arrays (S,) by rising timestep, alpha-bar before (`alphas`) and after a step."""
+        self.ddim_timesteps = timesteps
         self.ddim_sigmas, self.ddim_alphas, self.ddim_alphas_prev, self.ddim_sqrt_one_minus_alphas = (
             torch.as_tensor(a, dtype=torch.float32, device=self.device)
             for a in (sigmas, alphas, previous, np.sqrt(1 - alphas))
         )
         self._original: tuple[Tensor, Tensor] = (self.model.alphas_cumprod, self.model.alphas_cumprod_prev)
-        self._eta = ddim_eta
+        self._eta = eta
 
     # -- what a step is made of ---------------------------------------------------------------------
 
@@ -83,22 +94,56 @@ class DDIMSampler:
         out_uncond, out_cond = both.chunk(2)
         return out_uncond + scale * (out_cond - out_uncond)
 
-    def _alphas(self, index: int, use_original_steps: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _alphas(self, index: int, use_original_steps: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """alpha-bar, previous alpha-bar and sigma at a step, as 0-dimensional tensors."""
         if not use_original_steps:
             return self.ddim_alphas[index], self.ddim_alphas_prev[index], self.ddim_sigmas[index]
         alpha, previous = self._original[0][index], self._original[1][index]
         return alpha, previous, self._eta * torch.sqrt((1 - previous) / (1 - alpha) * (1 - alpha / previous))
 
-    def _eps_and_x0(self, output: Tensor, x: Tensor, t: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """eps and x_0 from the network's output, by the parameterisation of the model."""
+    def _eps_and_x0(self, output: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """eps and x_0 from the network's output at alpha-bar `alpha`, by the parameterisation of the model."""
+        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
         if self.model.parameterization == "v":
-            return self.model.predict_eps_from_z_and_v(x, t, output), self.model.predict_start_from_z_and_v(
-                x, t, output
-            )
+            return signal * output + noise * x, signal * x - noise * output
         if self.model.parameterization == "x0":
-            return (x - alpha.sqrt() * output) / (1 - alpha).sqrt(), output
-        return output, (x - (1 - alpha).sqrt() * output) / alpha.sqrt()
+            return (x - signal * output) / noise, output
+        return output, (x - noise * output) / signal
+
+    def predict(
+        self,
+        x: Tensor,
+        c: Any,
+        t: Tensor,
+        alpha: Tensor,
+        unconditional_guidance_scale: float = 1.0,
+        unconditional_conditioning: Any = None,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+        **other_options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """eps and x_0 that the model sees in x (B, C, h, w) at t (B,), where alpha-bar is `alpha`; guided and corrected.
+
+        Takes all options of a step and uses those that concern the prediction, as `adjust_x0` uses those for x_0.
+        """
+        output = self.guided_output(x, t, c, unconditional_guidance_scale, unconditional_conditioning)
+        if score_corrector is not None:
+            if self.model.parameterization != "eps":
+                raise ValueError(
+                    f"a score corrector needs a model that predicts eps; this one predicts {self.model.parameterization}"
+                )
+            output = score_corrector.modify_score(self.model, output, x, t, c, **(corrector_kwargs or {}))
+        return self._eps_and_x0(output, x, alpha)
+
+    def adjust_x0(
+        self, x0: Tensor, quantize_denoised: bool = False, dynamic_threshold: float | None = None, **other_options: Any
+    ) -> Tensor:
+        """What a step goes on with, of the x_0 (B, C, h, w) that it predicts."""
+        if dynamic_threshold is not None:
+            raise NotImplementedError(
+                "dynamic thresholding is for pixels, not latents; leave dynamic_threshold at None"
+            )
+        return self.model.first_stage_model.quantize(x0)[0] if quantize_denoised else x0
 
     @torch.no_grad()
     def p_sample_ddim(
@@ -130,21 +175,18 @@ class DDIMSampler:
             score_corrector, corrector_kwargs: an object with `modify_score(model, eps, x, t, c, **kwargs)`; eps models only.
             dynamic_threshold: not supported; must be None.
         """
-        output = self.guided_output(x, t, c, unconditional_guidance_scale, unconditional_conditioning)
         alpha, previous, sigma = self._alphas(index, use_original_steps)
-        if score_corrector is not None:
-            if self.model.parameterization != "eps":
-                raise ValueError(
-                    f"a score corrector needs a model that predicts eps; this one predicts {self.model.parameterization}"
-                )
-            output = score_corrector.modify_score(self.model, output, x, t, c, **(corrector_kwargs or {}))
-        eps, pred_x0 = self._eps_and_x0(output, x, t, alpha)
-        if quantize_denoised:
-            pred_x0, _, *_ = self.model.first_stage_model.quantize(pred_x0)
-        if dynamic_threshold is not None:
-            raise NotImplementedError(
-                "dynamic thresholding is for pixels, not latents; leave dynamic_threshold at None"
-            )
+        eps, pred_x0 = self.predict(
+            x,
+            c,
+            t,
+            alpha,
+            unconditional_guidance_scale,
+            unconditional_conditioning,
+            score_corrector,
+            corrector_kwargs,
+        )
+        pred_x0 = self.adjust_x0(pred_x0, quantize_denoised, dynamic_threshold)
         # Drawn at eta 0 too: the published samples depend on how often the generator was asked.
         noise = sigma * noise_like(x.shape, x.device, repeat_noise).to(x.dtype) * temperature
         if noise_dropout > 0.0:
@@ -267,16 +309,18 @@ class DDIMSampler:
         self.start()
         for i, step in enumerate(tqdm(np.flip(steps), desc=type(self).__name__, disable=not verbose)):
             index = len(steps) - i - 1
-            t = torch.full((shape[0],), int(step), device=self.device, dtype=torch.long)
+            t = torch.full((shape[0],), step.item(), device=self.device)
             if mask is not None:
-                img = self.model.q_sample(x0, t) * mask + (1.0 - mask) * img
+                alpha = self._alphas(index, ddim_use_original_steps)[0]
+                noised = alpha.sqrt() * x0 + (1 - alpha).sqrt() * torch.randn_like(x0)
+                img = noised * mask + (1.0 - mask) * img
             scale = unconditional_guidance_scale if ucg_schedule is None else ucg_schedule[i]
             img, pred_x0 = self.step(
                 img,
                 cond,
                 t,
                 index=index,
-                t_next=t if index == 0 else torch.full_like(t, int(steps[index - 1])),
+                t_next=t if index == 0 else torch.full_like(t, steps[index - 1].item()),
                 use_original_steps=ddim_use_original_steps,
                 quantize_denoised=quantize_denoised,
                 temperature=temperature,
@@ -341,11 +385,11 @@ class DDIMSampler:
         x = x0
         kept, kept_steps = [], []
         for i, step in enumerate(tqdm(steps, desc="DDIM inversion", disable=not verbose)):
-            t = torch.full((x0.shape[0],), int(step), device=x0.device, dtype=torch.long)
+            t = torch.full((x0.shape[0],), step.item(), device=x0.device)
             # Inversion runs from the previous alpha-bar (at first the cleanest one) to this step's.
             alpha_next, alpha, _ = self._alphas(i, use_original_steps)
             output = self.guided_output(x, t, c, unconditional_guidance_scale, unconditional_conditioning)
-            eps = output if as_is else self._eps_and_x0(output, x, t, alpha_next)[0]
+            eps = output if as_is else self._eps_and_x0(output, x, alpha_next)[0]
             x = (alpha_next / alpha).sqrt() * x + alpha_next.sqrt() * (
                 (1 / alpha_next - 1).sqrt() - (1 / alpha - 1).sqrt()
             ) * eps

@@ -30,14 +30,13 @@ class PLMSSampler(DDIMSampler):
     @torch.no_grad()
     def step(self, x: Tensor, c: Any, t: Tensor, index: int, t_next: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """x_t (B, C, h, w) -> x at `t_next` and the predicted x_0."""
-        scale, uncond = kwargs["unconditional_guidance_scale"], kwargs["unconditional_conditioning"]
         alpha, previous, _ = self._alphas(index, kwargs.get("use_original_steps", False))
 
         def predict_eps(x: Tensor, t: Tensor, alpha: Tensor) -> Tensor:
-            return self._eps_and_x0(self.guided_output(x, t, c, scale, uncond), x, t, alpha)[0]
+            return self.predict(x, c, t, alpha, **kwargs)[0]
 
         def move(eps: Tensor) -> tuple[Tensor, Tensor]:
-            pred_x0 = (x - (1 - alpha).sqrt() * eps) / alpha.sqrt()
+            pred_x0 = self.adjust_x0((x - (1 - alpha).sqrt() * eps) / alpha.sqrt(), **kwargs)
             return previous.sqrt() * pred_x0 + (1 - previous).sqrt() * eps, pred_x0
 
         eps = predict_eps(x, t, alpha)
