@@ -4,13 +4,14 @@ Shapes: B batch, h w the latent, H = 8h and W = 8w the hint, M tokens of the tex
 levels of two residual blocks).
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.models.diffusion.ddpm import LatentDiffusion, chosen
 from ldm.modules.diffusionmodules.openaimodel import BlockOptions, TimestepEmbedSequential, UNetModel, build_encoder
 from ldm.modules.diffusionmodules.util import conv_nd, timestep_embedding, zero_module
 from ldm.util import ConfigError, instantiate_from_config, log_txt_as_img
@@ -22,7 +23,8 @@ _HINT_ENCODER = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
 class ControlNet(nn.Module):
     """The trainable copy: hint encoder, UNet encoder and middle block, and a zero convolution for each output.
 
-    Takes UNetModel's arguments (but for `out_channels`, `num_classes` and what else the decoder alone uses) and
+    Takes UNetModel's arguments except `out_channels` and `num_classes` (`num_heads_upsample` and `n_embed` have no effect
+    here; with them one YAML block serves both), and
 
     Args:
         hint_channels: of the hint picture.
@@ -59,7 +61,7 @@ class ControlNet(nn.Module):
         use_linear_in_transformer: bool = False,
     ) -> None:
         super().__init__()
-        options = BlockOptions.from_arguments(
+        options = BlockOptions(
             model_channels=model_channels,
             num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions,
@@ -83,10 +85,9 @@ class ControlNet(nn.Module):
             disable_middle_self_attn=disable_middle_self_attn,
             use_linear_in_transformer=use_linear_in_transformer,
         )
-        self.dims = dims
+        options.publish(self)
         self.image_size = image_size
         self.in_channels = in_channels
-        self.model_channels = model_channels
         self.hint_channels = hint_channels
         self.dtype = torch.float16 if use_fp16 else torch.float32
 
@@ -130,6 +131,7 @@ class ControlNet(nn.Module):
         context: Tensor | None = None,
         *,
         guided_hint: Tensor | None = None,
+        **kwargs: Any,
     ) -> list[Tensor]:
         """The K control outputs, each of the shape of the UNet activation that it is added to.
 
@@ -139,25 +141,37 @@ class ControlNet(nn.Module):
             guided_hint: what `encode_hint` made of it, so that sampling encodes a hint once.
             timesteps: (B,).
             context: (B, M, context_dim).
+            **kwargs: accepted for compatibility.
+
+        Raises:
+            ValueError: the hint is missing, or of another size or number than the latents.
         """
+        if (hint is None) == (guided_hint is None):
+            raise ValueError("give either hint or guided_hint")
         dtype = self.input_blocks[0][0].weight.dtype
+        context = None if context is None else context.to(dtype)
         emb = self.time_embed(
             timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype)
         )  # (B, E)
         if guided_hint is None:
             guided_hint = self.encode_hint(hint)  # (B, model_channels, h, w)
-        hidden = self.input_blocks[0](x.to(dtype), emb, context)
-        if guided_hint.shape[2:] != hidden.shape[2:]:
+        if guided_hint.shape[2:] != x.shape[2:]:
             size = tuple(8 * s for s in x.shape[2:])
             raise ValueError(
-                f"latents of {tuple(x.shape[2:])} need a hint of {size}, eight times their height and width"
+                f"latents of {tuple(x.shape[2:])} need a hint of {size}, eight times their height and width; "
+                f"this one gives features of {tuple(guided_hint.shape[2:])}"
             )
+        if guided_hint.shape[0] not in (1, x.shape[0]):
+            raise ValueError(
+                f"{guided_hint.shape[0]} hints for {x.shape[0]} latents; give one for all, or one for each"
+            )
+        hidden = self.input_blocks[0](x.to(dtype), emb, context)  # (B, model_channels, h, w)
         hidden = hidden + guided_hint
         outputs = [self.zero_convs[0](hidden, emb, context)]
         for block, zero_conv in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
-            hidden = block(hidden, emb, context)
-            outputs.append(zero_conv(hidden, emb, context))
-        hidden = self.middle_block(hidden, emb, context)
+            hidden = block(hidden, emb, context)  # (B, C_i, h_i, w_i)
+            outputs.append(zero_conv(hidden, emb, context))  # of the same shape
+        hidden = self.middle_block(hidden, emb, context)  # (B, C_mid, h_mid, w_mid)
         return [*outputs, self.middle_block_out(hidden, emb, context)]
 
 
@@ -177,18 +191,32 @@ class ControlledUnetModel(UNetModel):
 
         Args:
             control: the ControlNet's K outputs, or None. (The list is left as it is; the reference empties it.)
-            only_mid_control: add only the last of them.
+            only_mid_control: add only the last of them, which may then be the only one.
+            **kwargs: `y`, class labels; others are accepted for compatibility.
         """
         with torch.no_grad():
             emb = self.embed_timesteps(timesteps, kwargs.get("y"))
             hidden, skips = self.encode(x, emb, context)
         if control is not None:
-            if len(control) != len(skips) + 1:
+            if len(control) != len(skips) + 1 and not (only_mid_control and control):
                 raise ValueError(f"this UNet takes {len(skips) + 1} control outputs, found {len(control)}")
             hidden = hidden + control[-1]
             if not only_mid_control:
                 skips = [skip + c for skip, c in zip(skips, control[:-1], strict=True)]
         return self.decode(hidden, skips, emb, context).to(x.dtype)
+
+
+def _check_alike(control_model: ControlNet, unet: ControlledUnetModel) -> None:
+    """Raise ConfigError if the ControlNet is no copy of this UNet's encoder, whose outputs it would not fit."""
+    sizes = {key: tuple(entry.shape) for key, entry in unet.state_dict().items()}
+    for key, entry in control_model.state_dict().items():
+        own = key.startswith(("zero_convs", "input_hint_block", "middle_block_out"))
+        if not own and sizes.get(key) != tuple(entry.shape):
+            there = f"{list(sizes[key])} in the UNet" if key in sizes else "nothing in the UNet"
+            raise ConfigError(
+                f"control_stage_config and unet_config describe different networks: {key} has shape "
+                f"{list(entry.shape)} in the ControlNet and {there}"
+            )
 
 
 class ControlLDM(LatentDiffusion):
@@ -217,11 +245,17 @@ class ControlLDM(LatentDiffusion):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.model.diffusion_model, ControlledUnetModel):
-            raise ConfigError("unet_config of a ControlLDM must name cldm.cldm.ControlledUnetModel or a subclass")
+        unet = self.model.diffusion_model
+        if "control" not in inspect.signature(unet.forward).parameters:
+            raise ConfigError(
+                "unet_config of a ControlLDM must name a UNet that takes `control`, such as "
+                f"cldm.cldm.ControlledUnetModel; {type(unet).__name__} does not"
+            )
         self.control_model = instantiate_from_config(control_stage_config)
+        if isinstance(unet, ControlledUnetModel) and isinstance(self.control_model, ControlNet):
+            _check_alike(self.control_model, unet)
         self.control_key = control_key
-        self.control_scales = [1.0] * self.control_model.output_count
+        self.control_scales = [1.0] * getattr(self.control_model, "output_count", 13)
         self.global_average_pooling = global_average_pooling
         self.learning_rate = 1e-5
         self._sd_locked = True
@@ -260,7 +294,6 @@ class ControlLDM(LatentDiffusion):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The ControlNet's parameters and, if unlocked, those of the UNet's decoder."""
-        self._lock()
         parameters = list(self.control_model.parameters())
         if not self.sd_locked:
             unet = self.model.diffusion_model
@@ -275,10 +308,17 @@ class ControlLDM(LatentDiffusion):
     def get_input(
         self, batch: Mapping[str, Any], k: str, bs: int | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, dict[str, list[Any]]]:
-        """A batch -> latents (B, 4, h, w) and `{"c_crossattn": [text], "c_concat": [hint (B, 3, H, W)]}`."""
+        """A batch -> latents (B, 4, h, w) and `{"c_crossattn": [text], "c_concat": [hint (B, 3, H, W)]}`.
+
+        `bs` takes only the first few; `k` and other arguments are accepted for compatibility: the target is under
+        `first_stage_key`.
+
+        Raises:
+            KeyError: the batch lacks an entry.
+        """
         if self.control_key not in batch:
             raise KeyError(f"the batch has no {self.control_key!r}; it has {', '.join(map(repr, batch))}")
-        z, c = super().get_input(batch, self.first_stage_key, bs)[:2]
+        z, c = super().get_input(batch, self.first_stage_key, bs=bs)[:2]
         hint = batch[self.control_key][:bs].to(self.device)
         hint = hint.permute(0, 3, 1, 2).float().contiguous()
         return z, {"c_crossattn": [c], "c_concat": [hint]}
@@ -325,18 +365,15 @@ class ControlLDM(LatentDiffusion):
         guided = cond.get("c_guided_hint")
         if cond.get("c_concat") is None and guided is None:
             return None
-        if len(self.control_scales) != self.control_model.output_count:
-            raise ValueError(
-                f"control_scales has {len(self.control_scales)} entries for {self.control_model.output_count} outputs"
-            )
-        outputs = self.control_model(
-            x=x_noisy,
-            hint=None if guided is not None else torch.cat(list(cond["c_concat"]), dim=1),
-            timesteps=t,
-            context=context,
-            guided_hint=guided,
-        )
-        outputs = [c if scale == 1.0 else c * scale for c, scale in zip(outputs, self.control_scales, strict=True)]
+        if guided is not None:
+            source = {"hint": None, "guided_hint": guided}
+        else:  # nothing more than published, so that another class can be the ControlNet
+            source = {"hint": torch.cat(list(cond["c_concat"]), dim=1)}
+        outputs = self.control_model(x=x_noisy, timesteps=t, context=context, **source)
+        # More scales than outputs are usual: everyone writes 13, and smaller networks have fewer.
+        if len(self.control_scales) < len(outputs):
+            raise ValueError(f"control_scales has {len(self.control_scales)} entries for {len(outputs)} outputs")
+        outputs = [c if scale == 1.0 else c * scale for c, scale in zip(outputs, self.control_scales, strict=False)]
         if self.global_average_pooling:
             outputs = [c.mean(dim=(2, 3), keepdim=True) for c in outputs]
         return outputs
@@ -353,7 +390,13 @@ class ControlLDM(LatentDiffusion):
         ddim_steps: int | None = 50,
         ddim_eta: float = 0.0,
         return_keys: Sequence[str] | None = None,
+        quantize_denoised: bool = True,
+        inpaint: bool = True,
+        plot_denoise_rows: bool = False,
+        plot_progressive_rows: bool = True,
+        plot_diffusion_rows: bool = False,
         unconditional_guidance_scale: float = 9.0,
+        unconditional_guidance_label: Any = None,
         use_ema_scope: bool = True,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
@@ -363,10 +406,15 @@ class ControlLDM(LatentDiffusion):
             N: number of pictures.
             sample: also sample without guidance.
             ddim_steps, ddim_eta: of DDIM.
+            return_keys: only these, where there are any of them.
+            plot_denoise_rows: with `sample`, add `denoise_row`, the x_0 that DDIM predicts on its way.
+            plot_diffusion_rows: add `diffusion_row`, the first `n_row` targets noised more and more.
             unconditional_guidance_scale: the hint guides both halves; 1 or less leaves the guided samples out.
-            n_row, use_ema_scope: accepted for compatibility.
+            unconditional_guidance_label: the prompt of the other half; the empty one by default.
+            quantize_denoised, inpaint, plot_progressive_rows, use_ema_scope: accepted for compatibility.
         """
         z, c = self.get_input(batch, self.first_stage_key, bs=N)
+        c = self.get_learned_conditioning(c)  # not yet encoded where the text encoder is trained
         text, hint = c["c_crossattn"][0], c["c_concat"][0]
         prompts = list(batch[self.cond_stage_key])[:N]
         log = {
@@ -376,11 +424,16 @@ class ControlLDM(LatentDiffusion):
         }
         steps = {"ddim": ddim_steps is not None, "ddim_steps": ddim_steps, "shape": z.shape[1:]}
         options = {"eta": ddim_eta} if ddim_steps is not None else {}
+        if plot_diffusion_rows:
+            log["diffusion_row"] = self._decoded_rows(self._noised_steps(z[:n_row]))
         if sample:
-            latents, _ = self.sample_log(c, len(z), **steps, **options)
+            latents, kept = self.sample_log(c, len(z), **steps, **options)
             log["samples"] = self.decode_first_stage(latents)
+            if plot_denoise_rows and ddim_steps is not None:
+                log["denoise_row"] = self._decoded_rows(kept["pred_x0"])
         if unconditional_guidance_scale > 1.0 and ddim_steps is not None:
-            uncond = {"c_crossattn": [self.get_unconditional_conditioning(len(z)).to(text)], "c_concat": [hint]}
+            nothing = self.get_unconditional_conditioning(len(z), unconditional_guidance_label)
+            uncond = {"c_crossattn": [nothing.to(text)], "c_concat": [hint]}
             latents, _ = self.sample_log(
                 c,
                 len(z),
@@ -390,7 +443,7 @@ class ControlLDM(LatentDiffusion):
                 unconditional_conditioning=uncond,
             )
             log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(latents)
-        return {k: v for k, v in log.items() if not return_keys or k in return_keys}
+        return chosen(log, return_keys)
 
     def sample_log(
         self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, shape: Sequence[int] | None = None, **kwargs: Any

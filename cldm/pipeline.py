@@ -9,15 +9,15 @@
 Shapes: N pictures, H W pixels, h w the latent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from cldm.cldm import ControlLDM
+from cldm.cldm import ControlLDM, ControlNet
 from cldm.pictures import to_uint8
 from ldm.models.diffusion.ddim import DDIMSampler, join_conditioning
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -38,13 +38,16 @@ def strength_scales(strength: float = 1.0, guess_mode: bool = False, count: int 
 class BatchedGuidance(DDIMSampler):
     """DDIM that evaluates both halves of the guidance in one UNet call, and the ControlNet only for a half that has a hint.
 
-    Put before another sampler among the bases of a class, it gives that one the same guidance.
+    As the first base class, beside another sampler, it gives that sampler the same guidance.
     """
 
     def guided_output(self, x: Tensor, t: Tensor, c: Any, scale: float, uncond: Any) -> Tensor:
         """uncond + scale * (cond - uncond), x (N, C, h, w), t (N,) -> (N, C, h, w)."""
         if uncond is None or scale == 1.0 or _has_hint(uncond) or not _has_hint(c):
             return super().guided_output(x, t, c, scale, uncond)
+        if type(self.model).apply_model is not ControlLDM.apply_model:  # what it does with a hint is its own business
+            out_uncond, out_cond = self.model.apply_model(x, t, uncond), self.model.apply_model(x, t, c)
+            return out_uncond + scale * (out_cond - out_uncond)
         context = torch.cat(list(c["c_crossattn"]), dim=1)
         control = self.model.control(x, t, c, context)
         output = self.model.model.diffusion_model(
@@ -120,9 +123,10 @@ class ControlPipeline:
             steps: of the sampler. DPM-Solver needs fewest; 20 of DDIM's are usual.
             eta: of DDIM, 0 deterministic to 1 as noisy as DDPM; the others take 0 alone.
             guidance_scale: 1 for no guidance.
-            strength: factor of the control.
+            strength: factor of the control; takes the place of `model.control_scales` for this call.
             guess_mode: the hint steers the conditional half only, more weakly in the early blocks; for sampling without a prompt.
-            seed: of noise and everything else; None goes on with the generators as they are.
+            seed: of the initial noise, and of the noise that eta above 0 adds. The global generators are left as they were;
+                with None they are used and go on.
             size: (H, W) where there is no hint.
             x_T: noise to start from, (N, 4, h, w).
             callback: called with the number of each step.
@@ -131,8 +135,6 @@ class ControlPipeline:
         Raises:
             ValueError: sizes, counts or ranges that do not fit.
         """
-        if seed is not None:
-            pl.seed_everything(seed, verbose=False)
         if steps < 1:
             raise ValueError(f"steps must be at least 1, found {steps}")
         model = self.model
@@ -147,32 +149,49 @@ class ControlPipeline:
         cond: dict[str, Any] = {"c_crossattn": [model.get_learned_conditioning(prompts)], "c_concat": None}
         uncond: dict[str, Any] = {"c_crossattn": [model.get_learned_conditioning(negatives)], "c_concat": None}
         if hint_tensor is not None:
-            # The hint does not change with the timestep, so it is encoded once rather than in every step.
-            guided = model.control_model.encode_hint(hint_tensor)
-            cond["c_guided_hint"] = guided
+            steering: dict[str, Any] = {"c_concat": [hint_tensor]}
+            if type(model).apply_model is ControlLDM.apply_model and isinstance(model.control_model, ControlNet):
+                # The hint does not change with the timestep, so it is encoded once rather than in every step.
+                steering["c_guided_hint"] = model.control_model.encode_hint(hint_tensor)
+            cond |= steering
             if not guess_mode:
-                uncond["c_guided_hint"] = guided
+                uncond |= steering
         scales = model.control_scales
         was_training = model.training
         model.eval()
-        model.control_scales = strength_scales(strength, guess_mode, model.control_model.output_count)
+        model.control_scales = strength_scales(
+            strength, guess_mode, getattr(model.control_model, "output_count", len(scales))
+        )
         try:
-            latents, _ = self.sampler(model).sample(
-                steps,
-                len(prompts),
-                (model.channels, height // 8, width // 8),
-                cond,
-                eta=eta,
-                x_T=x_T,
-                callback=callback,
-                verbose=progress,
-                unconditional_guidance_scale=guidance_scale,
-                unconditional_conditioning=uncond if guidance_scale != 1.0 else None,
-            )
+            with _seeded(seed, model.device):
+                latents, _ = self.sampler(model).sample(
+                    steps,
+                    len(prompts),
+                    (model.channels, height // 8, width // 8),
+                    cond,
+                    eta=eta,
+                    x_T=x_T,
+                    callback=callback,
+                    verbose=progress,
+                    unconditional_guidance_scale=guidance_scale,
+                    unconditional_conditioning=uncond if guidance_scale != 1.0 else None,
+                )
         finally:
             model.control_scales = scales
             model.train(was_training)
         return to_uint8(model.decode_first_stage(latents))
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Torch's generators start from `seed` inside, and go on as if nothing had been drawn after; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed(seed)
+        yield
 
 
 def _hint_tensor(hint: np.ndarray | Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ldm.util import instantiate_from_config
+from ldm.util import ConfigError, instantiate_from_config
 
 
 def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | None) -> Any:
@@ -41,7 +41,7 @@ class LambdaWarmUpCosineScheduler:
         verbosity_interval: int = 0,
     ) -> None:
         if max_decay_steps <= warm_up_steps:
-            raise ValueError(f"max_decay_steps {max_decay_steps} must be above warm_up_steps {warm_up_steps}")
+            raise ConfigError(f"max_decay_steps {max_decay_steps} must be above warm_up_steps {warm_up_steps}")
         self.lr_warm_up_steps = warm_up_steps
         self.lr_min, self.lr_max, self.lr_start = lr_min, lr_max, lr_start
         self.lr_max_decay_steps = max_decay_steps
@@ -76,19 +76,21 @@ class LambdaLinearScheduler:
         verbosity_interval: int = 0,
     ) -> None:
         if len({len(a) for a in (warm_up_steps, f_min, f_max, f_start, cycle_lengths)}) != 1:
-            raise ValueError(
+            raise ConfigError(
                 "warm_up_steps, f_min, f_max, f_start and cycle_lengths must have one entry for each cycle"
             )
         self.cycles = list(zip(warm_up_steps, f_min, f_max, f_start, cycle_lengths, strict=True))
 
     def schedule(self, n: int, **kwargs: object) -> float:
         """The factor for step `n`."""
-        for warm_up, low, high, start, length in self.cycles:
-            if n < length or (warm_up, low, high, start, length) == self.cycles[-1]:
-                break
-            n -= length
+        cycle = 0
+        while cycle < len(self.cycles) - 1 and n > self.cycles[cycle][-1]:
+            n -= self.cycles[cycle][-1]
+            cycle += 1
+        warm_up, low, high, start, length = self.cycles[cycle]
         if n < warm_up:
             return start + (high - start) * n / warm_up
-        return low + (high - low) * max(length - n, 0) / max(length - warm_up, 1)
+        # As published, the decay is what the whole cycle's would be from here on: it begins a little below `f_max`.
+        return low + (high - low) * max(length - n, 0) / length
 
     __call__ = schedule

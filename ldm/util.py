@@ -3,12 +3,14 @@
 import importlib
 import inspect
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+_FRAMEWORKS = ("torch", "pytorch_lightning", "lightning", "lightning_fabric")
 logger = logging.getLogger(__name__)
 
 
@@ -44,7 +46,7 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     """
     module_name, _, name = string.rpartition(".")
     if not module_name:
-        raise ConfigError(f"target {string!r} is no dotted path; write package.module.Name")
+        raise ConfigError(f"target {string!r} is not a dotted path; write package.module.Name")
     try:
         module = importlib.import_module(module_name)
         if reload:
@@ -76,7 +78,17 @@ def instantiate_from_config(config: Mapping[str, Any] | str) -> Any:
     if not isinstance(params, Mapping):
         raise ConfigError(f"params of {config['target']} must be a mapping, found {params!r}")
     _check_parameters(target, config["target"], params)
-    return target(**params)
+    try:
+        return target(**params)
+    except ValueError as error:
+        if type(error) is not ValueError:  # it is one of the library's own
+            raise
+        raise ConfigError(f"{config['target']}: {error}") from error
+    except TypeError as error:
+        # Which of its base classes' parameters a constructor fills in itself cannot be seen from outside.
+        if re.search(r"__init__\(\) (missing \d+ required|got an unexpected keyword)", str(error)):
+            raise ConfigError(f"{config['target']}: {error}") from error
+        raise
 
 
 def _check_parameters(target: Any, name: str, params: Mapping[str, Any]) -> None:
@@ -93,7 +105,8 @@ def _check_parameters(target: Any, name: str, params: Mapping[str, Any]) -> None
 def _accepted_parameters(target: Any) -> tuple[set[str], set[str], bool]:
     """Keyword names that `target` takes, those without a default, and whether it takes any other name too.
 
-    A constructor with **kwargs hands them to the next constructor in the method resolution order, so that one's names count too.
+    A constructor with **kwargs usually hands them to the next one in the method resolution order, so that one's names count
+    too. Where the next one is torch's, the constructor itself must have a use for any name.
     """
     constructors: Sequence[Any] = [target]
     if inspect.isclass(target):
@@ -102,17 +115,18 @@ def _accepted_parameters(target: Any) -> tuple[set[str], set[str], bool]:
         ]
     accepted: set[str] = set()
     required: set[str] = set()
-    for constructor in constructors:
+    for number, constructor in enumerate(constructors):
+        if number and (getattr(constructor, "__module__", "") or "").split(".")[0] in _FRAMEWORKS:
+            break
         try:
             parameters = inspect.signature(constructor).parameters.values()
         except (TypeError, ValueError):  # a builtin without a signature
-            return accepted, required, True
+            break
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
-        required |= {p.name for p in named if p.default is p.empty and p.name not in accepted}
+        if number == 0:
+            required = {p.name for p in named if p.default is p.empty}
         accepted |= {p.name for p in named}
-        if constructor is torch.nn.Module.__init__ or not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return accepted, required, False
-        if (getattr(constructor, "__module__", "") or "").split(".")[0] == "torch" and constructor is not target:
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return accepted, required, False
     return accepted, required, True
 

@@ -87,6 +87,7 @@ class CrossAttention(nn.Module):
         inner = heads * dim_head
         context_dim = default(context_dim, query_dim)
         self.heads = heads
+        self.scale = dim_head**-0.5  # public: what replaces `forward` from outside reads it
         self.to_q = nn.Linear(query_dim, inner, bias=False)
         self.to_k = nn.Linear(context_dim, inner, bias=False)
         self.to_v = nn.Linear(context_dim, inner, bias=False)

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cldm.cldm import ControlNet
+from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import ConfigError, instantiate_from_config
 from tests.cldm.tiny import NAMES, Inputs, tiny_config, tiny_model
 from tests.parity import fill_
@@ -145,7 +147,19 @@ def test_transformer_depth_above_one():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"unet_config": {"target": "cldm.cldm.ControlNet", "params": {}}}, "context_dim|num_heads"),
+        (
+            {
+                "unet_config": {
+                    **tiny_config("sd1")["params"]["unet_config"],
+                    "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                }
+            },
+            "ControlledUnetModel",
+        ),
+        (
+            {"control_stage_config": tiny_config("sd2")["params"]["control_stage_config"]},
+            "different networks: .*proj_in",
+        ),
         ({"no_such_option": 3}, "no_such_option"),
         ({"parameterization": "score"}, "parameterization"),
         ({"conditioning_key": "text"}, "conditioning_key"),
@@ -169,3 +183,76 @@ def test_mistakes_in_calls_are_named():
         model.apply_model(inputs.x, inputs.t, inputs.cond)
     with pytest.raises(KeyError, match="no 'hint'"):
         model.get_input({"jpg": torch.zeros(1, 64, 64, 3), "txt": [""]}, "jpg")
+
+
+@torch.no_grad()
+def test_what_the_control_net_is_given_is_checked():
+    model, inputs = tiny_model("sd1"), Inputs("sd1")
+    call = {"x": inputs.x, "timesteps": inputs.t, "context": inputs.cond["c_crossattn"][0]}
+    guided = model.control_model.encode_hint(inputs.hint)
+    for given in ({"hint": None}, {"hint": inputs.hint, "guided_hint": guided}):
+        with pytest.raises(ValueError, match="either hint or guided_hint"):
+            model.control_model(**call, **given)
+    with pytest.raises(ValueError, match="3 hints for 2 latents"):
+        model.control_model(**call, hint=inputs.hint[[0, 1, 0]])
+    one_for_all = model.control_model(**call, hint=inputs.hint[:1])
+    torch.testing.assert_close(one_for_all, model.control_model(**call, hint=inputs.hint[[0, 0]], y=None))
+
+
+@torch.no_grad()
+def test_thirteen_scales_suit_a_smaller_network_too():
+    config = tiny_config("sd1")
+    for part in ("unet_config", "control_stage_config"):
+        config["params"][part]["params"]["channel_mult"] = [1, 2, 4]
+    model, inputs = fill_(instantiate_from_config(config)).eval(), Inputs("sd1")
+    assert model.control_model.output_count == 10 == len(model.control_scales)
+    model.control_scales = [0.5] * 10
+    want = model.apply_model(inputs.x, inputs.t, inputs.cond)
+    model.control_scales = [0.5] * 13
+    torch.testing.assert_close(model.apply_model(inputs.x, inputs.t, inputs.cond), want)
+
+
+class PlainControl(ControlNet):
+    """A user's ControlNet with the signature of the reference."""
+
+    def forward(self, x, hint, timesteps, context):
+        return super().forward(x, hint, timesteps, context)
+
+
+class PlainUnet(UNetModel):
+    """A user's UNet that takes control in its own way."""
+
+    def forward(self, x, timesteps=None, context=None, control=None, only_mid_control=False, **kwargs):
+        return super().forward(x, timesteps, context) + (0 if control is None else control[0].mean())
+
+
+@torch.no_grad()
+def test_networks_of_users_take_the_place_of_these():
+    inputs, plain, own = Inputs("sd1"), tiny_model("sd1"), tiny_config("sd1")
+    own["params"]["control_stage_config"]["target"] = f"{__name__}.PlainControl"
+    model = fill_(instantiate_from_config(own)).eval()
+    want = plain.apply_model(inputs.x, inputs.t, inputs.cond)
+    torch.testing.assert_close(model.apply_model(inputs.x, inputs.t, inputs.cond), want)
+    own["params"]["unet_config"]["target"] = f"{__name__}.PlainUnet"
+    model = fill_(instantiate_from_config(own)).eval()
+    assert not torch.equal(model.apply_model(inputs.x, inputs.t, inputs.cond), want)
+
+
+@torch.no_grad()
+def test_the_middle_output_alone_is_enough_for_the_middle_alone():
+    model, inputs = tiny_model("sd1"), Inputs("sd1")
+    context = inputs.cond["c_crossattn"][0]
+    control = model.control(inputs.x, inputs.t, inputs.cond, context)
+    unet = model.model.diffusion_model
+    want = unet(inputs.x, inputs.t, context, control=control, only_mid_control=True)
+    torch.testing.assert_close(unet(inputs.x, inputs.t, context, control=control[-1:], only_mid_control=True), want)
+    with pytest.raises(ValueError, match="takes 13 control outputs, found 1"):
+        unet(inputs.x, inputs.t, context, control=control[-1:])
+
+
+def test_what_a_user_has_frozen_stays_frozen():
+    model = instantiate_from_config(tiny_config("sd1"))
+    model.control_model.input_hint_block.requires_grad_(False)
+    model.configure_optimizers()
+    assert not any(p.requires_grad for p in model.control_model.input_hint_block.parameters())
+    assert all(p.requires_grad for p in model.control_model.zero_convs.parameters())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cldm.cldm import ControlLDM
 from cldm.ddim_hacked import DDIMSampler as HackedSampler
 from cldm.hack import enable_sliced_attention, hack_everything
 from cldm.logger import ImageLogger
@@ -66,6 +67,40 @@ def test_the_same_seed_gives_the_same_pictures_and_the_model_is_left_as_it_was(m
     model.eval()
 
 
+def test_a_seed_leaves_the_generators_as_they_were(model):
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    first = ControlPipeline(model)(hint(), "a", steps=1, seed=1, eta=1.0)
+    assert torch.equal(torch.rand(3), want)
+    assert np.array_equal(first, ControlPipeline(model)(hint(), "a", steps=1, seed=1, eta=1.0))
+    assert not np.array_equal(
+        ControlPipeline(model)(hint(), "a", steps=1), ControlPipeline(model)(hint(), "a", steps=1)
+    )
+
+
+class Own(ControlLDM):
+    """A user's model, whose `apply_model` is written as in the reference."""
+
+    def apply_model(self, x_noisy, t, cond, *args, **kwargs):
+        text, unet = torch.cat(cond["c_crossattn"], 1), self.model.diffusion_model
+        if cond["c_concat"] is None:
+            return unet(x=x_noisy, timesteps=t, context=text, control=None, only_mid_control=self.only_mid_control)
+        control = self.control_model(x=x_noisy, hint=torch.cat(cond["c_concat"], 1), timesteps=t, context=text)
+        control = [c * scale for c, scale in zip(control, self.control_scales, strict=True)]
+        return unet(x=x_noisy, timesteps=t, context=text, control=control, only_mid_control=self.only_mid_control)
+
+
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_a_users_own_apply_model_gets_the_hint(model, guess_mode):
+    config = tiny_config("sd1", cond_stage_config=SMALL_TEXT)
+    own = fill_(instantiate_from_config({**config, "target": f"{__name__}.Own"})).eval()
+    settings = {"prompt": "a", "steps": 2, "seed": 3, "guess_mode": guess_mode}
+    want, got = (ControlPipeline(m)(hint(), **settings).astype(int) for m in (model, own))
+    without = ControlPipeline(own)(None, size=(64, 64), **settings).astype(int)
+    assert abs(got - want).max() <= 1 and abs(got - without).max() > 50
+
+
 def test_hints_prompts_and_sizes_in_every_form(model):
     pipeline = ControlPipeline(model)
     several = np.stack([hint(0), hint(1)])
@@ -121,13 +156,20 @@ def test_sliced_attention_is_a_switch_read_when_called():
 
 
 def test_long_prompts_and_clip_skip(model):
-    forward = FrozenCLIPEmbedder.forward
+    forward, text = FrozenCLIPEmbedder.forward, ["cat " * 100]
+    deep = FrozenCLIPEmbedder(width=48, layers=2, heads=4)
+    other = instantiate_from_config(tiny_config("sd1", cond_stage_config=SMALL_TEXT))
     try:
-        hack_everything(clip_skip=1)
-        assert model.get_learned_conditioning(["cat " * 100]).shape == (1, 231, 48)
+        hack_everything(clip_skip=2)
+        torch.testing.assert_close(deep(text), deep.encode_long(text, clip_skip=2))
+        assert deep(text).shape == (1, 231, 48) and not torch.allclose(deep(text), deep.encode_long(text, clip_skip=1))
     finally:
         FrozenCLIPEmbedder.forward = forward
+    hack_everything(model=other)
+    assert other.get_learned_conditioning(text).shape == (1, 231, 48)
     assert model.get_learned_conditioning(["cat"]).shape == (1, 77, 48)
+    with pytest.raises(ValueError, match="long prompts are for SD 1.x"):
+        hack_everything(model=tiny_model("sd1"))
 
 
 def test_image_logger_saves_each_kind_and_an_overview(model, tmp_path):
@@ -146,6 +188,22 @@ def test_log_images_of_a_control_model(model):
     assert set(images) == {"reconstruction", "control", "conditioning", "samples", "samples_cfg_scale_9.00"}
     assert all(picture.shape == (2, 3, 64, 64) for picture in images.values())
     torch.testing.assert_close(images["control"], batch["hint"].permute(0, 3, 1, 2) * 2 - 1)
+    rows = {"plot_denoise_rows": True, "plot_diffusion_rows": True}
+    images = model.log_images(batch, N=2, n_row=1, sample=True, ddim_steps=2, unconditional_guidance_label="b", **rows)
+    assert images["diffusion_row"].shape == (3, 64, 6 * 64) and images["denoise_row"].shape[1] == 2 * 64
+    assert set(model.log_images(batch, ddim_steps=2, return_keys=["control"])) == {"control"}
+
+
+def test_log_images_where_the_text_encoder_is_trained():
+    config = tiny_config("sd1", cond_stage_config=SMALL_TEXT, cond_stage_trainable=True)
+    model = fill_(instantiate_from_config(config)).eval()
+    batch = {"jpg": torch.rand(1, 64, 64, 3) * 2 - 1, "hint": torch.rand(1, 64, 64, 3), "txt": ["a"]}
+    assert model.log_images(batch, ddim_steps=2)["samples_cfg_scale_9.00"].shape == (1, 3, 64, 64)
+
+
+def test_an_encoder_is_moved_by_its_device(model):
+    model.cond_stage_model.device = "cpu"
+    assert model.cond_stage_model.device == torch.device("cpu")
 
 
 def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -196,14 +196,22 @@ def test_guidance_also_in_inversion_of_dict_conditionings():
     cond, uncond = ({"c_crossattn": [torch.full((2, 1, 1), v)], "c_concat": None} for v in (1.0, 0.25))
     guided = sampler.guided_output(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]), cond, 3.0, uncond)
     torch.testing.assert_close(guided, torch.full_like(guided, 0.25 + 3 * 0.75))
-    sampler.encode(
-        torch.zeros(2, 4, 8, 8),
-        cond,
-        3,
-        unconditional_guidance_scale=3.0,
-        unconditional_conditioning=uncond,
-        verbose=False,
+    start = torch.randn(2, 4, 8, 8)
+    found, _ = sampler.encode(
+        start, cond, 3, unconditional_guidance_scale=3.0, unconditional_conditioning=uncond, verbose=False
     )
+    # DDIM with a constant eps is one step from the first alpha-bar to the last.
+    first, last = sampler.ddim_alphas_prev[0], sampler.ddim_alphas[2]
+    want = (last / first).sqrt() * (start - (1 - first).sqrt() * 2.5) + (1 - last).sqrt() * 2.5
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count, kept", [(3, [0, 2, 4, 5]), (1, [0, 4, 5])])
+def test_what_inversion_keeps_on_its_way(count, kept):
+    sampler = DDIMSampler(Exact("eps", torch.zeros(1, 4, 8, 8)))
+    sampler.make_schedule(10, verbose=False)
+    noised, out = sampler.encode(torch.zeros(1, 4, 8, 8), None, 6, return_intermediates=count, verbose=False)
+    assert out["intermediate_steps"] == kept and out["intermediates"][-1] is noised
 
 
 def test_v_eps_and_x0_convert_into_each_other():
@@ -248,6 +256,9 @@ def test_sampler_mistakes_are_named():
         sampler.sample(5, 1, (4, 8, 8), x_T=torch.zeros(1, 4, 8, 9), verbose=False)
     with pytest.raises(ValueError, match="3 entries for a batch of 1"):
         sampler.sample(5, 1, (4, 8, 8), torch.zeros(3, 7, 2), verbose=False)
+    for wrong in ({"eta": -1.0}, {"log_every_t": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            sampler.sample(5, 1, (4, 8, 8), verbose=False, **wrong)
     with pytest.raises(ValueError, match="ucg_schedule"):
         sampler.sample(5, 1, (4, 8, 8), ucg_schedule=[1.0], verbose=False)
     with pytest.raises(ValueError, match="eta must be 0"):

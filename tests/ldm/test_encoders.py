@@ -241,7 +241,7 @@ def test_bad_options_are_named():
         (small_clip, {"layer": "hidden"}, "layer_idx from -4 to 3, found None"),
         (small_clip, {"layer": "hidden", "layer_idx": 4}, "found 4"),
         (small_clip, {"max_length": 78}, "max_length must be from 3 to 77"),
-        (small_clip, {"heads": 5}, "64 is no multiple of 5"),
+        (small_clip, {"heads": 5}, "64 is not a multiple of 5"),
         (small_open_clip, {"layer": "hidden"}, "last, penultimate"),
         (small_open_clip, {"arch": "ViT-Z-99"}, "ViT-Z-99"),
         (small_open_clip, {"arch": "ViT-B-16-SigLIP"}, "plain transformer"),

@@ -77,7 +77,9 @@ def test_latent_diffusion_learns(tmp_path):
     assert float(model.scale_factor) != 1.0 and int(model.model_ema.num_updates) == 12
     batch = torch.utils.data.default_collate(pictures(2))
     images = model.log_images(batch, N=2, ddim_steps=3, unconditional_guidance_scale=2.0)
-    assert set(images) == {"inputs", "reconstruction", "conditioning", "samples", "samples_cfg_scale_2.00"}
+    assert set(images) == {
+        "inputs", "reconstruction", "conditioning", "diffusion_row", "samples", "samples_cfg_scale_2.00"
+    }  # fmt: skip
     assert images["samples"].shape == (2, 3, 32, 32)
 
 

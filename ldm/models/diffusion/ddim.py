@@ -49,6 +49,10 @@ class DDIMSampler:
         """Where latents are made."""
         return torch.device(self._device) if self._device is not None else self.model.betas.device
 
+    @device.setter
+    def device(self, device: torch.device | str | None) -> None:
+        self._device = device
+
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
     ) -> None:
@@ -78,8 +82,16 @@ class DDIMSampler:
             torch.as_tensor(a, dtype=torch.float32, device=self.device)
             for a in (sigmas, alphas, previous, np.sqrt(1 - alphas))
         )
-        self._original: tuple[Tensor, Tensor] = (self.model.alphas_cumprod, self.model.alphas_cumprod_prev)
-        self._eta = eta
+        # The model's own schedule (T,), for `use_original_steps`; the names are public in the reference.
+        self.betas, self.alphas_cumprod = self.model.betas, self.model.alphas_cumprod
+        self.alphas_cumprod_prev = self.model.alphas_cumprod_prev
+        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+        self.ddim_sigmas_for_original_num_steps = eta * torch.sqrt(
+            (1 - self.alphas_cumprod_prev)
+            / (1 - self.alphas_cumprod)
+            * (1 - self.alphas_cumprod / self.alphas_cumprod_prev)
+        )
 
     # -- what a step is made of ---------------------------------------------------------------------
 
@@ -98,8 +110,8 @@ class DDIMSampler:
         """alpha-bar, previous alpha-bar and sigma at a step, as 0-dimensional tensors."""
         if not use_original_steps:
             return self.ddim_alphas[index], self.ddim_alphas_prev[index], self.ddim_sigmas[index]
-        alpha, previous = self._original[0][index], self._original[1][index]
-        return alpha, previous, self._eta * torch.sqrt((1 - previous) / (1 - alpha) * (1 - alpha / previous))
+        sigma = self.ddim_sigmas_for_original_num_steps[index]
+        return self.alphas_cumprod[index], self.alphas_cumprod_prev[index], sigma
 
     def _eps_and_x0(self, output: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """eps and x_0 from the network's output at alpha-bar `alpha`, by the parameterisation of the model."""
@@ -235,7 +247,7 @@ class DDIMSampler:
             mask, x0: inpainting: where the mask (B, 1, h, w) is 1, latents follow x0.
             verbose: show a progress bar.
             x_T: noise to start from, (B, C, h, w).
-            log_every_t: keep intermediate results every so many steps.
+            log_every_t: keep intermediate results every so many steps, at least 1.
             unconditional_guidance_scale, unconditional_conditioning: guidance, see `guided_output`.
             ucg_schedule: one guidance scale for each step instead.
             normals_sequence: accepted for compatibility. Others: see `p_sample_ddim`.
@@ -247,6 +259,8 @@ class DDIMSampler:
             raise TypeError("give the number of steps once, as S or as ddim_steps")
         if batch_size is None or shape is None:
             raise TypeError("sample() needs batch_size and shape (channels, height, width)")
+        if not eta >= 0:
+            raise ValueError(f"eta must not be negative, found {eta}")
         if len(shape) != 3:
             raise ValueError(f"shape must be (channels, height, width), found {tuple(shape)}")
         check_batch(conditioning, batch_size)
@@ -296,11 +310,16 @@ class DDIMSampler:
         ucg_schedule: Sequence[float] | None = None,
         verbose: bool = True,
     ) -> tuple[Tensor, Intermediates]:
-        """The loop of `sample`, over the schedule that `make_schedule` chose, or over its first `timesteps` steps."""
+        """The loop of `sample`, over the schedule that `make_schedule` chose, or over its first `timesteps` steps.
+
+        (The reference takes one step fewer than `timesteps`.)
+        """
         if mask is not None and x0 is None:
             raise ValueError("a mask needs x0, the latents to keep where it is 1")
         if x_T is not None and tuple(x_T.shape) != tuple(shape):
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}, but batch_size and shape say {tuple(shape)}")
+        if log_every_t < 1:
+            raise ValueError(f"log_every_t must be at least 1, found {log_every_t}")
         steps = self._steps(ddim_use_original_steps, timesteps)
         if ucg_schedule is not None and len(ucg_schedule) != len(steps):
             raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {len(steps)} steps")
@@ -393,11 +412,8 @@ class DDIMSampler:
             x = (alpha_next / alpha).sqrt() * x + alpha_next.sqrt() * (
                 (1 / alpha_next - 1).sqrt() - (1 / alpha - 1).sqrt()
             ) * eps
-            if (
-                return_intermediates
-                and (i % max(t_enc // return_intermediates, 1) == 0 or i >= t_enc - 2)
-                and i < t_enc - 1
-            ):
+            due = return_intermediates and i % max(t_enc // return_intermediates, 1) == 0
+            if due or (return_intermediates and i >= t_enc - 2):
                 kept.append(x)
                 kept_steps.append(i)
             if callback:
@@ -412,7 +428,7 @@ class DDIMSampler:
         self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
     ) -> Tensor:
         """x0 (B, C, h, w) noised to the schedule's indices t (B,), for image-to-image."""
-        alphas = self._original[0] if use_original_steps else self.ddim_alphas
+        alphas = self.alphas_cumprod if use_original_steps else self.ddim_alphas
         noise = torch.randn_like(x0) if noise is None else noise
         return (
             extract_into_tensor(alphas.sqrt(), t, x0.shape) * x0

@@ -6,7 +6,7 @@ Shapes: B batch, C h w the diffused picture or latent, M tokens of the context.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,12 +28,13 @@ from ldm.models.diffusion.schedule import (
 )
 from ldm.models.weights import load_weights
 from ldm.modules.diffusionmodules.util import mean_flat
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_weights
 from ldm.util import ConfigError, default, images_to_nchw, instantiate_from_config, log_txt_as_img
 
 logger = logging.getLogger(__name__)
 
+CLASS_KEYS = ("class_label", "cls")  # under these the conditioning's encoder gets the whole batch
 Conditioning = Tensor | Mapping[str, Sequence[Tensor] | None] | Sequence[Tensor] | None
 
 
@@ -175,12 +176,39 @@ class DDPM(pl.LightningModule):
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar)
+        self._start_from(ckpt_path, ignore_keys, load_only_unet, reset_ema, reset_num_ema_updates)
+
+    def _start_from(
+        self,
+        ckpt_path: str | None,
+        ignore_keys: Sequence[str] = (),
+        load_only_unet: bool = False,
+        reset_ema: bool = False,
+        reset_num_ema_updates: bool = False,
+    ) -> None:
+        """Last step of construction, when all modules are there: starting weights, and what becomes of the average."""
         if ckpt_path is not None:
-            load_weights(self.model if load_only_unet else self, ckpt_path, ignore_keys)
-            if reset_ema and use_ema:
+            self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
+            if reset_ema and self.use_ema:
                 self.model_ema = LitEma(self.model)
-        if reset_num_ema_updates and use_ema:
+        if reset_num_ema_updates and self.use_ema:
             self.model_ema.reset_num_updates()
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
+        """Load what fits of a weights file.
+
+        Args:
+            path: safetensors or torch file.
+            ignore_keys: beginnings of keys to leave out.
+            only_model: load the UNet's entries alone, with or without `model.` before their keys.
+
+        Raises:
+            ConfigError: the file cannot be read, has entries of another shape, or none that fits.
+        """
+        if only_model:
+            load_weights(self.model, path, ignore_keys, prefix="model.")
+        else:
+            load_weights(self, path, ignore_keys)
 
     # -- schedule ---------------------------------------------------------------------------------
 
@@ -198,6 +226,8 @@ class DDPM(pl.LightningModule):
             betas = np.asarray(given_betas, dtype=np.float64)
         else:
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
+            raise ConfigError("a noise schedule needs at least one beta, each above 0 and at most 1")
         quantities = diffusion_quantities(betas, self.v_posterior)
         self.num_timesteps = len(betas)
         self.linear_start = linear_start
@@ -280,43 +310,107 @@ class DDPM(pl.LightningModule):
         """The network's output for x (B, C, h, w) at t (B,)."""
         return self.model(x, t)
 
-    def p_mean_variance(
-        self, x: Tensor, t: Tensor, clip_denoised: bool, cond: Conditioning = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of p(x_{t-1} | x_t)."""
-        x_start = self.predict_x0(x, t, self.predict(x, t, cond))
-        return self.q_posterior(x_start.clamp(-1, 1) if clip_denoised else x_start, x, t)
+    def _posterior(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        clip_denoised: bool,
+        quantize_denoised: bool = False,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of p(x_{t-1} | x_t), and the predicted x_0."""
+        output = self.predict(x, t, cond)
+        if score_corrector is not None:
+            if self.parameterization != "eps":
+                raise ValueError(
+                    f"a score corrector needs a model that predicts eps; this one predicts {self.parameterization}"
+                )
+            output = score_corrector.modify_score(self, output, x, t, cond, **(corrector_kwargs or {}))
+        x_start = self.predict_x0(x, t, output)
+        if clip_denoised:
+            x_start = x_start.clamp(-1, 1)
+        if quantize_denoised:
+            x_start = self.first_stage_model.quantize(x_start)[0]
+        return *self.q_posterior(x_start, x, t), x_start
+
+    def _ancestral_step(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning = None,
+        clip_denoised: bool = True,
+        repeat_noise: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        **prediction: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """One step of ancestral sampling (DDPM, algorithm 2): x_{t-1} and the predicted x_0, (B, C, h, w) both."""
+        mean, _, log_variance, x_start = self._posterior(x, t, cond, clip_denoised, **prediction)
+        noise = noise_like(x.shape, x.device, repeat_noise) * temperature
+        if noise_dropout > 0.0:
+            noise = F.dropout(noise, p=noise_dropout)
+        step = (t > 0).reshape(-1, *((1,) * (x.dim() - 1))) * torch.exp(0.5 * log_variance) * noise
+        return mean + step, x_start
 
     @torch.no_grad()
-    def p_sample(
-        self, x: Tensor, t: Tensor, clip_denoised: bool = True, repeat_noise: bool = False, cond: Conditioning = None
-    ) -> Tensor:
-        """One step of ancestral sampling (DDPM, algorithm 2)."""
-        mean, _, log_variance = self.p_mean_variance(x, t, clip_denoised, cond)
-        noise = noise_like(x.shape, x.device, repeat_noise)
-        return mean + (t > 0).reshape(-1, *((1,) * (x.dim() - 1))) * torch.exp(0.5 * log_variance) * noise
+    def _ancestral_loop(
+        self,
+        shape: Sequence[int],
+        cond: Conditioning = None,
+        x_T: Tensor | None = None,
+        timesteps: int | None = None,
+        verbose: bool = True,
+        callback: Callable[[int], None] | None = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        log_every_t: int | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """All steps from noise (B, C, h, w): the last x, the kept ones, and the x_0 predicted at those.
+
+        `callback` gets the timestep, `img_callback` x and the timestep. Where `mask` is 1, x follows x0.
+        """
+        if mask is not None and (x0 is None or x0.shape[2:] != mask.shape[2:]):
+            raise ValueError("a mask needs x0, latents of the same height and width to keep where it is 1")
+        count = self.num_timesteps if timesteps is None else timesteps
+        if not 1 <= count <= self.num_timesteps:
+            raise ValueError(f"timesteps must be 1 to {self.num_timesteps}, found {count}")
+        every = log_every_t or self.log_every_t
+        img = torch.randn(tuple(shape), device=self.betas.device) if x_T is None else x_T
+        kept, kept_x0 = [img], []
+        for i in tqdm(reversed(range(count)), desc="ancestral sampling", total=count, disable=not verbose):
+            t = torch.full((shape[0],), i, device=img.device, dtype=torch.long)
+            img, pred_x0 = self._ancestral_step(img, t, cond, self.clip_denoised, **options)
+            if mask is not None:
+                img = self.q_sample(x0, t) * mask + (1.0 - mask) * img
+            if i % every == 0 or i == count - 1:
+                kept.append(img)
+                kept_x0.append(pred_x0)
+            if callback:
+                callback(i)
+            if img_callback:
+                img_callback(img, i)
+        return img, kept, kept_x0
+
+    def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of p(x_{t-1} | x_t)."""
+        return self._posterior(x, t, None, clip_denoised)[:3]
+
+    @torch.no_grad()
+    def p_sample(self, x: Tensor, t: Tensor, clip_denoised: bool = True, repeat_noise: bool = False) -> Tensor:
+        """One step of ancestral sampling: x_t (B, C, h, w) at t (B,) -> x_{t-1}."""
+        return self._ancestral_step(x, t, None, clip_denoised, repeat_noise)[0]
 
     @torch.no_grad()
     def p_sample_loop(
-        self,
-        shape: Sequence[int],
-        return_intermediates: bool = False,
-        x_T: Tensor | None = None,
-        cond: Conditioning = None,
-        verbose: bool = True,
-        timesteps: int | None = None,
+        self, shape: Sequence[int], return_intermediates: bool = False, verbose: bool = True
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Ancestral sampling over all steps, from noise of `shape` (B, C, h, w) or from `x_T`."""
-        img = torch.randn(tuple(shape), device=self.betas.device) if x_T is None else x_T
-        intermediates = [img]
-        for i in tqdm(
-            reversed(range(timesteps or self.num_timesteps)), total=timesteps or self.num_timesteps, disable=not verbose
-        ):
-            t = torch.full((shape[0],), i, device=img.device, dtype=torch.long)
-            img = self.p_sample(img, t, clip_denoised=self.clip_denoised, cond=cond)
-            if i % self.log_every_t == 0:
-                intermediates.append(img)
-        return (img, intermediates) if return_intermediates else img
+        """Ancestral sampling over all steps, from noise of `shape` (B, C, h, w)."""
+        img, kept, _ = self._ancestral_loop(shape, verbose=verbose)
+        return (img, kept) if return_intermediates else img
 
     @torch.no_grad()
     def sample(self, batch_size: int = 16, return_intermediates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -350,18 +444,21 @@ class DDPM(pl.LightningModule):
         return self._weigh(self.get_loss(output, self.loss_target(x_start, noise, t), mean=False), t)
 
     def _weigh(self, error: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Elementwise errors (B, C, h, w) -> the loss with log-variance and variational weights."""
+        """Elementwise errors (B, C, h, w) -> the loss with variational weights, and its terms."""
         prefix = "train" if self.training else "val"
         simple = mean_flat(error)  # (B,)
-        logvar = self.logvar[t]
         terms = {f"{prefix}/loss_simple": simple.mean()}
-        loss = simple / torch.exp(logvar) + logvar
-        if self.learn_logvar:
+        loss = self._uncertain(simple, t)
+        if loss is not simple and self.learn_logvar:
             terms |= {f"{prefix}/loss_gamma": loss.mean(), "logvar": self.logvar.detach().mean()}
         variational = (self.lvlb_weights[t] * simple).mean()
         loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * variational
         terms |= {f"{prefix}/loss_vlb": variational, f"{prefix}/loss": loss}
         return loss, {name: value.detach() for name, value in terms.items()}
+
+    def _uncertain(self, simple: Tensor, t: Tensor) -> Tensor:
+        """What becomes of the errors (B,) at t (B,) by `logvar`; in pixels nothing, as published."""
+        return simple
 
     # -- training with Lightning --------------------------------------------------------------------
 
@@ -410,9 +507,14 @@ class DDPM(pl.LightningModule):
             return batch
         batch = dict(batch)
         for key, rule in self.ucg_training.items():
-            value = rule.get("val") or ""
-            drawn = torch.rand(len(batch[key])) < rule["p"]
-            batch[key] = [value if drop else entry for drop, entry in zip(drawn.tolist(), batch[key], strict=True)]
+            value = default(rule.get("val"), "")
+            entries = batch[key]
+            drawn = torch.rand(len(entries)) < rule["p"]
+            if isinstance(entries, Tensor):  # class labels
+                drawn = drawn.to(entries.device).reshape(-1, *((1,) * (entries.dim() - 1)))
+                batch[key] = torch.where(drawn, torch.as_tensor(value).to(entries), entries)
+            else:
+                batch[key] = [value if drop else entry for drop, entry in zip(drawn.tolist(), entries, strict=True)]
         return batch
 
     @torch.no_grad()
@@ -423,8 +525,9 @@ class DDPM(pl.LightningModule):
         if self.use_ema:
             with self.ema_scope():
                 _, terms = self.shared_step(batch)
-            averaged = {f"{name}_ema": value for name, value in terms.items()}
-            self.log_dict(averaged, prog_bar=False, logger=True, on_step=False, on_epoch=True, batch_size=size)
+        # Without an average these are the plain ones: published configurations watch them all the same.
+        averaged = {f"{name}_ema": value for name, value in terms.items()}
+        self.log_dict(averaged, prog_bar=False, logger=True, on_step=False, on_epoch=True, batch_size=size)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         if self.use_ema:
@@ -470,14 +573,18 @@ class DDPM(pl.LightningModule):
         """Pictures for a logger: inputs, their noised versions and samples, (B, C, h, w)."""
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         log = {"inputs": x}
-        steps = [i for i in range(self.num_timesteps) if i % self.log_every_t == 0 or i == self.num_timesteps - 1]
-        log["diffusion_row"] = torch.cat(
-            [self.q_sample(x[:n_row], torch.full((len(x[:n_row]),), i, device=x.device)) for i in steps]
-        )
+        log["diffusion_row"] = rows_of_steps(self._noised_steps(x[:n_row]))
         if sample:
             with self.ema_scope():
-                log["samples"] = self.sample(batch_size=len(x))
-        return {k: v for k, v in log.items() if not return_keys or k in return_keys}
+                log["samples"], kept = self.sample(batch_size=len(x), return_intermediates=True)
+            log["denoise_row"] = rows_of_steps(kept)
+        return chosen(log, return_keys)
+
+    def _noised_steps(self, x: Tensor) -> list[Tensor]:
+        """x (B, C, h, w) noised to every `log_every_t`-th timestep, and to the last."""
+        last = self.num_timesteps - 1
+        steps = [i for i in range(self.num_timesteps) if i % self.log_every_t == 0 or i == last]
+        return [self.q_sample(x, torch.full((len(x),), i, device=x.device)) for i in steps]
 
 
 class LatentDiffusion(DDPM):
@@ -520,27 +627,28 @@ class LatentDiffusion(DDPM):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__" and not force_null_conditioning:
             conditioning_key = None
-        ckpt_path = kwargs.pop("ckpt_path", None)
-        ignore_keys = kwargs.pop("ignore_keys", ())
-        reset_ema = kwargs.pop("reset_ema", False)
+        # Starting weights also fill the first stage and the conditioning's encoder, which are not there before the end.
+        names = ("ckpt_path", "ignore_keys", "load_only_unet", "reset_ema", "reset_num_ema_updates")
+        start = {"ckpt_path": None} | {name: kwargs.pop(name) for name in names if name in kwargs}
         super().__init__(*args, conditioning_key=conditioning_key, **kwargs)
+        self.clip_denoised = False  # latents are not confined to [-1, 1]
         self.num_timesteps_cond = 1
         self.concat_mode = concat_mode
         self.cond_stage_trainable = cond_stage_trainable
         self.cond_stage_key = cond_stage_key
         self.cond_stage_forward = cond_stage_forward
+        self.force_null_conditioning = force_null_conditioning
         self.scale_by_std = scale_by_std
+        if not scale_factor > 0:
+            raise ConfigError(f"scale_factor must be positive, found {scale_factor}")
         if scale_by_std:
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
         else:
             self.scale_factor = scale_factor
         self.instantiate_first_stage(first_stage_config)
         self.instantiate_cond_stage(cond_stage_config)
-        self.restarted_from_ckpt = ckpt_path is not None
-        if ckpt_path is not None:
-            load_weights(self, ckpt_path, ignore_keys)
-            if reset_ema and self.use_ema:
-                self.model_ema = LitEma(self.model)
+        self.restarted_from_ckpt = start["ckpt_path"] is not None
+        self._start_from(**start)
 
     def instantiate_first_stage(self, config: Mapping[str, Any]) -> None:
         """Build the autoencoder and lock it."""
@@ -599,8 +707,10 @@ class LatentDiffusion(DDPM):
         return self.first_stage_model.decode(z / self.scale_factor)
 
     @torch.no_grad()
-    def decode_first_stage(self, z: Tensor) -> Tensor:
-        """The same without gradients."""
+    def decode_first_stage(self, z: Tensor, predict_cids: bool = False, force_not_quantize: bool = False) -> Tensor:
+        """The same without gradients; the options, for codebooks, are accepted for compatibility."""
+        if predict_cids:
+            raise NotImplementedError("there is no first stage with a codebook, whose entries predict_cids would take")
         return self.differentiable_decode_first_stage(z)
 
     # -- conditioning -----------------------------------------------------------------------------------
@@ -614,34 +724,79 @@ class LatentDiffusion(DDPM):
         return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
-        """The conditioning of nothing: empty texts by default."""
-        return self.get_learned_conditioning([default(null_label, "")] * batch_size)
+        """The conditioning of nothing, for `batch_size` items.
+
+        Args:
+            null_label: a text, or whatever the conditioning's encoder takes, for one item or for all; by default the empty
+                text or, with `cond_stage_key` class_label or cls, what the encoder's `get_unconditional_conditioning` gives.
+        """
+        if null_label is None and self.cond_stage_key in CLASS_KEYS:
+            return self.get_learned_conditioning(
+                self.cond_stage_model.get_unconditional_conditioning(batch_size, device=self.device)
+            )
+        if null_label is None or isinstance(null_label, str):
+            return self.get_learned_conditioning([default(null_label, "")] * batch_size)
+        label = null_label.to(self.device) if isinstance(null_label, Tensor) else null_label
+        label = label if isinstance(label, (Mapping, Tensor)) else list(label)
+        encoded = self.get_learned_conditioning(label)
+        return encoded if len(encoded) == batch_size else encoded.expand(batch_size, *encoded.shape[1:])
 
     @torch.no_grad()
     def get_input(
         self,
         batch: Mapping[str, Any],
         k: str,
-        bs: int | None = None,
         return_first_stage_outputs: bool = False,
-        **kwargs: Any,
+        force_c_encode: bool = False,
+        cond_key: str | None = None,
+        return_original_cond: bool = False,
+        bs: int | None = None,
+        return_x: bool = False,
     ) -> list[Any]:
-        """A batch -> [latents (B, C, h, w), conditioning] and, if asked for, pictures and reconstructions.
+        """A batch -> [latents (B, C, h, w), conditioning, and what is asked for].
 
         Args:
-            batch: with the pictures under `k` and the conditioning under `cond_stage_key`.
+            batch: with the pictures (B, H, W, C) under `k` and the conditioning under `cond_key`.
             k: the pictures' name.
+            return_first_stage_outputs: append pictures and reconstructions, (B, C, H, W).
+            force_c_encode: encode the conditioning also where its encoder is trained; that is else done with the loss.
+            cond_key: by default `cond_stage_key`. Texts are taken as they are, pictures as (B, H, W, C), and under
+                class_label or cls the encoder gets the whole batch.
+            return_original_cond: append what was encoded.
             bs: take only the first few.
+            return_x: append the pictures.
         """
         x = super().get_input(batch, k)[:bs].to(self.device)
         z = self.get_first_stage_encoding(self.encode_first_stage(x)).detach()
-        c = None
-        if self.model.conditioning_key is not None:
-            entry = batch[self.cond_stage_key] if self.cond_stage_key != self.first_stage_key else x
-            c = entry[:bs].to(self.device) if isinstance(entry, Tensor) else list(entry)[:bs]
-            if not self.cond_stage_trainable:
+        original = c = None
+        if self.model.conditioning_key is not None and self.cond_stage_model is not None:
+            original = c = self._conditioning_of(batch, cond_key or self.cond_stage_key, x)
+            if not isinstance(c, Mapping):
+                original = c = c[:bs]
+            if not self.cond_stage_trainable or force_c_encode:
                 c = self.get_learned_conditioning(c)
-        return [z, c, x, self.decode_first_stage(z)] if return_first_stage_outputs else [z, c]
+                c = c[:bs] if isinstance(original, Mapping) else c
+        out = [z, c]
+        if return_first_stage_outputs:
+            out += [x, self.decode_first_stage(z)]
+        if return_x:
+            out.append(x)
+        if return_original_cond:
+            out.append(original)
+        return out
+
+    def _conditioning_of(self, batch: Mapping[str, Any], key: str, x: Tensor) -> Any:
+        """What the conditioning's encoder is to get: texts, the pictures x themselves, others, or the whole batch."""
+        if key in CLASS_KEYS:
+            return {name: v.to(self.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+        if key == self.first_stage_key:
+            return x
+        if key not in batch:
+            raise KeyError(f"the batch has no {key!r}; it has {', '.join(map(repr, batch))}")
+        entry = batch[key]
+        if not isinstance(entry, Tensor):
+            return list(entry)
+        return (super().get_input(batch, key) if entry.dim() > 2 else entry).to(self.device)
 
     def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch."""
@@ -655,8 +810,11 @@ class LatentDiffusion(DDPM):
             c = self.get_learned_conditioning(c)
         return self.p_losses(x, c, t, *args, **kwargs)
 
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The network's output (B, C, h, w); `cond` is a dict of lists, or what goes under the wrapper's one key."""
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning, return_ids: bool = False) -> Tensor:
+        """The network's output (B, C, h, w); `cond` is a dict of lists, or what goes under the wrapper's one key.
+
+        `return_ids` is accepted for compatibility.
+        """
         if cond is None:
             return self.model(x_noisy, t)
         if not isinstance(cond, Mapping):
@@ -673,17 +831,103 @@ class LatentDiffusion(DDPM):
         """The training loss for latents (B, C, h, w) at t (B,), and its named terms (LDM, eq. 3)."""
         return super().p_losses(x_start, t, noise, cond)
 
-    def _prior_bpd(self, x_start: Tensor) -> Tensor:
-        """KL divergence of q(x_T | x_0) from the standard normal in bits per dimension, (B,)."""
-        t = torch.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device)
-        mean, _, log_variance = self.q_mean_variance(x_start, t)
-        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / np.log(2.0)
+    def _uncertain(self, simple: Tensor, t: Tensor) -> Tensor:
+        """Errors (B,) divided by their variance at t (B,), plus its logarithm (Nichol and Dhariwal 2021 learn it too)."""
+        logvar = self.logvar[t]
+        return simple / torch.exp(logvar) + logvar
 
     def trained_parameters(self) -> list[nn.Parameter]:
         extra = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable else []
         return list(self.model.parameters()) + extra + ([self.logvar] if self.learn_logvar else [])
 
     # -- sampling ------------------------------------------------------------------------------------------
+
+    def p_mean_variance(
+        self,
+        x: Tensor,
+        c: Conditioning,
+        t: Tensor,
+        clip_denoised: bool,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Mean, variance and log-variance of p(x_{t-1} | x_t, c) and, if asked for, the predicted x_0."""
+        found = self._posterior(x, t, c, clip_denoised, quantize_denoised, score_corrector, corrector_kwargs)
+        return found if return_x0 else found[:3]
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x: Tensor,
+        c: Conditioning,
+        t: Tensor,
+        clip_denoised: bool = False,
+        repeat_noise: bool = False,
+        quantize_denoised: bool = False,
+        return_x0: bool = False,
+        temperature: float = 1.0,
+        noise_dropout: float = 0.0,
+        score_corrector: Any = None,
+        corrector_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """One step of ancestral sampling: x_t (B, C, h, w) at t (B,) -> x_{t-1} and, if asked for, the predicted x_0."""
+        found = self._ancestral_step(
+            x,
+            t,
+            c,
+            clip_denoised,
+            repeat_noise,
+            temperature,
+            noise_dropout,
+            quantize_denoised=quantize_denoised,
+            score_corrector=score_corrector,
+            corrector_kwargs=corrector_kwargs,
+        )
+        return found if return_x0 else found[0]
+
+    @torch.no_grad()
+    def p_sample_loop(
+        self,
+        cond: Conditioning,
+        shape: Sequence[int],
+        return_intermediates: bool = False,
+        x_T: Tensor | None = None,
+        verbose: bool = True,
+        callback: Callable[[int], None] | None = None,
+        timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+        img_callback: Callable[[Tensor, int], None] | None = None,
+        start_T: int | None = None,
+        log_every_t: int | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Ancestral sampling of latents of `shape` (B, C, h, w) from noise, or from `x_T`, over all steps or the first `timesteps`.
+
+        Args:
+            callback: called with each timestep; `img_callback` with x and the timestep.
+            mask, x0: where the mask (B, 1, h, w) is 1, latents follow x0 (B, C, h, w).
+            start_T: an upper limit of `timesteps`.
+            log_every_t: keep intermediate results every so many steps.
+        """
+        count = default(timesteps, self.num_timesteps)
+        count = min(count, default(start_T, count))
+        img, kept, _ = self._ancestral_loop(
+            shape,
+            cond,
+            x_T,
+            count,
+            verbose,
+            callback,
+            img_callback,
+            mask,
+            x0,
+            log_every_t,
+            quantize_denoised=quantize_denoised,
+        )
+        return (img, kept) if return_intermediates else img
 
     @torch.no_grad()
     def sample(
@@ -694,12 +938,28 @@ class LatentDiffusion(DDPM):
         x_T: Tensor | None = None,
         verbose: bool = True,
         timesteps: int | None = None,
+        quantize_denoised: bool = False,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
         shape: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Ancestral samples of latents (batch_size, C, h, w) over all steps."""
-        shape = tuple(shape) if shape is not None else self._sample_shape(batch_size)
-        return self.p_sample_loop(shape, return_intermediates, x_T, cond, verbose, timesteps)
+        """Ancestral samples of latents (batch_size, C, h, w) over all steps; a longer conditioning is cut to the batch.
+
+        Further options are those of `p_sample_loop`.
+        """
+        return self.p_sample_loop(
+            first_of(cond, batch_size),
+            tuple(shape) if shape is not None else self._sample_shape(batch_size),
+            return_intermediates,
+            x_T,
+            verbose,
+            timesteps=timesteps,
+            quantize_denoised=quantize_denoised,
+            mask=mask,
+            x0=x0,
+            **kwargs,
+        )
 
     @torch.no_grad()
     def sample_log(
@@ -730,6 +990,11 @@ class LatentDiffusion(DDPM):
         ddim_steps: int | None = 50,
         ddim_eta: float = 0.0,
         return_keys: Sequence[str] | None = None,
+        quantize_denoised: bool = True,
+        inpaint: bool = True,
+        plot_denoise_rows: bool = False,
+        plot_progressive_rows: bool = True,
+        plot_diffusion_rows: bool = True,
         unconditional_guidance_scale: float = 1.0,
         unconditional_guidance_label: Any = None,
         use_ema_scope: bool = True,
@@ -737,22 +1002,33 @@ class LatentDiffusion(DDPM):
     ) -> dict[str, Tensor]:
         """Pictures for a logger, (B, C, H, W): inputs, reconstructions, prompts, and samples with and without guidance.
 
-        `ddim_steps=None` samples over all steps, without guidance. `n_row` is accepted for compatibility.
+        Args:
+            N: number of pictures.
+            n_row: number of pictures in the rows of steps.
+            ddim_steps, ddim_eta: of DDIM; `ddim_steps=None` samples over all steps, without guidance.
+            return_keys: only these, where there are any of them.
+            plot_diffusion_rows: add `diffusion_row`, pictures noised more and more.
+            plot_denoise_rows: add `denoise_row`, the x_0 that DDIM predicts on its way.
+            quantize_denoised, inpaint, plot_progressive_rows: accepted for compatibility.
         """
-        z, c, x, reconstruction = self.get_input(batch, self.first_stage_key, bs=N, return_first_stage_outputs=True)
-        if c is not None and self.cond_stage_trainable:
-            c = self.get_learned_conditioning(c)
+        z, c, x, reconstruction = self.get_input(
+            batch, self.first_stage_key, bs=N, force_c_encode=True, return_first_stage_outputs=True
+        )
         log = {"inputs": x, "reconstruction": reconstruction}
         if self.cond_stage_key in ("caption", "txt"):
             log["conditioning"] = log_txt_as_img(
                 (x.shape[3], x.shape[2]), batch[self.cond_stage_key][:N], size=max(x.shape[3] // 25, 8)
             )
+        if plot_diffusion_rows:
+            log["diffusion_row"] = self._decoded_rows(self._noised_steps(z[:n_row]))
         ddim = ddim_steps is not None
         options = {"eta": ddim_eta} if ddim else {}
         with self.ema_scope() if use_ema_scope else nullcontext():
             if sample:
-                latents, _ = self.sample_log(c, len(z), ddim, ddim_steps, shape=z.shape[1:], **options)
+                latents, kept = self.sample_log(c, len(z), ddim, ddim_steps, shape=z.shape[1:], **options)
                 log["samples"] = self.decode_first_stage(latents)
+                if plot_denoise_rows and ddim:
+                    log["denoise_row"] = self._decoded_rows(kept["pred_x0"])
             if unconditional_guidance_scale > 1.0 and ddim and c is not None:
                 latents, _ = self.sample_log(
                     c,
@@ -767,7 +1043,30 @@ class LatentDiffusion(DDPM):
                     **options,
                 )
                 log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(latents)
-        return {k: v for k, v in log.items() if not return_keys or k in return_keys}
+        return chosen(log, return_keys)
+
+    def _decoded_rows(self, steps: Sequence[Tensor]) -> Tensor:
+        """Latents (B, C, h, w) of several steps as one picture; see `rows_of_steps`."""
+        return rows_of_steps([self.decode_first_stage(z) for z in steps])
+
+
+def rows_of_steps(steps: Sequence[Tensor]) -> Tensor:
+    """Pictures (B, C, H, W) of S steps -> one picture (C, B * H, S * W): a row for each item, a column for each step."""
+    return torch.cat([torch.cat(list(step), dim=1) for step in steps], dim=2)
+
+
+def chosen(log: dict[str, Tensor], keys: Sequence[str] | None) -> dict[str, Tensor]:
+    """What a logger asked for by `keys`; everything, where it asked for nothing that there is."""
+    return {k: v for k, v in log.items() if k in (keys or ())} or log
+
+
+def first_of(cond: Conditioning, count: int) -> Conditioning:
+    """The first `count` entries of a conditioning: of a tensor, a list of tensors, or a dict of lists of them."""
+    if isinstance(cond, Mapping):
+        return {k: first_of(v, count) for k, v in cond.items()}
+    if isinstance(cond, (list, tuple)):
+        return [first_of(c, count) for c in cond]
+    return cond if cond is None else cond[:count]
 
 
 def _float32(values: np.ndarray) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.schedule import noise_like
 
 # Adams-Bashforth weights for the newest and the older predictions (Liu et al. 2022, eq. 12, and its lower orders).
 _WEIGHTS = {1: (3 / 2, -1 / 2), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
@@ -37,6 +38,8 @@ class PLMSSampler(DDIMSampler):
 
         def move(eps: Tensor) -> tuple[Tensor, Tensor]:
             pred_x0 = self.adjust_x0((x - (1 - alpha).sqrt() * eps) / alpha.sqrt(), **kwargs)
+            # Drawn and not used: what else is drawn in a run, as for masks, is to come out as published.
+            noise_like(x.shape, x.device)
             return previous.sqrt() * pred_x0 + (1 - previous).sqrt() * eps, pred_x0
 
         eps = predict_eps(x, t, alpha)

@@ -3,11 +3,17 @@
 Shapes: B batch, C channels, H W pixels, h w the latent's height and width.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ldm.util import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def Normalize(in_channels: int, num_groups: int = 32) -> nn.GroupNorm:
@@ -115,7 +121,7 @@ def make_attn(in_channels: int, attn_type: str = "vanilla", num_groups: int = 32
         return AttnBlock(in_channels, num_groups)
     if attn_type == "none":
         return nn.Identity()
-    raise ValueError(f"attn_type must be vanilla or none, found {attn_type!r}")
+    raise ConfigError(f"attn_type must be vanilla or none, found {attn_type!r}")
 
 
 class _Middle(nn.Module):
@@ -155,6 +161,13 @@ class _Level(nn.Module):
         return x
 
 
+def _check_options(use_linear_attn: bool, ignored: Mapping[str, Any]) -> None:
+    if use_linear_attn:
+        raise ConfigError("linear attention in an autoencoder (use_linear_attn) is not supported")
+    if ignored:
+        logger.warning("ddconfig: %s have no effect", ", ".join(sorted(ignored)))
+
+
 class Encoder(nn.Module):
     """Picture to the parameters of the latent's distribution, or to the latent itself.
 
@@ -173,6 +186,8 @@ class Encoder(nn.Module):
         attn_type: `vanilla` or `none`.
         num_groups: of the group norms. Published models have 32; narrow ones need fewer, because with one channel a group
             the norm forgets a plain picture's colour.
+        use_linear_attn: not supported; must be False.
+        **ignored: what else a configuration holds, which published ones do; logged.
     """
 
     def __init__(
@@ -191,8 +206,11 @@ class Encoder(nn.Module):
         double_z: bool = True,
         attn_type: str = "vanilla",
         num_groups: int = 32,
+        use_linear_attn: bool = False,
+        **ignored: Any,
     ) -> None:
         super().__init__()
+        _check_options(use_linear_attn, ignored)
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         width = ch
@@ -242,6 +260,8 @@ class Decoder(nn.Module):
         tanh_out: bool = False,
         attn_type: str = "vanilla",
         num_groups: int = 32,
+        use_linear_attn: bool = False,
+        **ignored: Any,
     ) -> None:
         super().__init__()
         self.give_pre_end = give_pre_end

@@ -23,6 +23,7 @@ from ldm.modules.diffusionmodules.util import (
     timestep_embedding,
     zero_module,
 )
+from ldm.util import ConfigError
 
 
 class TimestepBlock(nn.Module):
@@ -199,7 +200,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         if num_head_channels != -1:
             if channels % num_head_channels:
-                raise ValueError(f"{channels} channels are no multiple of num_head_channels {num_head_channels}")
+                raise ValueError(f"num_head_channels does not divide {channels} channels: {num_head_channels}")
             num_heads = channels // num_head_channels
         self.channels = channels
         self.num_heads = num_heads
@@ -224,106 +225,83 @@ class AttentionBlock(nn.Module):
         return (tokens + self.proj_out(out)).reshape(x.shape)
 
 
+PUBLIC_OPTIONS = (
+    "model_channels", "num_res_blocks", "attention_resolutions", "dropout", "channel_mult", "conv_resample", "dims",
+    "use_checkpoint", "num_heads", "num_head_channels", "num_heads_upsample",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class BlockOptions:
     """What all blocks of one UNet share; the fields are UNetModel's arguments of the same names."""
 
     model_channels: int
-    emb_channels: int
+    num_res_blocks: int | Sequence[int]  # a tuple with an entry a level after construction
     attention_resolutions: Sequence[int]
-    num_res_blocks: Sequence[int]
-    channel_mult: Sequence[int]
-    dropout: float
-    conv_resample: bool
-    dims: int
-    use_checkpoint: bool
-    num_heads: int
-    num_head_channels: int
-    num_heads_upsample: int
-    use_scale_shift_norm: bool
-    resblock_updown: bool
-    use_new_attention_order: bool
-    use_spatial_transformer: bool
-    transformer_depth: int
-    context_dim: int | Sequence[int] | None
-    legacy: bool
-    disable_self_attentions: Sequence[bool] | None
-    num_attention_blocks: Sequence[int] | None
-    disable_middle_self_attn: bool
-    use_linear_in_transformer: bool
+    dropout: float = 0
+    channel_mult: Sequence[int] = (1, 2, 4, 8)
+    conv_resample: bool = True
+    dims: int = 2
+    use_checkpoint: bool = False
+    num_heads: int = -1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1  # `num_heads` after construction, where not given
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_new_attention_order: bool = False
+    use_spatial_transformer: bool = False
+    transformer_depth: int = 1
+    context_dim: int | Sequence[int] | None = None
+    legacy: bool = True
+    disable_self_attentions: Sequence[bool] | None = None
+    num_attention_blocks: Sequence[int] | None = None
+    disable_middle_self_attn: bool = False
+    use_linear_in_transformer: bool = False
 
     def __post_init__(self) -> None:
         levels = len(self.channel_mult)
+        if isinstance(self.num_res_blocks, int):
+            object.__setattr__(self, "num_res_blocks", (self.num_res_blocks,) * levels)
+        if self.num_heads_upsample == -1:
+            object.__setattr__(self, "num_heads_upsample", self.num_heads)
+        for name in ("num_res_blocks", "attention_resolutions", "channel_mult", "context_dim"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):  # lists of a YAML file
+                object.__setattr__(self, name, tuple(value))
+        if (
+            self.model_channels < 1
+            or not levels
+            or min(self.channel_mult) <= 0
+            or min(self.num_res_blocks, default=0) < 0
+        ):
+            raise ConfigError(
+                f"model_channels {self.model_channels}, channel_mult {self.channel_mult} and num_res_blocks "
+                f"{self.num_res_blocks} describe no network"
+            )
         for name in ("num_res_blocks", "disable_self_attentions", "num_attention_blocks"):
             entries = getattr(self, name)
             if entries is not None and len(entries) != levels:
-                raise ValueError(f"{name} has {len(entries)} entries for the {levels} levels of channel_mult")
+                raise ConfigError(f"{name} has {len(entries)} entries for the {levels} levels of channel_mult")
         if self.use_spatial_transformer and self.context_dim is None:
-            raise ValueError("use_spatial_transformer needs context_dim, the width of the text embedding")
+            raise ConfigError("use_spatial_transformer needs context_dim, the width of the text embedding")
         if self.context_dim is not None and not self.use_spatial_transformer:
-            raise ValueError("context_dim is only used with use_spatial_transformer; set that too")
+            raise ConfigError("context_dim is only used with use_spatial_transformer; set that too")
         if self.num_heads == -1 and self.num_head_channels == -1:
-            raise ValueError("set num_heads or num_head_channels")
+            raise ConfigError("set num_heads or num_head_channels")
         if self.num_head_channels != -1 and self.num_head_channels < 1 or self.num_heads != -1 and self.num_heads < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"num_heads {self.num_heads} and num_head_channels {self.num_head_channels} must be positive or -1"
             )
 
-    @classmethod
-    def from_arguments(
-        cls,
-        *,
-        model_channels: int,
-        num_res_blocks: int | Sequence[int],
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        use_checkpoint: bool = False,
-        num_heads: int = -1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        use_spatial_transformer: bool = False,
-        transformer_depth: int = 1,
-        context_dim: int | Sequence[int] | None = None,
-        legacy: bool = True,
-        disable_self_attentions: Sequence[bool] | None = None,
-        num_attention_blocks: Sequence[int] | None = None,
-        disable_middle_self_attn: bool = False,
-        use_linear_in_transformer: bool = False,
-    ) -> "BlockOptions":
-        """The options as a YAML file gives them; one `num_res_blocks` stands for all levels."""
-        if isinstance(num_res_blocks, int):
-            num_res_blocks = [num_res_blocks] * len(channel_mult)
-        return cls(
-            model_channels=model_channels,
-            emb_channels=model_channels * 4,
-            attention_resolutions=tuple(attention_resolutions),
-            num_res_blocks=tuple(num_res_blocks),
-            channel_mult=tuple(channel_mult),
-            dropout=dropout,
-            conv_resample=conv_resample,
-            dims=dims,
-            use_checkpoint=use_checkpoint,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            num_heads_upsample=num_heads if num_heads_upsample == -1 else num_heads_upsample,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            use_new_attention_order=use_new_attention_order,
-            use_spatial_transformer=use_spatial_transformer,
-            transformer_depth=transformer_depth,
-            context_dim=context_dim if context_dim is None or isinstance(context_dim, int) else tuple(context_dim),
-            legacy=legacy,
-            disable_self_attentions=disable_self_attentions,
-            num_attention_blocks=num_attention_blocks,
-            disable_middle_self_attn=disable_middle_self_attn,
-            use_linear_in_transformer=use_linear_in_transformer,
-        )
+    @property
+    def emb_channels(self) -> int:
+        """Width E of the timestep embedding."""
+        return self.model_channels * 4
+
+    def publish(self, network: nn.Module) -> None:
+        """Set the attributes by which the reference's networks tell their options."""
+        for name in PUBLIC_OPTIONS:
+            setattr(network, name, getattr(self, name))
 
     def res_block(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
         return ResBlock(
@@ -465,7 +443,8 @@ class UNetModel(nn.Module):
         use_new_attention_order: see AttentionBlock.
         use_spatial_transformer, transformer_depth, context_dim: attention to a context, see SpatialTransformer.
         n_embed: predict codebook ids; adds `id_predictor`.
-        legacy: how head widths follow from the two head options, as in the published configurations.
+        legacy: True makes heads of `channels // num_heads` with a context and of `num_head_channels` without; False, as in
+            the published configurations of SD, follows the two head options.
         disable_self_attentions, num_attention_blocks: one entry a level.
         disable_middle_self_attn: see BasicTransformerBlock.
         use_linear_in_transformer: see SpatialTransformer.
@@ -503,7 +482,7 @@ class UNetModel(nn.Module):
         use_linear_in_transformer: bool = False,
     ) -> None:
         super().__init__()
-        options = BlockOptions.from_arguments(
+        options = BlockOptions(
             model_channels=model_channels,
             num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions,
@@ -527,9 +506,9 @@ class UNetModel(nn.Module):
             disable_middle_self_attn=disable_middle_self_attn,
             use_linear_in_transformer=use_linear_in_transformer,
         )
+        options.publish(self)
         self.image_size = image_size
         self.in_channels = in_channels
-        self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
         self.predict_codebook_ids = n_embed is not None
@@ -541,7 +520,7 @@ class UNetModel(nn.Module):
         elif isinstance(num_classes, int):
             self.label_emb = nn.Embedding(num_classes, options.emb_channels)
         elif num_classes is not None:
-            raise ValueError(f'num_classes must be a number, "continuous" or None, found {num_classes!r}')
+            raise ConfigError(f'num_classes must be a number, "continuous" or None, found {num_classes!r}')
         self.input_blocks, self.middle_block, channels = build_encoder(options, in_channels)
         self.output_blocks = build_decoder(options, channels)
         width = int(channel_mult[0] * model_channels)
@@ -575,16 +554,18 @@ class UNetModel(nn.Module):
     def encode(self, x: Tensor, emb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The middle block's output (B, C, h', w') and the skip connections, first level first."""
         hidden = x.to(self.input_blocks[0][0].weight.dtype)
+        context = None if context is None else context.to(hidden.dtype)
         skips = []
         for block in self.input_blocks:
-            hidden = block(hidden, emb, context)
+            hidden = block(hidden, emb, context)  # (B, C_i, h_i, w_i)
             skips.append(hidden)
         return self.middle_block(hidden, emb, context), skips
 
     def decode(self, hidden: Tensor, skips: Sequence[Tensor], emb: Tensor, context: Tensor | None) -> Tensor:
         """Middle output and skip connections -> (B, out_channels, h, w)."""
+        context = None if context is None else context.to(hidden.dtype)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
-            hidden = block(torch.cat([hidden, skip], dim=1), emb, context)
+            hidden = block(torch.cat([hidden, skip], dim=1), emb, context)  # (B, C_i, h_i, w_i)
         return self.id_predictor(hidden) if self.predict_codebook_ids else self.out(hidden)
 
     def forward(

@@ -74,7 +74,7 @@ class GroupNorm32(nn.GroupNorm):
 def normalization(channels: int) -> GroupNorm32:
     """Group normalisation of 32 groups."""
     if channels % 32:
-        raise ValueError(f"group normalisation has 32 groups: {channels} channels are no multiple of 32")
+        raise ValueError(f"group normalisation has 32 groups: {channels} channels are not a multiple of 32")
     return GroupNorm32(32, channels)
 
 

@@ -120,7 +120,7 @@ class CLIPTextTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"width {width} is no multiple of {heads} heads")
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.text_model = _TextModel(vocabulary, width, heads, layers, length, activation)
 
     def hidden_states(self, tokens: Tensor) -> list[Tensor]:
@@ -211,7 +211,7 @@ class OpenCLIPTextTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"width {width} is no multiple of {heads} heads")
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(length, width))
         self.transformer = _OpenTransformer(width, heads, layers, activation)

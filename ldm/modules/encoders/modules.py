@@ -99,8 +99,12 @@ class _FrozenText(AbstractEncoder):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where the weights are; setting it moves them."""
         return next(self.parameters()).device
+
+    @device.setter
+    def device(self, device: torch.device | str) -> None:
+        self.to(device)
 
     def tokenize(self, text: str | Sequence[str]) -> Tensor:
         """Prompts -> token ids (B, L): begin, prompt, end, padding; what does not fit is cut off before the end."""
