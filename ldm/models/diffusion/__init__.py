@@ -1,1 +1,1 @@
-"""The diffusion process: schedule, training (`ddpm`) and sampling (`ddim`, `plms`)."""
+"""The diffusion process: schedule, training (`ddpm`) and sampling (`ddim`, `plms`, `dpm_solver`)."""
