@@ -61,11 +61,9 @@ class AutoencoderKL(pl.LightningModule):
         self.image_key = image_key
         self.embed_dim = embed_dim
         self.scheduler_config = scheduler_config
-        self.learning_rate = 4.5e-6  # set by training scripts, as are
-        self.adam_betas = (
-            0.5,
-            0.9,
-        )  # which suit training against a discriminator; without one, (0.9, 0.99) is steadier
+        self.learning_rate = 4.5e-6  # set by training scripts
+        # They suit training against a discriminator; without one, (0.9, 0.99) is steadier.
+        self.adam_betas = (0.5, 0.9)
         if monitor is not None:
             self.monitor = monitor
         self.encoder = Encoder(**ddconfig)
@@ -78,7 +76,15 @@ class AutoencoderKL(pl.LightningModule):
         if self.use_ema:
             self.model_ema = LitEma(self, decay=ema_decay)
         if ckpt_path is not None:
-            load_weights(self, ckpt_path, ignore_keys)
+            self.init_from_ckpt(ckpt_path, ignore_keys)
+
+    def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = ()) -> None:
+        """Load what fits of a weights file, but for keys that begin as `ignore_keys` say.
+
+        Raises:
+            ConfigError: the file cannot be read, has entries of another shape, or none that fits.
+        """
+        load_weights(self, path, ignore_keys)
 
     def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
         """Inside it the weights are their moving average, if one is kept; `context` is accepted for compatibility."""
@@ -135,17 +141,23 @@ class AutoencoderKL(pl.LightningModule):
         return self.decoder.last_layer
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Any], only_inputs: bool = False, **kwargs: Any) -> dict[str, Tensor]:
-        """Pictures for a logger: inputs, reconstructions and decoded noise, (B, C, H, W) in [-1, 1]."""
+    def log_images(
+        self, batch: Mapping[str, Any], only_inputs: bool = False, log_ema: bool = False, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Pictures for a logger: inputs, reconstructions and decoded noise, (B, C, H, W) in [-1, 1].
+
+        `log_ema` adds what the averaged weights make, under names that end in `_ema`.
+        """
         inputs = self.get_input(batch, self.image_key).to(self.device)
         if only_inputs:
             return {"inputs": inputs}
         reconstructions, posterior = self(inputs)
-        return {
-            "inputs": inputs,
-            "reconstructions": reconstructions,
-            "samples": self.decode(torch.randn_like(posterior.mean)),
-        }
+        noise = torch.randn_like(posterior.mean)
+        log = {"inputs": inputs, "reconstructions": reconstructions, "samples": self.decode(noise)}
+        if log_ema or self.use_ema:
+            with self.ema_scope():
+                log |= {"reconstructions_ema": self(inputs)[0], "samples_ema": self.decode(noise)}
+        return log
 
 
 class IdentityFirstStage(nn.Module):

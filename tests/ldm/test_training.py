@@ -46,6 +46,9 @@ def test_autoencoder_learns_with_reconstruction_and_kl(tmp_path):
     with model.ema_scope():
         assert not torch.equal(own, model.encoder.conv_in.weight)
     assert torch.equal(own, model.encoder.conv_in.weight)
+    images = model.eval().log_images(batch)
+    assert set(images) == {"inputs", "reconstructions", "samples", "reconstructions_ema", "samples_ema"}
+    assert not torch.allclose(images["reconstructions"], images["reconstructions_ema"])
 
 
 def test_latent_diffusion_learns(tmp_path):
