@@ -1,5 +1,6 @@
 """Scripts written for the reference run unchanged, as files, on the tiny model."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,20 @@ def test_sampling_snippet(tmp_path, weights):
     assert done.returncode == 0, done.stderr[-2000:]
     pictures = np.load(tmp_path / "out.npy")
     assert pictures.shape == (2, 64, 64, 3) and pictures.dtype == np.uint8 and pictures.std() > 5
+
+
+@pytest.mark.parametrize(
+    "switches, trained",
+    [
+        ({"only_mid_control": True}, ("control_model.",)),
+        ({"sd_locked": False}, ("control_model.", "model.diffusion_model.out")),
+    ],
+)
+def test_plain_data_parallel_training(tmp_path, switches, trained):
+    done = run("train_on_two_processes.py", tmp_path, json.dumps(switches))
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other and all(any(key.startswith(start) for key in one["changed"]) for start in trained)
+    assert all(key.startswith(trained) for key in one["changed"])
+    unused = [key for key in one["changed"] if key.startswith("control_model.zero_convs")]
+    assert bool(unused) != switches.get("only_mid_control", False)

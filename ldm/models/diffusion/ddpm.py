@@ -34,6 +34,7 @@ from ldm.util import ConfigError, default, images_to_nchw, instantiate_from_conf
 
 logger = logging.getLogger(__name__)
 
+TEXT_KEYS = ("txt", "caption", "coordinates_bbox")  # entries are taken as they are, encoded texts too
 CLASS_KEYS = ("class_label", "cls")  # under these the conditioning's encoder gets the whole batch
 Conditioning = Tensor | Mapping[str, Sequence[Tensor] | None] | Sequence[Tensor] | None
 
@@ -503,10 +504,11 @@ class DDPM(pl.LightningModule):
 
     def _drop_conditioning(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch with conditionings replaced at random, as `ucg_training` says (classifier-free guidance, Ho and Salimans 2021)."""
-        if not self.ucg_training:
+        rules = {key: rule for key, rule in self.ucg_training.items() if rule["p"] > 0}
+        if not rules:
             return batch
         batch = dict(batch)
-        for key, rule in self.ucg_training.items():
+        for key, rule in rules.items():
             value = default(rule.get("val"), "")
             entries = batch[key]
             drawn = torch.rand(len(entries)) < rule["p"]
@@ -796,7 +798,8 @@ class LatentDiffusion(DDPM):
         entry = batch[key]
         if not isinstance(entry, Tensor):
             return list(entry)
-        return (super().get_input(batch, key) if entry.dim() > 2 else entry).to(self.device)
+        is_picture = key not in TEXT_KEYS and entry.dim() > 2
+        return (super().get_input(batch, key) if is_picture else entry).to(self.device)
 
     def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch."""
@@ -1015,7 +1018,7 @@ class LatentDiffusion(DDPM):
             batch, self.first_stage_key, bs=N, force_c_encode=True, return_first_stage_outputs=True
         )
         log = {"inputs": x, "reconstruction": reconstruction}
-        if self.cond_stage_key in ("caption", "txt"):
+        if self.cond_stage_key in ("caption", "txt") and not isinstance(batch[self.cond_stage_key], Tensor):
             log["conditioning"] = log_txt_as_img(
                 (x.shape[3], x.shape[2]), batch[self.cond_stage_key][:N], size=max(x.shape[3] // 25, 8)
             )
