@@ -14,7 +14,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from pathlib import Path
 
 from annotator.folder import SAVED, Job, Task, find_jobs, write_atomically
@@ -73,22 +72,26 @@ def _plan(source: Path, target: Path, task: Task, force: bool) -> tuple[list[Job
 
 
 def _unfinished(jobs: list[Job], target: Path, task: Task, force: bool) -> list[Job]:
-    """Jobs whose file is missing or older than the settings that the folder's maps are made with."""
+    """Jobs whose file is missing, or older than the picture or the settings that the folder's maps are made with."""
     note = target / SETTINGS
-    settings = {key: value for key, value in asdict(task).items() if key not in ("device", "weights")}
-    wanted = json.dumps(settings | {"version": task.info.version}, sort_keys=True)
+    wanted = json.dumps(task.origin | {"resolution": task.resolution, "saved": task.saved}, sort_keys=True)
     present = [job for job in jobs if job.target.exists()]
-    if not note.exists() or force:
-        if present and not force:
+    same = note.is_file() and note.read_bytes() == wanted.encode()
+    if present and not same and not force:
+        if not note.exists():
             raise ValueError(
                 f"{target} already holds {present[0].target.name}, made by something else; "
                 f"choose another folder, or --force to make such files anew"
             )
-        write_atomically(note, wanted.encode())
-    elif note.read_text() != wanted:
         raise ValueError(f"{target} holds maps made with other settings ({note}); choose another folder, or --force")
+    if not same or force:
+        write_atomically(note, wanted.encode())
     since = note.stat().st_mtime_ns
-    return [job for job in jobs if not (job.target.exists() and job.target.stat().st_mtime_ns >= since)]
+
+    def is_done(job: Job) -> bool:
+        return job.target.exists() and job.target.stat().st_mtime_ns >= max(since, job.picture.stat().st_mtime_ns)
+
+    return [job for job in jobs if not is_done(job)]
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -24,6 +24,10 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
             device = torch.device(device)
         except RuntimeError as err:
             raise ValueError(f"unknown device {device!r}; use cpu, cuda, cuda:1 or mps") from err
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"no detector runs on {device}; use cpu, cuda, cuda:1 or mps")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise ValueError("this machine has no device mps")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"this machine has no device {device}; CUDA devices found: {torch.cuda.device_count()}")
         return device
@@ -99,5 +103,5 @@ class NetworkDetector:
 
     def tensor(self, image: np.ndarray) -> Tensor:
         """(H, W, C) or (H, W) numbers as a float32 batch of one on `self.device`: (1, C, H, W)."""
-        image = np.ascontiguousarray(np.atleast_3d(image))
+        image = np.require(np.atleast_3d(image), requirements=["C", "W"])  # torch warns of what it could not write to
         return torch.from_numpy(image).to(self.device, torch.float32).permute(2, 0, 1)[None]

@@ -3,9 +3,11 @@
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -115,6 +117,15 @@ class Task:
     @property
     def info(self) -> AnnotatorInfo:
         return describe(self.name, self.version)
+
+    @property
+    def origin(self) -> dict[str, object]:
+        """What decides how a map comes out, as a folder of maps notes it; of a weight file that was named, name and size."""
+        facts = ("name", "detect_resolution", "parameters")
+        origin = {fact: getattr(self, fact) for fact in facts} | {"version": self.info.version}
+        if self.weights is not None and os.path.isfile(self.weights):
+            origin["weights"] = f"{os.path.basename(self.weights)}, {os.path.getsize(self.weights)} bytes"
+        return origin
 
     def load(self) -> Annotator:
         return load(self.name, self.device, self.weights, self.version)
@@ -242,8 +253,17 @@ _in_worker: tuple[Task, Annotator]
 def _start_worker(task: Task) -> None:
     global _in_worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
     _in_worker = task, task.load()
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, killed perhaps, without having told it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work(job: HasPicture) -> str | None:

@@ -295,7 +295,7 @@ _IN_BOTH: dict[str, dict[str, Any]] = {  # what 1.1 does otherwise, besides line
     "fake_scribble": {},
     "openpose": {"parameters": (HAND_AND_FACE,), "options": {"version": "1.1"}, "output": None},
     "seg": {},
-    "depth": {"detect_resolution": 512},
+    "depth": {"detect_resolution": 384},
 }
 _V11_ONLY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fake_scribble_pidinet": (

@@ -79,6 +79,8 @@ def resized_shape(height: int, width: int, resolution: int) -> tuple[int, int]:
         ValueError: if a side would vanish or the picture would have more than 2**27 pixels.
     """
     scale = float(resolution) / min(height, width)
+    if not np.isfinite(scale):
+        raise ValueError(f"resolution must be a number of pixels, got {resolution}")
     new_height, new_width = (round(side * scale / SIZE_STEP) * SIZE_STEP for side in (height, width))
     if new_height < SIZE_STEP or new_width < SIZE_STEP:
         raise ValueError(f"resolution {resolution} is too small: sides are rounded to multiples of {SIZE_STEP}")
@@ -125,15 +127,18 @@ def nms(x: np.ndarray, t: float, s: float) -> np.ndarray:
         s: sigma of the blur, in pixels.
 
     Returns:
-        uint8 of the same shape, 255 on the ridges that are brighter than `t`, else 0.
+        uint8 of the same shape, 255 on the ridges that are brighter than `t`, else 0. (As published, off the ridges 0 counts
+        as brightness, so that everything is 255 for `t` below 0.)
     """
+    if not x.size:
+        raise ValueError(f"edges of shape {x.shape} hold no pixels")
     if not s > 0:
         raise ValueError(f"sigma must be above 0, got {s}")
     blurred = cv2.GaussianBlur(x.astype(np.float32), (0, 0), s)
     ridge = np.zeros(blurred.shape, dtype=bool)
     for kernel in LINE_KERNELS:
         ridge |= cv2.dilate(blurred, kernel) == blurred
-    return np.where(ridge & (blurred > t), 255, 0).astype(np.uint8)
+    return np.where(np.where(ridge, blurred, 0) > t, 255, 0).astype(np.uint8)
 
 
 def safe_step(x: np.ndarray, step: int = 2) -> np.ndarray:

@@ -6,6 +6,8 @@ Nothing is executed: files are read as safetensors, or by torch's restricted unp
 import logging
 import os
 import pickle
+import urllib.error
+import urllib.request
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,15 +70,34 @@ def find_weights(
     looked_in = ", ".join(str(place) for place in folders)
     advice = f"put it into one of the folders, or name a folder with {FOLDER_VARIABLE} or weights="
     try:
-        from huggingface_hub import hf_hub_download
-
-        logger.info("fetching %s", address)
-        return Path(hf_hub_download(repo_id=repository, filename=remote))
+        return _fetch(repository, remote)
     except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
         raise WeightsError(
             f"cannot get the weights {names[0]}: not in {looked_in}; fetching {address} failed ({reason}); {advice}"
         ) from err
+
+
+def _fetch(repository: str, remote: str) -> Path:
+    """A file from the client's cache, or downloaded into it."""
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repository, remote)
+    if isinstance(cached, str):
+        return Path(cached)
+    address = hf_hub_url(repository, remote)
+    if not constants.HF_HUB_OFFLINE:
+        _check_reachable(address)
+    logger.info("fetching %s", address)
+    return Path(hf_hub_download(repo_id=repository, filename=remote))
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError if there is no way to the server: the client would try again for half a minute before it says so."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # there is a server; what it does not like is for the client to say
 
 
 def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict[str, Tensor]:
@@ -86,7 +107,7 @@ def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict
         path: a `.safetensors` file or one written by `torch.save`.
         wrapper: entry under which the weights lie in the published file; taken if it is there.
 
-    A `module.` before every key, which data-parallel training leaves, is dropped; so are entries that are no tensors.
+    A `module.` before every key, which data-parallel training leaves, is dropped; so are entries that are not tensors by name.
 
     Raises:
         WeightsError: naming the file.
@@ -100,12 +121,14 @@ def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict
     except (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError,
             pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as err:  # fmt: skip
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        if isinstance(err, (pickle.UnpicklingError, KeyError)):  # whose texts are about pickles, or are mere numbers
+            reason = "it is not a weight file, or holds more than tensors and plain containers"
         raise WeightsError(f"cannot read weights from {path}: {reason}") from err
     if wrapper and isinstance(content, dict) and isinstance(content.get(wrapper), dict):
         content = content[wrapper]
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
-    tensors = {key: entry for key, entry in content.items() if isinstance(entry, Tensor)}
+    tensors = {key: entry for key, entry in content.items() if isinstance(entry, Tensor) and isinstance(key, str)}
     if not tensors:
         raise WeightsError(f"{path} holds no tensors at its top level; its entries are {_some(content)}")
     if all(key.startswith("module.") for key in tensors):

@@ -156,7 +156,7 @@ class OpenposeDetector(NetworkDetector):
             if return_is_index or hand_and_face:
                 raise ValueError("hand_and_face and return_is_index need OpenposeDetector(version='1.1')")
             poses = self.find_poses(image, hands=hand)
-            canvas = draw_body_1_0(np.zeros_like(image), poses.candidates, poses.people)
+            canvas = draw_body_1_0(np.zeros(image.shape, np.uint8), poses.candidates, poses.people)
             draw_hands_1_0(canvas, poses.hands_in_pixels())
             return canvas, {"candidate": poses.candidates.tolist(), "subset": poses.people.tolist()}
         more = hand or hand_and_face
@@ -204,11 +204,13 @@ class OpenposeDetector(NetworkDetector):
             bgr = cv2.GaussianBlur(bgr, (0, 0), HAND_BLUR)
             views = [resize(bgr, factor * BOX_SIZE, factor * BOX_SIZE, "1.1") for factor in HAND_SCALES]
             map_height = map_width = HAND_MAP_SIZE
-        mean = np.zeros((map_height, map_width, HAND_POINTS + 1))
+        means = np.zeros((HAND_POINTS, map_height, map_width))
         for view in views:
             maps = _channels_last(self.hand_network(self.tensor(network_input(view))))
-            mean += enlarge(maps, view.shape, map_height, map_width, self.version) / len(views)
-        peaks = find_hand_peaks(cv2.split(mean)[:HAND_POINTS])
+            seen = enlarge_one_by_one(maps, HAND_POINTS, view.shape, map_height, map_width, self.version)
+            for mean, heatmap in zip(means, seen, strict=True):
+                mean += heatmap / len(views)
+        peaks = find_hand_peaks(means)
         if self.version == "1.0":
             return peaks
         return (peaks * np.array([float(width), float(height)]) / HAND_MAP_SIZE).astype(np.int64)
@@ -223,5 +225,5 @@ class OpenposeDetector(NetworkDetector):
 
 
 def _channels_last(maps: Tensor) -> np.ndarray:
-    """(1, C, h, w) as (h, w, C)."""
-    return maps[0].permute(1, 2, 0).cpu().numpy()
+    """(1, C, h, w) as float32 (h, w, C)."""
+    return maps[0].float().permute(1, 2, 0).cpu().numpy()

@@ -14,7 +14,7 @@ PADDING = 128  # grey
 
 
 def resize(x: np.ndarray, height: float, width: float, version: str) -> np.ndarray:
-    """(H, W, C) at another size, of at least one pixel a side.
+    """(H, W[, C]) at another size, of at least one pixel a side.
 
     1.1 averages if the sum of the sides becomes smaller; it resizes channels one by one unless they are three.
     """
@@ -22,13 +22,13 @@ def resize(x: np.ndarray, height: float, width: float, version: str) -> np.ndarr
     if version == "1.0":
         return cv2.resize(x, size, interpolation=cv2.INTER_CUBIC)
     method = cv2.INTER_AREA if height + width < x.shape[0] + x.shape[1] else cv2.INTER_LANCZOS4
-    if x.shape[2] == 3:
+    if x.ndim == 2 or x.shape[2] == 3:
         return cv2.resize(x, size, interpolation=method)
     return cv2.merge([cv2.resize(channel, size, interpolation=method) for channel in cv2.split(x)])
 
 
 def scale(x: np.ndarray, factor: float, version: str) -> np.ndarray:
-    """(H, W, C) with both sides times `factor`."""
+    """(H, W[, C]) with both sides times `factor`."""
     height, width = x.shape[0] * factor, x.shape[1] * factor
     if version == "1.0" and min(height, width) > 0.5:
         return cv2.resize(x, (0, 0), fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)  # which knows the factor
@@ -36,7 +36,7 @@ def scale(x: np.ndarray, factor: float, version: str) -> np.ndarray:
 
 
 def enlarge(maps: np.ndarray, seen: tuple[int, ...], height: int, width: int, version: str) -> np.ndarray:
-    """Some of a network's maps (h, w, C) at the picture's size, by way of the size of what the network saw: `seen`."""
+    """Some of a network's maps (h, w, C), or one (h, w), at the picture's size, by way of the size of what the network saw: `seen`."""
     maps = scale(np.ascontiguousarray(maps), STRIDE, version)[: seen[0], : seen[1]]  # without the padding
     return resize(maps, height, width, version)
 
@@ -48,8 +48,12 @@ def enlarge_one_by_one(
 
     Taking the next ones may overwrite those before.
     """
+    if version == "1.1":
+        for channel in range(count):
+            yield enlarge(maps[:, :, channel], seen, height, width, version)
+        return
     # Two stay in the processor's cache. OpenCV's cubic interpolation rounds two and many alike only for such widths.
-    group = 2 if version == "1.1" or width % 4 == 0 else maps.shape[2]
+    group = 2 if width % 4 == 0 else maps.shape[2]
     planes = [np.empty((height, width), dtype=np.float32) for _ in range(group)]
     for channel in range(0, count, group):
         cv2.split(enlarge(maps[:, :, channel : channel + group], seen, height, width, version), planes)

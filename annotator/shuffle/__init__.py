@@ -11,7 +11,9 @@ import numpy as np
 
 from annotator.util import HWC3, PixelDetector, make_noise_disk, to_uint8
 
-REMAP_LIMIT = 2**15 - 1  # OpenCV's remap counts pixels in 16 bits
+REMAP_LIMIT = 2**15 - 2  # OpenCV's remap counts pixels in 16 bits
+
+MAX_LEVEL = 12  # a picture of one pixel is doubled as often as it was halved
 
 Numbers = np.random.RandomState | ModuleType
 
@@ -38,11 +40,13 @@ class ContentShuffleDetector(PixelDetector):
         """
         img = HWC3(img)
         height, width = img.shape[:2]
-        if max(height, width) > REMAP_LIMIT:
-            raise ValueError(f"cannot shuffle {height}x{width} pixels: a side may have {REMAP_LIMIT} at most")
         h, w, f = (height if h is None else h), (width if w is None else w), (256 if f is None else f)
         if min(h, w, f) < 1:
             raise ValueError(f"h, w and f must be at least 1, got {h}, {w} and {f}")
+        if max(height, width, h, w) > REMAP_LIMIT:
+            raise ValueError(
+                f"cannot shuffle {height}x{width} pixels to {h}x{w}: a side may have {REMAP_LIMIT} pixels at most"
+            )
         numbers, _ = _generators(seed)
         x = make_noise_disk(h, w, 1, f, numbers) * float(width - 1)
         y = make_noise_disk(h, w, 1, f, numbers) * float(height - 1)
@@ -89,7 +93,7 @@ class DownSampleDetector(PixelDetector):
         """
         Args:
             img: (H, W, 3), uint8.
-            level: how often the size is halved.
+            level: how often the size is halved, at most 12.
             k: standard deviation of the noise, in levels.
 
         Returns:
@@ -98,10 +102,14 @@ class DownSampleDetector(PixelDetector):
         img = HWC3(img)
         if level < 0 or not k >= 0:
             raise ValueError(f"level and k must be 0 or above, got {level} and {k}")
+        if level > MAX_LEVEL:
+            raise ValueError(f"level must be {MAX_LEVEL} at most, got {level}: no picture is that large")
         numbers, _ = _generators(seed)
 
         def add_noise(image: np.ndarray) -> np.ndarray:
-            return image + numbers.normal(loc=0.0, scale=k, size=image.shape).astype(np.float32)
+            image = image.copy()
+            image += numbers.normal(loc=0.0, scale=k, size=image.shape)  # rounded to float32 once, after adding
+            return image
 
         noisy = img.astype(np.float32)
         for _ in range(level):

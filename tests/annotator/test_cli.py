@@ -1,10 +1,13 @@
 """`python -m annotator` on files and folders of photographs, good and broken."""
 
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -63,6 +66,43 @@ def test_a_run_goes_on_where_it_stopped(photos, tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
     assert main([*command, "--save", "shown", "--force"]) == 0
     assert all(found.mean() > 127 for found in maps(target).values())
+
+
+def test_a_picture_that_changed_is_done_again(photos, tmp_path, capsys):
+    target = tmp_path / "maps"
+    command = ["scribble", str(photos), str(target), "--workers", "1"]
+    assert main(command) == 0
+    later = (target / "a.png").stat().st_mtime + 5
+    Image.fromarray(255 - PHOTOS[0]).save(photos / "a.png")
+    os.utime(photos / "a.png", (later, later))
+    os.utime(target / "a.png", (later - 1, later - 1))
+    before = maps(target)["a.png"]
+    assert main(command) == 0
+    assert "1 written" in capsys.readouterr().out.splitlines()[-1]
+    assert not np.array_equal(maps(target)["a.png"], before)
+
+
+def test_a_run_that_made_nothing_binds_nothing(photos, tmp_path, capsys):
+    target = tmp_path / "maps"
+    assert main(["hed", str(photos), str(target), "--weights", str(tmp_path / "none")]) == 2
+    assert main(["canny", str(photos), str(target), "--workers", "1"]) == 0
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    source = tmp_path / "many"
+    source.mkdir()
+    for number in range(400):
+        write_png(source / f"{number}.png", np.repeat(PHOTOS[0], 2, axis=0))
+    command = [sys.executable, "-m", "annotator", "canny", str(source), str(tmp_path / "maps"), "--workers", "2"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("maps/*.png")) and parent.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    parent.kill()
+    parent.wait()
+    assert len(children) >= 2
+    assert not psutil.wait_procs(children, timeout=20)[1]
 
 
 def test_files_that_something_else_made_are_not_overwritten(photos, tmp_path, capsys):
@@ -168,6 +208,10 @@ def test_network_detectors_run_in_batches(tmp_path, monkeypatch):
     assert results[0].keys() == results[1].keys() and len(results[0]) == 7
     for name, found in results[0].items():
         assert found.mean() > 0 and np.abs(found.astype(int) - results[1][name].astype(int)).max() <= 1
+    # Maps of another network do not mix with these.
+    torch.save({"weight": torch.zeros(1, 3, 1, 1), "bias": torch.zeros(1)}, tmp_path / "other.pth")
+    command[4] = str(tmp_path / "other.pth")
+    assert main(command) == 2 and len(loaded) == 2
 
 
 def test_pictures_of_all_kinds_are_read(tmp_path):

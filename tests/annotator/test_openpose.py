@@ -312,6 +312,20 @@ def test_unusual_pictures(detectors, monkeypatch, version):
         detector(np.zeros((5000, 5000, 3), np.uint8))
 
 
+@VERSIONS
+def test_memory_layout_and_precision_change_nothing(detectors, monkeypatch, version):
+    detector = detectors[version]
+    play(monkeypatch, detector, "two_people")
+    image = ARRAYS[version]["two_people/input"]
+    image.flags.writeable = False
+    want = detector(image, hand=True)
+    single = detector.network.forward
+    monkeypatch.setattr(detector.network, "forward", lambda x: tuple(maps.double() for maps in single(x)))
+    for same in (np.asfortranarray(image), np.ascontiguousarray(image.transpose(2, 0, 1)).transpose(1, 2, 0)):
+        got = detector(same, hand=True)
+        assert np.array_equal(got[0] if version == "1.0" else got, want[0] if version == "1.0" else want)
+
+
 def test_no_people_is_a_black_picture_and_empty_lists():
     poses = Poses(np.zeros((0, 4)), np.zeros((0, 20)))
     pose = poses.relative(20, 30)

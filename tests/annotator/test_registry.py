@@ -65,7 +65,7 @@ def test_every_entry_names_a_class_that_takes_its_options_and_parameters(key):
         ("seg", "1.0", 512, "nearest", "map", "map"),
         ("seg", "1.1", 512, "linear", "map", "map"),
         ("depth", "1.0", 384, "linear", "map", "map"),
-        ("depth", "1.1", 512, "linear", "map", "map"),
+        ("depth", "1.1", 384, "linear", "map", "map"),
         ("normal", "1.0", 384, "linear", "channels reversed", "map"),
         ("normalbae", "1.1", 512, "linear", "map", "map"),
         ("lineart", "1.1", 512, "linear", "inverted", "map"),

@@ -49,6 +49,9 @@ def test_bad_arguments_are_named():
         ContentShuffleDetector()(image, f=0)
     with pytest.raises(ValueError, match="40000"):
         ContentShuffleDetector()(np.zeros((2, 40000, 3), dtype=np.uint8))
-    with pytest.raises(ValueError, match="level"):
-        DownSampleDetector()(image, level=-1)
+    with pytest.raises(ValueError, match="32767"):
+        ContentShuffleDetector()(image, h=32767)
+    for level in (-1, 20):
+        with pytest.raises(ValueError, match="level"):
+            DownSampleDetector()(image, level=level)
     assert not ContentShuffleDetector()(np.zeros((1, 9, 3), dtype=np.uint8)).any()

@@ -111,3 +111,13 @@ def test_img2mask_with_its_own_generator_leaves_the_global_one_alone():
     masks = [util.img2mask(image, 10, 12, rng=random.Random(5)) for _ in range(2)]
     assert random.getstate() == state
     assert np.array_equal(*masks) and masks[0].shape == (10, 12) and 0 < masks[0].mean() < 1
+
+
+def test_thinning_at_the_limits():
+    edges = np.random.RandomState(0).rand(20, 30).astype(np.float32) * 255
+    assert (util.nms(edges, -1, 1.0) == 255).all()  # as published
+    with pytest.raises(ValueError, match="no pixels"):
+        util.nms(edges[:0], 127, 1.0)
+    for resolution in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="resolution"):
+            util.resize_image(np.zeros((8, 8, 3), np.uint8), resolution)

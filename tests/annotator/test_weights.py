@@ -1,6 +1,8 @@
 """Weight files: where they are looked for, how they are read, and what is said when they do not fit."""
 
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub
 import numpy as np
@@ -10,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from annotator import weights
-from annotator.detector import NetworkDetector
+from annotator.detector import NetworkDetector, choose_device
 from annotator.weights import WeightsError, find_weights, load_weights, read_state_dict
 
 NAME = "ControlNetHED.pth"
@@ -18,10 +20,11 @@ NAME = "ControlNetHED.pth"
 
 @pytest.fixture
 def no_download(monkeypatch):
-    def fail(repo_id, filename):
+    def fail(address):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(weights, "_check_reachable", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # which is not even called
 
 
 @pytest.fixture
@@ -66,11 +69,24 @@ def test_a_place_named_by_the_caller_is_the_only_one(folders, monkeypatch, tmp_p
 
 def test_a_missing_file_is_fetched_from_its_published_place(folders, monkeypatch, tmp_path):
     asked = []
+    monkeypatch.setattr(weights, "_check_reachable", lambda address: None)
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda repo_id, filename: asked.append((repo_id, filename)) or str(tmp_path)
     )
     assert find_weights(NAME) == tmp_path
     assert asked == [("lllyasviel/Annotators", NAME)]
+
+
+def test_a_server_that_answers_at_all_is_reachable():
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # it knows no method: status 501
+    address = f"http://127.0.0.1:{server.server_port}/file.pth"
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    thread.start()
+    weights._check_reachable(address)
+    thread.join()
+    server.server_close()
+    with pytest.raises(OSError):
+        weights._check_reachable(address)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -110,7 +126,10 @@ def test_broken_and_hostile_files_are_named_and_execute_nothing(tmp_path):
         (tmp_path / "net.safetensors").write_bytes(content)
         with pytest.raises(WeightsError, match="net.safetensors"):
             read_state_dict(tmp_path / "net.safetensors")
-    for content in ([torch.zeros(1)], {"state_dict": {"model": {}}}):
+    (tmp_path / "text.pth").write_text("weights, they said")
+    with pytest.raises(WeightsError, match="text.pth: it is not a weight file"):
+        read_state_dict(tmp_path / "text.pth")
+    for content in ([torch.zeros(1)], {"state_dict": {"model": {}}}, {1: torch.zeros(1)}):
         torch.save(content, path)
         with pytest.raises(WeightsError, match="net.pth"):
             read_state_dict(path, "state_dict")
@@ -155,3 +174,10 @@ def test_a_network_detector_is_ready_to_run_and_refuses_what_is_too_large(tmp_pa
         Blur(device="cuda:99", weights=tmp_path)
     with pytest.raises(ValueError, match="40x30 pixels is too large for Blur"):
         detector.prepare(np.zeros((40, 30, 3), dtype=np.uint8))
+
+
+def test_devices_that_no_detector_runs_on():
+    for device in ("xpu", "meta", "nonsense", "cuda:99"):
+        with pytest.raises(ValueError, match=device):
+            choose_device(device)
+    assert choose_device("cpu") == torch.device("cpu")
