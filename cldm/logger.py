@@ -81,7 +81,8 @@ class ImageLogger(pl.Callback):
         finally:
             pl_module.train(was_training)
         images = {
-            kind: picture[: self.max_images].detach().float().cpu()
+            # Rows of steps are one picture, (3, H, W).
+            kind: (picture if picture.dim() == 4 else picture[None])[: self.max_images].detach().float().cpu()
             for kind, picture in images.items()
             if isinstance(picture, Tensor)
         }
@@ -101,7 +102,7 @@ class ImageLogger(pl.Callback):
         current_epoch: int,
         batch_idx: int,
     ) -> None:
-        """Write `image_log/<split>/<kind>_gs-<step>_e-<epoch>_b-<batch>.png`, and `overview_...` with all kinds of one size."""
+        """Write `image_log/<split>/<kind>_gs-<step>_e-<epoch>_b-<batch>.png`, and `overview_...` with those of the first size."""
         folder = Path(save_dir) / "image_log" / split
         name = f"gs-{global_step:06}_e-{current_epoch:06}_b-{batch_idx:06}.png"
         rows: list[list[np.ndarray]] = []
@@ -110,6 +111,7 @@ class ImageLogger(pl.Callback):
             pictures = list(to_uint8(tensor if self.rescale else tensor * 2 - 1))
             save_png(folder / f"{kind}_{name}", grid([pictures]))
             rows.append(pictures)
-        if rows and len({p.shape for row in rows for p in row}) == 1:
-            save_png(folder / f"overview_{name}", grid(rows))
+        alike = [row for row in rows if row[0].shape == rows[0][0].shape]
+        if alike:
+            save_png(folder / f"overview_{name}", grid(alike))
         logger.info("pictures of step %d are in %s", global_step, folder)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cldm.cldm import ControlLDM
+from cldm.data.pairs import read_rgb
 from cldm.ddim_hacked import DDIMSampler as HackedSampler
 from cldm.hack import enable_sliced_attention, hack_everything
 from cldm.logger import ImageLogger
@@ -178,6 +179,21 @@ def test_image_logger_saves_each_kind_and_an_overview(model, tmp_path):
     assert {p.name for p in (tmp_path / "image_log" / "train").iterdir()} == {
         f"{kind}_gs-000007_e-000001_b-000003.png" for kind in ("control", "samples", "overview")
     }
+
+    class Module:
+        training, global_rank, global_step, current_epoch, logger = False, 0, 0, 0, None
+        trainer = type("Trainer", (), {"default_root_dir": str(tmp_path / "rows")})
+
+        def log_images(self, batch, **options):
+            return images | {"diffusion_row": torch.zeros(3, 64, 256)}
+
+        eval = train = lambda self, mode=True: self
+
+    ImageLogger(batch_frequency=1, max_images=2, log_first_step=True).log_img(Module(), {}, 0)
+    pictures = {p.name.split("_gs")[0]: p for p in (tmp_path / "rows").rglob("*.png")}
+    assert set(pictures) == {"control", "samples", "diffusion_row", "overview"}
+    assert read_rgb(pictures["diffusion_row"]).shape == (64 + 2 * 4, 256 + 2 * 4, 3)
+    assert read_rgb(pictures["overview"]).shape == (2 * 68 + 4, 2 * 68 + 4, 3)
     due = ImageLogger(batch_frequency=5)
     assert [i for i in range(11) if due.check_frequency(i)] == [0, 5, 10]
 
