@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from cldm.checkpoint.command import run
 from cldm.checkpoint.control import AddedControl, add_control
 from cldm.checkpoint.writing import FLOAT_DTYPES
 
@@ -29,31 +30,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def summary(args: argparse.Namespace, added: AddedControl) -> str:
+def summary(output: str, added: AddedControl) -> list[str]:
     """What was done, with the new entries one a line."""
     lines = [f"new: {key}" for key in added.new]
     lines += added.notes
     if added.dropped:
         lines.append(f"left out: {len(added.dropped)} entries that the model does not have, first {added.dropped[0]}")
     lines.append(
-        f"wrote {args.output}: {len(added.entries)} entries, of which {len(added.new)} are new; of the ControlNet, "
+        f"wrote {output}: {len(added.entries)} entries, of which {len(added.new)} are new; of the ControlNet, "
         f"{len(added.copied)} are copied from the UNet and {len(added.kept)} kept as they were"
     )
-    return "\n".join(lines)
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def work() -> list[str]:
         added = add_control(args.input, args.output, args.config, args.control_from, args.dtype, args.force)
-    except ValueError as error:
-        print(f"tool_add_control.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(summary(args, added))
-    return 0
+        return summary(args.output, added)
+
+    return run("tool_add_control.py", work)
 
 
 if __name__ == "__main__":

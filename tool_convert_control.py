@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from cldm.checkpoint.command import run
 from cldm.checkpoint.converting import TARGETS, convert
 from cldm.checkpoint.writing import FLOAT_DTYPES
 
@@ -29,8 +30,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", help="configuration by name or path, for models of no known family")
     parser.add_argument("--ema", action="store_true", help="take the UNet's averaged weights")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights; as they are by default")
-    parser.add_argument("--global-average-pooling", action="store_true", default=None,
-                        help="the ControlNet averages its outputs (shuffle of ControlNet 1.1)")  # fmt: skip
+    parser.add_argument("--global-average-pooling", action=argparse.BooleanOptionalAction,
+                        help="the ControlNet averages its outputs (shuffle of ControlNet 1.1), whatever INPUT says")  # fmt: skip
     parser.add_argument(
         "--prediction", choices=("eps", "v"), help="what the model predicts, where the file does not tell"
     )
@@ -40,8 +41,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        lines = convert(
+
+    def work() -> list[str]:
+        return convert(
             args.input,
             args.output,
             args.to,
@@ -54,14 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             prediction=args.prediction,
             overwrite=args.force,
         )
-    except ValueError as error:
-        print(f"tool_convert_control.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print("\n".join(lines))
-    return 0
+
+    return run("tool_convert_control.py", work)
 
 
 if __name__ == "__main__":

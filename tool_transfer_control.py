@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from cldm.checkpoint.command import run
 from cldm.checkpoint.control import transfer_control
 from cldm.checkpoint.writing import FLOAT_DTYPES
 
@@ -28,16 +29,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        lines = transfer_control(args.base, args.controlled, args.target, args.output, args.dtype, args.force)
-    except ValueError as error:
-        print(f"tool_transfer_control.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print("\n".join(lines))
-    return 0
+
+    def work() -> list[str]:
+        return transfer_control(args.base, args.controlled, args.target, args.output, args.dtype, args.force)
+
+    return run("tool_transfer_control.py", work)
 
 
 if __name__ == "__main__":

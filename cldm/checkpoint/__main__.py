@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from cldm.checkpoint.command import fail, show
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.layout import Report, identify
 
@@ -39,14 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             report = identify(file)
         except CheckpointError as error:
-            print(_printable(" ".join(str(error).split())), file=sys.stderr)
+            fail(error)
             code = 2
         else:
-            print(json.dumps(report.as_dict()) if arguments.json else table(report))
+            for line in [json.dumps(report.as_dict())] if arguments.json else table(report):
+                show(line, sys.stdout)
     return code
 
 
-def table(report: Report) -> str:
+def table(report: Report) -> list[str]:
     """The report for people, a few lines of name and value."""
     layout = _LAYOUTS[report.layout] + (", in a Lightning checkpoint" if report.lightning else "")
     family = _FAMILIES[report.family] + (f" (configuration {report.config})" if report.config else "")
@@ -66,12 +68,7 @@ def table(report: Report) -> str:
         if keys:
             rows.append((name, f"{len(keys):,}: " + ", ".join(keys[:_SHOWN]) + (", ..." if len(keys) > _SHOWN else "")))
     rows += [("", line) for line in report.suggestions]
-    return "\n".join(_printable(f"{name:<11} {value}".rstrip()) for name, value in rows)
-
-
-def _printable(text: str) -> str:
-    """Without the control characters that a file's keys might send to the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return [f"{name:<11} {value}".rstrip() for name, value in rows]
 
 
 def _counts(numbers: dict[str, int]) -> str:

@@ -6,20 +6,38 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from cldm.checkpoint.converting import Model, model_params, open_model, schedule_entries, under
+from cldm.checkpoint.converting import (
+    POOLING,
+    POOLING_NOTE,
+    Model,
+    check_family,
+    described,
+    model_params,
+    note_gaps,
+    open_model,
+    pools,
+    told_prediction,
+    told_schedule,
+    told_schedule_entries,
+    under,
+    unsaid,
+    with_twins,
+)
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.layout import CONTROL_PREFIX, SCHEDULE_KEYS, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
 from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, constant, zeros
 from cldm.checkpoint.reading import TensorInfo
+from cldm.checkpoint.schedule import schedule_entries
 from cldm.checkpoint.writing import write_checkpoint
 from ldm.modules.diffusionmodules.util import conv_nd, zero_module
 
 _HINT_ENCODER = CONTROL_PREFIX + "input_hint_block."
+_ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what a ControlNet has a copy of
 _ZEROS = (CONTROL_PREFIX + "zero_convs.", CONTROL_PREFIX + "middle_block_out.")
 _POSITION_IDS = TEXT_PREFIX + "transformer.text_model.embeddings.position_ids"
 _SEED = 0  # of a fresh hint encoder: the same input always gives the same output
@@ -76,17 +94,30 @@ def add_control(
             raise CheckpointError(
                 f"{source}: holds no base model ({base.report.layout}); give one as INPUT, and this with --control-from"
             )
-        config = config if config is not None else base.report.config
+        named, config = config, config if config is not None else base.report.config
         if config is None:
             raise CheckpointError(f"{source}: of no known family; name its configuration with --config")
         control = opened.enter_context(open_model(control_from, base.entries)) if control_from is not None else None
         try:
             added = join_control(base, control, config, expected_entries(config))
         except CheckpointError as error:
-            raise CheckpointError(f"{source}: does not fit {config}: {error}") from error
-        metadata = {**base.metadata, **(control.metadata if control else {})}
+            named_already = str(source) in str(error)
+            raise CheckpointError(
+                str(error) if named_already else f"{source}: does not fit {config}: {error}"
+            ) from error
+        prediction = told_prediction(base, named)
+        pooling = pools(control or base, named) if control or base.has(CONTROL_PREFIX) else _fresh_pools(config)
+        metadata = described({**base.metadata, **(control.metadata if control else {})}, prediction, pooling)
+        if pooling:
+            added.notes.append(POOLING_NOTE)
         write_checkpoint(output, LazyEntries(added.entries), metadata, dtype, overwrite, progress)
+        added.notes.extend(unsaid(output, metadata, base.report.family))
     return added
+
+
+def _fresh_pools(config: str | Path) -> bool:
+    """Whether a ControlNet made by this configuration averages its outputs."""
+    return model_params(config).get(POOLING) is True
 
 
 def join_control(
@@ -108,7 +139,7 @@ def join_control(
         if not control.has(CONTROL_PREFIX):
             raise CheckpointError(f"{control.path} holds no ControlNet")
         if base.has(CONTROL_PREFIX):
-            notes.append(f"the ControlNet in {base.path} gives way to that of {control.path}")
+            notes.append(f"the ControlNet in {base.path} is replaced by that of {control.path}")
         given = {key: entry for key, entry in given.items() if not key.startswith(CONTROL_PREFIX)}
         given |= under(control.part(CONTROL_PREFIX), CONTROL_PREFIX)
         notes += control.notes
@@ -117,7 +148,10 @@ def join_control(
         raise CheckpointError(f"the ControlNet in {control.path} is incomplete: {key!r} is missing")
     twins = {key: UNET_PREFIX + key.removeprefix(CONTROL_PREFIX) for key in lacking if key.startswith(CONTROL_PREFIX)}
     copied = {key: given[twin] for key, twin in twins.items() if twin in given}
-    new = initial_entries(config, {key: expected[key] for key in lacking if key not in copied})
+    params = model_params(config)
+    if SCHEDULE_KEYS.intersection(lacking) - {"logvar"}:  # logvar does not depend on the betas
+        params = told_schedule(params, base)
+    new = initial_entries(config, {key: expected[key] for key in lacking if key not in copied}, params)
     every = {**given, **copied, **new}
     missing = [key for key in expected if key not in every]
     if missing:
@@ -136,14 +170,16 @@ def join_control(
     return AddedControl(entries, list(copied), kept, list(new), [key for key in given if key not in expected], notes)
 
 
-def initial_entries(config: str | Path, wanted: Mapping[str, TensorInfo]) -> Entries:
+def initial_entries(
+    config: str | Path, wanted: Mapping[str, TensorInfo], params: Mapping[str, Any] | None = None
+) -> Entries:
     """The values that entries have in a model that was just made, where those can be had without making the model.
 
     They are the noise schedule, position numbers, zero convolutions, and the hint encoder, whose random values are
-    always the same. Other entries of `wanted` are left out.
+    always the same. Other entries of `wanted` are left out. `params` are those of the model, if they are not just as the
+    configuration has them.
     """
-    params = model_params(config)
-    schedule = schedule_entries(params)
+    schedule = schedule_entries(model_params(config) if params is None else params)
     hint = _fresh_hint_encoder({k: info.shape for k, info in wanted.items() if k.startswith(_HINT_ENCODER)})
 
     def initial(key: str, info: TensorInfo) -> LazyTensor | None:
@@ -213,16 +249,27 @@ def transfer_control(
         control = opened.enter_context(open_model(controlled, base_model.entries))
         if not control.has(CONTROL_PREFIX):
             raise CheckpointError(f"{controlled}: holds no ControlNet")
-        notes = [*base_model.notes, *target_model.notes, *control.notes]
+        for model, part, name in (
+            (base_model, "unet", "UNet"),
+            (control, "control", "ControlNet"),
+            (target_model, "unet", "UNet"),
+        ):
+            missing = [key for key in model.report.gaps(part) if key in model.report.missing]
+            if missing:
+                raise CheckpointError(
+                    f"{model.path}: its {name} is incomplete: {len(missing)} entries are missing, first {missing[0]!r}"
+                )
+            note_gaps(model)  # shapes may be another family's, as long as the three files agree
+        check_family(base_model, target_model)
         old, new = base_model.part(UNET_PREFIX), target_model.part(UNET_PREFIX)
-        _check_family(base_model, old, target_model, new)
-        moved = {key: _moved(control.path, key, entry, old, new) for key, entry in control.part(CONTROL_PREFIX).items()}
-        if not any(key in old for key in moved):
-            raise CheckpointError(f"{controlled}: its ControlNet has nothing in common with {base}")
-        unet = control.part(UNET_PREFIX)
-        if unet:
-            _check_family(control, unet, base_model, old)
-            unet = {key: _moved(control.path, key, entry, old, new) for key, entry in unet.items()}
+        moved = _moved(control, CONTROL_PREFIX, old, new)
+        copies = {key for key in old if key.startswith(_ENCODER)}
+        if lacking := sorted(copies - moved.keys()):
+            raise CheckpointError(f"{controlled}: its ControlNet is incomplete: {lacking[0]!r} is missing")
+        notes = [*base_model.notes, *target_model.notes, *control.notes]
+        if control.has(UNET_PREFIX):
+            check_family(control, base_model)
+            unet = _moved(control, UNET_PREFIX, old, new)
         else:
             unet = new
             notes.append(f"{controlled} is a ControlNet alone: the UNet is that of {target}")
@@ -236,38 +283,24 @@ def transfer_control(
                 notes.append(f"{target} has no {name}: it is taken from {giver.path}")
             entries |= under(giver.part(prefix), prefix)
         config = target_model.report.config or control.report.config
-        schedule = schedule_entries(model_params(config)) if config else {}
-        for model in (base_model, control, target_model):
-            schedule |= {key: entry for key, entry in model.entries.items() if key in SCHEDULE_KEYS}
-        write_checkpoint(output, LazyEntries({**schedule, **entries}), control.metadata, dtype, overwrite, progress)
+        schedule = {key: entry for key, entry in target_model.entries.items() if key in SCHEDULE_KEYS}
+        if config is not None:
+            schedule = told_schedule_entries(model_params(config), target_model)
+        pooling = pools(control)
+        metadata = described(control.metadata, told_prediction(target_model), pooling)
+        if pooling:
+            notes.append(POOLING_NOTE)
+        write_checkpoint(output, LazyEntries({**schedule, **entries}), metadata, dtype, overwrite, progress)
         return [
             *notes,
+            *unsaid(output, metadata, target_model.report.family),
             f"wrote {output}: {len(moved)} entries of the ControlNet, {len(schedule) + len(entries)} in all",
         ]
 
 
-def _check_family(one: Model, first: Entries, other: Model, second: Entries) -> None:
-    """Raise unless two UNets have the same entries and shapes."""
-    differing = next((k for k in first if k not in second or first[k].info.shape != second[k].info.shape), None)
-    differing = differing or next((k for k in second if k not in first), None)
-    if differing is not None:
-        raise CheckpointError(
-            f"{one.path} and {other.path} are models of different kinds: they differ in {differing!r}"
-        )
-
-
-def _moved(path: Path, key: str, entry: LazyTensor, old: Entries, new: Entries) -> LazyTensor:
-    """`entry + (new - old)`, computed in float32 at least; the entry itself where the base has no counterpart."""
-    if key not in old:
-        return entry
-    if entry.info.shape != old[key].info.shape:
-        raise CheckpointError(
-            f"{path}: {key!r} has shape {list(entry.info.shape)}, in the base {list(old[key].info.shape)}"
-        )
-    dtype = torch.promote_types(torch.promote_types(entry.info.dtype, old[key].info.dtype), new[key].info.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def read() -> Tensor:
-        return (entry.read().to(wide) + (new[key].read().to(wide) - old[key].read().to(wide))).to(dtype)
-
-    return LazyTensor(TensorInfo(entry.info.shape, dtype), read)
+def _moved(model: Model, prefix: str, old: Entries, new: Entries) -> Entries:
+    """`entry + (new - old)` for the entries of a model below a prefix."""
+    try:
+        return with_twins(lambda entry, n, o: entry + (n - o), model.part(prefix), new, old)
+    except CheckpointError as error:
+        raise CheckpointError(f"{model.path}: {error}") from error

@@ -14,15 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cldm.checkpoint.diffusers_config import (
     controlnet_config,
     model_index,
-    schedule_options,
-    scheduler_config,
     text_config,
     tokenizer_files,
     unet_config,
@@ -31,32 +28,37 @@ from cldm.checkpoint.diffusers_config import (
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.layout import (
+    CONTROL_LAYERS,
     CONTROL_PREFIX,
     DIFFERENCE,
     EMA_PREFIX,
+    PREDICTION_METADATA,
     SCHEDULE_KEYS,
     TEXT_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
     Report,
+    gap_lines,
     identify,
     layout_of,
 )
-from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, constant, lazy_entries, zeros
+from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, computed, constant, lazy_entries, zeros
 from cldm.checkpoint.names import (
     NETWORKS,
     is_open_clip,
     text_from_diffusers,
     text_to_diffusers,
 )
-from cldm.checkpoint.reading import Checkpoint, TensorInfo, open_checkpoint
-from cldm.checkpoint.writing import check_target, is_weights_file, write_checkpoint, write_folder
+from cldm.checkpoint.reading import Checkpoint, open_checkpoint
+from cldm.checkpoint.schedule import PREDICTIONS, schedule_entries, scheduler_config, with_scheduler, with_stored
+from cldm.checkpoint.writing import TORCH_SUFFIXES, Output, check_target, is_weights_file, write_all
 from cldm.config import load_config, model_section
+from ldm.util import ConfigError
 
 logger = logging.getLogger(__name__)
 
 POOLING = "global_average_pooling"  # also its name in a file's metadata
-_PREDICTION = "modelspec.prediction_type"
+POOLING_NOTE = f"the ControlNet averages its outputs: set {POOLING}: true in the configuration that loads it"
 _EMA_UNET = EMA_PREFIX + "diffusion_model"
 _BASE_PARTS = {"UNet": UNET_PREFIX, "VAE": VAE_PREFIX, "text encoder": TEXT_PREFIX}
 _UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -149,7 +151,7 @@ def open_weights(path: str | Path) -> Iterator[tuple[LazyEntries, Checkpoint]]:
         model = opened.enter_context(open_model(path))
         config = model.report.config
         if layout == "diffusers-pipeline" and config is not None:
-            model.entries = {**_unconverted(model, model.entries, Options(None, config, False, None)), **model.entries}
+            model.entries = {**_unconverted(model, model.entries, model, config), **model.entries}
         for note in model.notes:
             logger.info("%s", note)
         yield model.state_dict(), checkpoint
@@ -188,21 +190,32 @@ def _read_difference(model: Model, checkpoint: Checkpoint, base: Entries | None)
         )
     stored = {key: entry for key, entry in lazy_entries(checkpoint).items() if key != DIFFERENCE}
     unet = below(base, UNET_PREFIX)
-    control = below(stored, model.report.prefix)
-    return under({k: _combined(e, unet[k], torch.add) if k in unet else e for k, e in control.items()}, CONTROL_PREFIX)
+    if not unet:
+        raise CheckpointError(f"{model.path}: stored as the difference to a base model, and no UNet was given as that")
+    return under(with_twins(torch.add, below(stored, model.report.prefix), unet), CONTROL_PREFIX)
 
 
-def _combined(a: LazyTensor, b: LazyTensor, operation: Callable[[Tensor, Tensor], Tensor]) -> LazyTensor:
-    """`operation(a, b)`, computed in float32 at least, in the wider of the two dtypes."""
-    if a.info.shape != b.info.shape:
-        raise CheckpointError(
-            f"shapes {list(a.info.shape)} and {list(b.info.shape)} do not belong to one kind of model"
-        )
-    dtype = torch.promote_types(a.info.dtype, b.info.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return LazyTensor(
-        TensorInfo(a.info.shape, dtype), lambda: operation(a.read().to(wide), b.read().to(wide)).to(dtype)
-    )
+def with_twins(formula: Callable[..., Tensor], entries: Entries, *unets: Entries) -> Entries:
+    """A formula of a ControlNet's (or UNet's) entries and their twins in UNets; a ControlNet's own layers stay.
+
+    Raises:
+        CheckpointError: a twin is missing or has another shape, so that these are not of one kind.
+    """
+
+    def combined(key: str, entry: LazyTensor) -> LazyTensor:
+        if key.startswith(CONTROL_LAYERS):
+            return entry
+        for unet in unets:
+            if key not in unet:
+                raise CheckpointError(f"{key!r} is not in the base model: it is incomplete or of another kind")
+            if unet[key].info.shape != entry.info.shape:
+                raise CheckpointError(
+                    f"{key!r} has shape {list(entry.info.shape)}, in the base {list(unet[key].info.shape)}: "
+                    "these do not belong to one kind of model"
+                )
+        return computed(formula, entry, *(unet[key] for unet in unets))
+
+    return {key: combined(key, entry) for key, entry in entries.items()}
 
 
 def _read_diffusers(component: str) -> Callable[[Model, Checkpoint, Entries | None], Entries]:
@@ -264,6 +277,12 @@ def _settle_averages(model: Model, ema: bool) -> None:
             if key.startswith(UNET_PREFIX)
         }
         replaced = {key: averages[name] for key, name in names.items() if name in averages}
+        wrong = next((key for key, entry in replaced.items() if entry.info.shape != kept[key].info.shape), None)
+        if wrong is not None:
+            raise CheckpointError(
+                f"the average of {wrong!r} has shape {list(replaced[wrong].info.shape)}, the entry itself "
+                f"{list(kept[wrong].info.shape)}; convert it without --ema"
+            )
         kept |= replaced
         model.notes.append(
             f"{model.path}: the UNet takes its averaged weights, {len(replaced)} of {len(names)} entries"
@@ -277,26 +296,38 @@ def _settle_averages(model: Model, ema: bool) -> None:
 
 
 def model_params(config: str | Path) -> Mapping[str, Any]:
-    """The parameters of the model that a configuration names."""
-    return model_section(load_config(config), config).get("params") or {}
+    """The parameters of the model that a configuration names.
+
+    Raises:
+        ConfigError: there is no such configuration, or it is none of a model.
+    """
+    params = model_section(load_config(config), config).get("params") or {}
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{config}: `params` of its model must be a mapping")
+    return params
 
 
-def schedule_entries(params: Mapping[str, Any]) -> Entries:
-    """The noise schedule's entries, as a model with these parameters has them, `logvar` among them."""
-    from ldm.models.diffusion.schedule import diffusion_quantities, make_beta_schedule
+def told_schedule(params: Mapping[str, Any], source: Model) -> Mapping[str, Any]:
+    """The parameters with the noise schedule that a file or folder tells: by its stored betas, or its scheduler.
 
-    betas = params.get("given_betas")
-    if betas is None:
-        betas = make_beta_schedule(
-            params.get("beta_schedule", "linear"),
-            params.get("timesteps", 1000),
-            params.get("linear_start", 1e-4),
-            params.get("linear_end", 2e-2),
-            params.get("cosine_s", 8e-3),
-        )
-    quantities = diffusion_quantities(np.asarray(betas, dtype=np.float64), params.get("v_posterior", 0.0))
-    quantities["logvar"] = np.full(len(betas), params.get("logvar_init", 0.0))
-    return {key: constant(torch.from_numpy(values.astype(np.float32))) for key, values in quantities.items()}
+    Raises:
+        CheckpointError: what it tells makes no sense, or cannot be expressed here.
+    """
+    try:
+        if "betas" in source.entries:
+            return with_stored(params, source.entries["betas"].read())
+        scheduler = source.configs.get("scheduler")
+        return with_scheduler(params, scheduler) if scheduler else params
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {error}") from error
+
+
+def told_schedule_entries(params: Mapping[str, Any], source: Model) -> Entries:
+    """The noise schedule's entries of a model: as they are stored, else made from what the file tells."""
+    stored = {key: entry for key, entry in source.entries.items() if key in SCHEDULE_KEYS}
+    if stored.keys() >= SCHEDULE_KEYS:
+        return stored
+    return {**schedule_entries(told_schedule(params, source)), **stored}
 
 
 def unused_text_entries(text: Entries, config: str | Path) -> Entries:
@@ -335,10 +366,14 @@ class Options:
     prediction: str | None
 
     def params(self, model: Model) -> Mapping[str, Any]:
-        """The parameters of the configuration, with the noise schedule of a folder's scheduler."""
+        """The parameters of the configuration."""
         if self.config is None:
             raise CheckpointError(f"{model.path}: of no known family; name its configuration with --config")
-        return {**model_params(self.config), **schedule_options(model.configs.get("scheduler", {}))}
+        return model_params(self.config)
+
+    def unet_source(self, model: Model) -> Model:
+        """The model whose UNet the result has, and so its noise schedule and what it predicts."""
+        return self.base if self.base is not None and not model.has(UNET_PREFIX) else model
 
 
 @dataclass(frozen=True)
@@ -381,27 +416,46 @@ def _completed(model: Model, options: Options) -> Entries:
         if model.has(prefix):
             continue
         if options.base is not None and options.base.has(prefix):
+            check_family(model, options.base)
             made |= under(options.base.part(prefix), prefix)
             model.notes.append(f"the {name} is that of {options.base.path}")
         else:
             where = f"{model.path} and {options.base.path} have" if options.base else f"{model.path} has"
             raise CheckpointError(f"{where} no {name}; name a base model that has one with --base")
+    source = options.unet_source(model)
     if options.config is None:
-        return made
-    given = options.base.entries.items() if options.base is not None else ()
-    made = {**{key: entry for key, entry in given if key in SCHEDULE_KEYS}, **made}
-    return {**_unconverted(model, made, options), **made}
+        return {**{key: entry for key, entry in source.entries.items() if key in SCHEDULE_KEYS}, **made}
+    return {**_unconverted(model, made, source, options.config), **made}
 
 
-def _unconverted(model: Model, made: Entries, options: Options) -> Entries:
+def _unconverted(model: Model, made: Entries, source: Model, config: str) -> Entries:
     """The entries of a checkpoint that other layouts do not keep: its noise schedule, and zeros for unused weights."""
-    schedule = schedule_entries(options.params(model))
+    schedule = told_schedule_entries(model_params(config), source)
     if not model.has(CONTROL_PREFIX):
-        del schedule["logvar"]  # as published base models
-    unused = unused_text_entries(below(made, TEXT_PREFIX), options.config)
+        schedule.pop("logvar", None)  # as published base models
+    unused = unused_text_entries(below(made, TEXT_PREFIX), config)
     if unused:
         model.notes.append(f"{len(unused)} entries of the text encoder that the model does not use are zeros")
     return {**schedule, **under(unused, TEXT_PREFIX)}
+
+
+def check_family(one: Model, other: Model) -> None:
+    """Raise unless the UNets of two models, or the ControlNet's copy of an encoder that there is instead, are of one kind."""
+    first, second = _backbone(one), _backbone(other)
+    shared = [key for key in first if key in second]
+    differing = next((key for key in shared if first[key].info.shape != second[key].info.shape), None)
+    if one.has(UNET_PREFIX) and other.has(UNET_PREFIX):
+        differing = differing or next(iter(first.keys() ^ second.keys()), None)
+    if differing is not None or not shared:
+        what = f"differ in {differing!r}" if shared else "have nothing in common"
+        raise CheckpointError(f"{one.path} and {other.path} are models of different kinds: they {what}")
+
+
+def _backbone(model: Model) -> Entries:
+    """The UNet's entries, or those of the ControlNet that a UNet of its kind has too."""
+    if model.has(UNET_PREFIX):
+        return model.part(UNET_PREFIX)
+    return {key: entry for key, entry in model.part(CONTROL_PREFIX).items() if not key.startswith(CONTROL_LAYERS)}
 
 
 def _build_control(model: Model, _options: Options, _folder: bool) -> Entries:
@@ -417,8 +471,7 @@ def _build_difference(model: Model, options: Options, _folder: bool) -> Entries:
     if not unet:
         raise CheckpointError(f"{model.path}: holds no base model to take the difference to; name one with --base")
     control = model.part(CONTROL_PREFIX)
-    made = {key: _combined(e, unet[key], torch.sub) if key in unet else e for key, e in control.items()}
-    return {**under(made, CONTROL_PREFIX), DIFFERENCE: constant(torch.ones(1))}
+    return {**under(with_twins(torch.sub, control, unet), CONTROL_PREFIX), DIFFERENCE: constant(torch.ones(1))}
 
 
 def _build_controlnet(model: Model, options: Options, folder: bool) -> dict[str, Any]:
@@ -430,10 +483,10 @@ def _build_controlnet(model: Model, options: Options, folder: bool) -> dict[str,
 
 
 def _build_pipeline(model: Model, options: Options, _folder: bool) -> dict[str, Any]:
-    params = options.params(model)
+    params, source = options.params(model), options.unet_source(model)
     entries = _completed(model, options)
     prediction = options.prediction or params.get("parameterization", "eps")
-    if options.prediction is None and model.report.family == "sd2":
+    if options.prediction is None and source.report.family == "sd2":
         model.notes.append(
             f"SD 2.x weights do not tell what they predict: {prediction} is assumed (--prediction v for 768 pixels)"
         )
@@ -450,7 +503,7 @@ def _build_pipeline(model: Model, options: Options, _folder: bool) -> dict[str, 
     converted, unknown = text_to_diffusers(text)
     _note_unknown(model, "text_encoder", unknown)
     files |= {"text_encoder/config.json": text_config(text, converted, params), f"text_encoder/{_TEXT_FILE}": converted}
-    files["scheduler/scheduler_config.json"] = scheduler_config(params, prediction)
+    files["scheduler/scheduler_config.json"] = scheduler_config(told_schedule(params, source), prediction)
     return files | under(tokenizer_files(is_open_clip(text)), "tokenizer/")
 
 
@@ -501,7 +554,8 @@ def convert(
         ema: give the UNet its averaged weights.
         dtype: of floating-point entries; as they are by default.
         global_average_pooling: of the ControlNet; read from the source or the configuration by default.
-        prediction: "eps" or "v"; by default as a named configuration, the source or its family's configuration says.
+        prediction: "eps", "v" or "x0"; by default as a named configuration, the file that the UNet comes from, or its
+            family's configuration says.
         overwrite: replace existing files.
         progress: show a bar on stderr.
 
@@ -524,30 +578,47 @@ def convert(
             raise CheckpointError(
                 f"{source}: holds no ControlNet, which {to!r} is made of; add one with tool_add_control.py"
             )
-        known = (opened_model.report.config for opened_model in (model, base_model) if opened_model is not None)
+        models = [opened_model for opened_model in (model, base_model) if opened_model is not None]
+        known = (opened_model.report.config for opened_model in models)
         options = Options(
             base_model,
             str(config) if config is not None else next(filter(None, known), None),
-            _pooling(model, config) if global_average_pooling is None else global_average_pooling,
-            prediction or (model_params(config).get("parameterization") if config else None) or model.report.prediction,
+            pools(model, config) if global_average_pooling is None else global_average_pooling,
+            prediction,
         )
-        _note_incomplete(model)
-        outputs = {output: target.build(model, options, folder)}
+        options = replace(options, prediction=prediction or told_prediction(options.unet_source(model), config))
+        if options.prediction not in (None, *PREDICTIONS):
+            raise CheckpointError(f"unknown prediction {options.prediction!r}; known are {', '.join(PREDICTIONS)}")
+        if config is not None:
+            _check_config(model, config)
+        controlled = to != "base" and model.has(CONTROL_PREFIX)
+        if controlled and options.pooling:
+            model.notes.append(POOLING_NOTE)
+        for opened_model in models:
+            note_gaps(opened_model)
+        metadata = described(model.metadata, options.prediction, controlled and options.pooling)
+        outputs = [Output(output, target.build(model, options, folder), metadata, folder)]
         if target.needs and model.has(UNET_PREFIX):
-            outputs |= _base_beside(model, options, output, folder, with_base, overwrite)
-        for path, content in outputs.items():
-            if folder:
-                files = {name: LazyEntries(part) if is_weights_file(name) else part for name, part in content.items()}
-                write_folder(path, files, dtype, overwrite, progress)
-            else:
-                write_checkpoint(path, LazyEntries(content), _metadata(model, options), dtype, overwrite, progress)
-            model.notes.append(f"wrote {path}")
+            outputs += _base_beside(model, options, output, folder, with_base, overwrite)
+        write_all(map(_lazily, outputs), dtype, overwrite, progress)
+        for made in outputs:
+            if not folder:
+                model.notes += unsaid(made.path, made.metadata, model.report.family)
+            model.notes.append(f"wrote {made.path}")
         return [*(base_model.notes if base_model else ()), *model.notes]
+
+
+def _lazily(output: Output) -> Output:
+    """The same, with entries as the writer takes them."""
+    if not output.folder:
+        return replace(output, content=LazyEntries(output.content))
+    content = {name: LazyEntries(part) if is_weights_file(name) else part for name, part in output.content.items()}
+    return replace(output, content=content)
 
 
 def _base_beside(
     model: Model, options: Options, output: Path, folder: bool, with_base: bool, overwrite: bool
-) -> dict[Path, dict[str, Any]]:
+) -> list[Output]:
     """The base to be written beside an extracted ControlNet, if it is asked for or has changed."""
     path = output.with_name(f"{output.stem}_base{output.suffix}" if not folder else f"{output.name}_base")
     if not with_base:
@@ -556,14 +627,15 @@ def _base_beside(
                 f"the base model in {model.path} is left out; if it was trained too (sd_locked=False), name the "
                 "original with --base, or export it with --with-base"
             )
-            return {}
+            return []
         changed = changed_entries(model, options.base)
         if not changed:
             model.notes.append(f"the UNet in {model.path} is that of {options.base.path}")
-            return {}
+            return []
         model.notes.append(f"{len(changed)} entries of the UNet differ from {options.base.path}: exported to {path}")
     check_target(path, overwrite, folder)
-    return {path: (_build_pipeline if folder else _build_base)(_without_control(model), options, folder)}
+    content = (_build_pipeline if folder else _build_base)(_without_control(model), options, folder)
+    return [Output(path, content, described(model.metadata, options.prediction, False), folder)]
 
 
 def changed_entries(model: Model, base: Model) -> list[str]:
@@ -579,26 +651,60 @@ def _equal(a: LazyTensor, b: LazyTensor) -> bool:
     return a.info.shape == b.info.shape and torch.equal(a.read().to(dtype), b.read().to(dtype))
 
 
-def _note_incomplete(model: Model) -> None:
-    if model.report.missing and model.report.layout != "diffusers-pipeline":
-        missing = model.report.missing
-        model.notes.append(f"{model.path}: incomplete, {len(missing)} entries are missing, first {missing[0]!r}")
+def _check_config(model: Model, config: str | Path) -> None:
+    """Raise if a model of a known family is none of the configuration's."""
+    if model.report.config is None:
+        return
+    expected = expected_entries(config)
+    wrong = next((k for k, e in model.entries.items() if k in expected and e.info.shape != expected[k].shape), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{model.path}: does not fit {config}: {wrong!r} has shape {list(model.entries[wrong].info.shape)}, "
+            f"expected {list(expected[wrong].shape)}"
+        )
 
 
-def _pooling(model: Model, config: str | Path | None) -> bool:
-    """Whether the ControlNet averages its outputs: told by a diffusers configuration, metadata, or the configuration."""
-    told = model.configs.get("controlnet", model.configs.get("", {})).get("global_pool_conditions")
-    if told is None and POOLING in model.metadata:
-        told = model.metadata[POOLING] == "true"
+def note_gaps(model: Model, *parts: str) -> None:
+    """Note what a model lacks, or has in another shape than its family, in these parts or in all that it has."""
+    gaps = set(model.report.gaps(*parts))
+    missing, mismatched = ([k for k in keys if k in gaps] for keys in (model.report.missing, model.report.mismatched))
+    model.notes += [f"{model.path}: {line}" for line in gap_lines(missing, mismatched)]
+
+
+# What a file says of its model beside the weights: what the UNet predicts, and whether the ControlNet averages.
+
+
+def told_prediction(source: Model, config: str | Path | None = None) -> str | None:
+    """What a UNet predicts, as a named configuration says, else its own file."""
+    named = model_params(config).get("parameterization") if config is not None else None
+    return named or source.report.prediction
+
+
+def pools(source: Model, config: str | Path | None = None) -> bool:
+    """Whether a file's ControlNet averages its outputs: told by a diffusers configuration, metadata, or a named configuration."""
+    told = source.configs.get("controlnet", source.configs.get("", {})).get("global_pool_conditions")
+    if told is None and POOLING in source.metadata:
+        told = source.metadata[POOLING] == "true"
     if told is None and config is not None:
         told = model_params(config).get(POOLING)
-    if told and model.has(CONTROL_PREFIX):
-        model.notes.append(
-            f"the ControlNet averages its outputs: set {POOLING}: true in the configuration that loads it"
-        )
-    return bool(told)
+    return told is True
 
 
-def _metadata(model: Model, options: Options) -> dict[str, str]:
-    told = {POOLING: "true" if options.pooling and model.has(CONTROL_PREFIX) else None, _PREDICTION: options.prediction}
-    return {**model.metadata, **{key: value for key, value in told.items() if value}}
+def described(metadata: Mapping[str, str], prediction: str | None, pooling: bool) -> dict[str, str]:
+    """A file's metadata, saying this of what the UNet predicts and of the ControlNet's averaging, and nothing else."""
+    kept = {key: text for key, text in metadata.items() if key not in (*PREDICTION_METADATA, POOLING)}
+    said = {POOLING: "true" if pooling else None, PREDICTION_METADATA[0]: prediction}
+    return kept | {key: text for key, text in said.items() if text}
+
+
+def unsaid(path: str | Path, metadata: Mapping[str, str], family: str) -> list[str]:
+    """Notes on what torch's format has no place for and the weights do not show."""
+    if Path(path).suffix.lower() not in TORCH_SUFFIXES:
+        return []
+    prediction = metadata.get(PREDICTION_METADATA[0])
+    lost = []
+    if prediction is not None and (prediction != "eps" or family == "sd2"):
+        lost.append(f"that the model predicts {prediction}")
+    if POOLING in metadata:
+        lost.append("that the ControlNet averages its outputs")
+    return [f"{path} cannot say {' and '.join(lost)}, as a .safetensors file does"] if lost else []

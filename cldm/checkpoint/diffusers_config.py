@@ -16,27 +16,25 @@ from cldm.checkpoint.names import HINT_ENCODER, encoder_levels, is_open_clip
 
 _GROUPS = 32  # of every group normalisation
 _START_TOKEN, _END_TOKEN = 49406, 49407
-_BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}  # diffusers calls linear what is linear in beta
-PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def unet_config(entries: Entries, params: Mapping[str, Any], prediction: str) -> dict[str, Any]:
-    """`config.json` of a `UNet2DConditionModel`.
+    """`config.json` of a `UNet2DConditionModel`; as the others here, it raises `CheckpointError` for what does not fit.
 
     Args:
         entries: of the UNet, under our names without prefix.
         params: of the whole model, as the YAML file gives them.
         prediction: "eps", "v" or "x0".
     """
-    encoder, attended = _encoder_config(entries, params["unet_config"]["params"])
+    encoder, attended = _encoder_config(entries, _section(params, "unet_config"))
     up = [f"{'CrossAttn' if a else ''}UpBlock2D" for a in reversed(attended)]
     return {
         "_class_name": "UNet2DConditionModel",
         **encoder,
         "up_block_types": up,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "out_channels": _shape(entries, "out.2.weight")[0],
-        "sample_size": params["image_size"],
+        "out_channels": _shape(entries, "out.2.weight", 4)[0],
+        "sample_size": _image_size(params),
         "center_input_sample": False,
         "mid_block_scale_factor": 1,
         "upcast_attention": prediction == "v",  # as of SD 2.1: in half precision its attention overflows
@@ -45,8 +43,8 @@ def unet_config(entries: Entries, params: Mapping[str, Any], prediction: str) ->
 
 def controlnet_config(entries: Entries, params: Mapping[str, Any], pooling: bool) -> dict[str, Any]:
     """`config.json` of a `ControlNetModel`; `pooling` is `global_average_pooling`."""
-    encoder, _ = _encoder_config(entries, params["control_stage_config"]["params"])
-    hint = [_shape(entries, f"{ours}.weight") for ours, _ in HINT_ENCODER]
+    encoder, _ = _encoder_config(entries, _section(params, "control_stage_config"))
+    hint = [_shape(entries, f"{ours}.weight", 4) for ours, _ in HINT_ENCODER]
     return {
         "_class_name": "ControlNetModel",
         **encoder,
@@ -67,11 +65,11 @@ def _encoder_config(entries: Entries, options: Mapping[str, Any]) -> tuple[dict[
         having = [f"input_blocks.{i}.1.norm.weight" in entries for i in blocks]
         if any(having) != all(having):
             raise CheckpointError("some but not all blocks of a level have attention, which diffusers cannot express")
-        channels.append(_shape(entries, f"input_blocks.{position}.0.out_layers.3.weight")[0])
+        channels.append(_shape(entries, f"input_blocks.{position}.0.out_layers.3.weight", 4)[0])
         attended.append(having[0])
         position += count + 1
-    context = next((entry.info.shape[1] for key, entry in entries.items() if key.endswith("attn2.to_k.weight")), None)
-    if context is None:
+    text_key = next((key for key in entries if key.endswith("attn2.to_k.weight")), None)
+    if text_key is None:
         raise CheckpointError("a UNet without attention to a text, which diffusers keeps in other classes")
     transformer = "middle_block.1.transformer_blocks"
     depth = len({m[1] for key in entries if (m := re.match(re.escape(transformer) + r"\.(\d+)\.", key))})
@@ -83,18 +81,18 @@ def _encoder_config(entries: Entries, options: Mapping[str, Any]) -> tuple[dict[
         if width == -1
         else [max(c // width, 1) for c in channels],  # a count, despite its name
         "block_out_channels": channels,
-        "cross_attention_dim": context,
+        "cross_attention_dim": _shape(entries, text_key, 2)[1],
         "down_block_types": [f"{'CrossAttn' if a else ''}DownBlock2D" for a in attended],
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "in_channels": _shape(entries, "input_blocks.0.0.weight")[1],
+        "in_channels": _shape(entries, "input_blocks.0.0.weight", 4)[1],
         "layers_per_block": counts[0],
         "norm_eps": 1e-05,
         "norm_num_groups": _GROUPS,
         "only_cross_attention": False,
         "transformer_layers_per_block": depth,
-        "use_linear_projection": len(_shape(entries, "middle_block.1.proj_in.weight")) == 2,
+        "use_linear_projection": len(_shape(entries, "middle_block.1.proj_in.weight", 2, 4)) == 2,
     }
     return config, attended
 
@@ -115,27 +113,27 @@ def vae_config(entries: Entries, params: Mapping[str, Any]) -> dict[str, Any]:
     """`config.json` of an `AutoencoderKL`; entries under our names without prefix."""
     blocks = [m for key in entries if (m := re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight", key))]
     levels = len({m[1] for m in blocks})
-    channels = [_shape(entries, f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
+    channels = [_shape(entries, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": channels,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "in_channels": _shape(entries, "encoder.conv_in.weight")[1],
-        "out_channels": _shape(entries, "decoder.conv_out.weight")[0],
-        "latent_channels": _shape(entries, "decoder.conv_in.weight")[1],
-        "layers_per_block": len(blocks) // levels,
+        "in_channels": _shape(entries, "encoder.conv_in.weight", 4)[1],
+        "out_channels": _shape(entries, "decoder.conv_out.weight", 4)[0],
+        "latent_channels": _shape(entries, "decoder.conv_in.weight", 4)[1],
+        "layers_per_block": len(blocks) // max(levels, 1),
         "norm_num_groups": _vae_groups(params),
-        "sample_size": params["image_size"] * 2 ** (levels - 1),
+        "sample_size": _image_size(params) * 2 ** (levels - 1),
         "scaling_factor": float(params.get("scale_factor", 1.0)),
     }
 
 
 def _vae_groups(params: Mapping[str, Any]) -> int:
     """Groups of the autoencoder's norms, which shapes do not show; narrow autoencoders have fewer than published ones."""
-    first_stage = params.get("first_stage_config") or {}
-    return int(first_stage.get("params", {}).get("ddconfig", {}).get("num_groups", _GROUPS))
+    options = _section(params, "first_stage_config").get("ddconfig")
+    return options.get("num_groups", _GROUPS) if isinstance(options, Mapping) else _GROUPS
 
 
 def text_config(entries: Entries, converted: Entries, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,9 +146,9 @@ def text_config(entries: Entries, converted: Entries, params: Mapping[str, Any])
         converted: the same under those of transformers.
         params: of the whole model.
     """
-    options = params["cond_stage_config"].get("params") or {}
+    options = _section(params, "cond_stage_config")
     open_clip = is_open_clip(entries)
-    vocabulary, width = _shape(converted, "text_model.embeddings.token_embedding.weight")
+    vocabulary, width = _shape(converted, "text_model.embeddings.token_embedding.weight", 2)
     layers = len({m[1] for key in converted if (m := re.match(r"text_model\.encoder\.layers\.(\d+)\.", key))})
     unused = 1 if open_clip and options.get("layer", "last") == "penultimate" else 0
     projection = converted.get("text_projection.weight")
@@ -162,44 +160,14 @@ def text_config(entries: Entries, converted: Entries, params: Mapping[str, Any])
         "pad_token_id": 0 if open_clip else _END_TOKEN,
         "hidden_act": "gelu" if open_clip else "quick_gelu",
         "hidden_size": width,
-        "intermediate_size": _shape(converted, "text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "intermediate_size": _shape(converted, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         "layer_norm_eps": 1e-05,
-        "max_position_embeddings": _shape(converted, "text_model.embeddings.position_embedding.weight")[0],
+        "max_position_embeddings": _shape(converted, "text_model.embeddings.position_embedding.weight", 2)[0],
         "num_attention_heads": options.get("heads") or max(width // 64, 1),
         "num_hidden_layers": layers - unused,
         "projection_dim": width if projection is None else projection.info.shape[0],
         "vocab_size": vocabulary,
     }
-
-
-def scheduler_config(params: Mapping[str, Any], prediction: str) -> dict[str, Any]:
-    """`scheduler_config.json` of a `DDIMScheduler` that steps as the sampler here does."""
-    schedule = params.get("beta_schedule", "linear")
-    if schedule not in _BETA_SCHEDULES or params.get("given_betas") is not None:
-        raise CheckpointError(f"the beta schedule {schedule!r} has no name in diffusers")
-    return {
-        "_class_name": "DDIMScheduler",
-        "beta_start": params.get("linear_start", 1e-4),
-        "beta_end": params.get("linear_end", 2e-2),
-        "beta_schedule": _BETA_SCHEDULES[schedule],
-        "clip_sample": False,
-        "num_train_timesteps": params.get("timesteps", 1000),
-        "prediction_type": PREDICTIONS[prediction],
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    }
-
-
-def schedule_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of our beta schedule that a diffusers scheduler's configuration names."""
-    ours = {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}
-    named = {
-        "linear_start": config.get("beta_start"),
-        "linear_end": config.get("beta_end"),
-        "timesteps": config.get("num_train_timesteps"),
-        "beta_schedule": ours.get(config.get("beta_schedule", "")),
-    }
-    return {name: value for name, value in named.items() if value is not None}
 
 
 def model_index(components: Iterable[str]) -> dict[str, Any]:
@@ -251,7 +219,30 @@ def tokenizer_files(open_clip: bool) -> dict[str, Any]:
     }
 
 
-def _shape(entries: Entries, key: str) -> tuple[int, ...]:
+def _shape(entries: Entries, key: str, *dimensions: int) -> tuple[int, ...]:
+    """The shape of an entry that must be there and have one of these numbers of dimensions."""
     if key not in entries:
         raise CheckpointError(f"the weights are incomplete: {key!r} is missing")
-    return entries[key].info.shape
+    shape = entries[key].info.shape
+    if len(shape) not in dimensions:
+        raise CheckpointError(f"{key!r} has shape {list(shape)}, which no model of this kind has")
+    return shape
+
+
+def _section(params: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The `params` of a part of the model."""
+    section = params.get(name)
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"the configuration has no {name}; name that of a whole model with --config")
+    options = section.get("params") or {}
+    if not isinstance(options, Mapping):
+        raise CheckpointError(f"the configuration's {name}.params is not a mapping")
+    return options
+
+
+def _image_size(params: Mapping[str, Any]) -> int:
+    """Width of the latents."""
+    size = params.get("image_size")
+    if type(size) is not int:
+        raise CheckpointError(f"the configuration's image_size must be a whole number, not {size!r}")
+    return size

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,26 @@ import torch
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.lazy import Entries, LazyTensor
-from cldm.checkpoint.names import NETWORKS, text_to_diffusers
+from cldm.checkpoint.names import (
+    CONTROL_PREFIX,
+    NETWORKS,
+    TEXT_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    text_key,
+    text_to_diffusers,
+)
 from cldm.checkpoint.reading import COMPONENTS, Checkpoint, TensorInfo, open_checkpoint
 
-CONTROL_PREFIX = "control_model."
-UNET_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX = "cond_stage_model."
 EMA_PREFIX = "model_ema."
+CONTROL_LAYERS = ("input_hint_block.", "zero_convs.", "middle_block_out.")  # of a ControlNet, which no UNet has
 DIFFERENCE = "difference"
 SCHEDULE_KEYS = frozenset(
     ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
     + ("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
     + ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar")
 )
+PREDICTION_METADATA = ("modelspec.prediction_type", "modelspec.predict_key", "ss_v_parameterization")
 CONFIGS = {"sd1": "cldm_v15", "sd2": "cldm_v21", "tiny": "cldm_tiny"}
 PARTS = ("unet", "control", "vae", "text", "ema", "schedule", "other")
 
@@ -40,6 +46,7 @@ _PART_PREFIXES = {
 }
 _FAMILIES = {(320, 768): "sd1", (320, 1024): "sd2"}  # by width of the first convolution and of the text
 _OPTIONAL_ENDINGS = ("position_ids", "logit_scale", "attn_mask", "text_projection", "text_projection.weight")
+_TEXT_FOLDER = "text_encoder/"
 _UNUSED_LAYER = "text_encoder/text_model.encoder.layers.23."  # SD 2.x reads the layer before; diffusers leaves it out
 _V_FLAG = "v_pred"
 _FLAGS = (DIFFERENCE, _V_FLAG, "ztsnr")  # entries that say something about the others
@@ -59,7 +66,7 @@ class Report:
         lightning: whether a Lightning trainer wrote it.
         family: "sd1", "sd2", "tiny" (the packaged small model) or "unknown", by the widths of network and text.
         config: the packaged configuration of the family, e.g. "cldm_v15"; None for an unknown family.
-        prediction: "eps" or "v" where the file or the family tells; SD 2.x weights alone do not.
+        prediction: "eps", "v" or "x0" where the file or the family tells; SD 2.x weights alone do not.
         ema: whether averaged weights are in it.
         parts: entries by part: unet, control, vae, text, ema, schedule, other.
         dtypes: entries by dtype.
@@ -90,6 +97,11 @@ class Report:
     mismatched: tuple[str, ...] = ()
     suggestions: tuple[str, ...] = ()
 
+    def gaps(self, *parts: str) -> tuple[str, ...]:
+        """Keys that are missing or of another shape: of these parts, or of all parts of which the file has something."""
+        keys = (*self.missing, *self.mismatched)
+        return tuple(key for key in keys if part_of(key, self.layout) in (parts or self.parts))
+
     def as_dict(self) -> dict[str, Any]:
         """The report in plain types, for JSON."""
         return {**asdict(self), "path": str(self.path)}
@@ -111,7 +123,7 @@ def identify(source: Checkpoint | str | Path) -> Report:
     parts = Counter(part_of(key, layout) for key in infos)
     config = CONFIGS.get(family)
     missing, extra, mismatched = _compare(infos, layout, prefix, config)
-    return Report(
+    report = Report(
         path=source.path,
         format=source.format,
         layout=layout,
@@ -130,8 +142,8 @@ def identify(source: Checkpoint | str | Path) -> Report:
         missing=missing,
         extra=extra,
         mismatched=mismatched,
-        suggestions=tuple(_suggestions(source, infos, layout, family, missing)),
     )
+    return replace(report, suggestions=tuple(_suggestions(source, infos, report)))
 
 
 def part_of(key: str, layout: str = "full") -> str:
@@ -197,13 +209,13 @@ def _prediction(source: Checkpoint, family: str) -> str | None:
         "eps": "eps",
         "v": "v",
         "v_prediction": "v",
+        "x0": "x0",
+        "sample": "x0",
         **{"true": "v", "false": "eps"},  # of `ss_v_parameterization`
     }
     candidates = [
         source.configs.get("scheduler", {}).get("prediction_type"),
-        source.metadata.get("modelspec.prediction_type"),
-        source.metadata.get("modelspec.predict_key"),
-        source.metadata.get("ss_v_parameterization"),
+        *(source.metadata.get(name) for name in PREDICTION_METADATA),
         "v" if _V_FLAG in source else None,
     ]
     for candidate in candidates:
@@ -220,6 +232,7 @@ def _compare(
         return (), (), ()
     if any(key.startswith("vae/") and key.endswith(_OLD_VAE_NAME) for key in infos):
         infos = _with_modern_vae(infos)
+    infos = {_with_text_module(key): info for key, info in infos.items()}
     expected = _expected(infos, layout, prefix, config)
     missing = tuple(key for key in expected if key not in infos and not _is_optional(key))
     extra = tuple(key for key in infos if key not in expected and not _is_optional(key) and key not in _FLAGS)
@@ -271,28 +284,31 @@ def _with_modern_vae(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {key: info for key, info in infos.items() if not key.startswith("vae/")} | renamed
 
 
+def _with_text_module(key: str) -> str:
+    """A pipeline's key, of a text encoder as every version of transformers names it."""
+    return _TEXT_FOLDER + text_key(key.removeprefix(_TEXT_FOLDER)) if key.startswith(_TEXT_FOLDER) else key
+
+
 def _described(infos: Mapping[str, TensorInfo]) -> Entries:
     """Entries to rename, which are never read."""
     return {key: LazyTensor(info, lambda: torch.empty(0, device="meta")) for key, info in infos.items()}
 
 
 _UNSUPPORTED: tuple[tuple[Callable[[str], bool], str], ...] = (
-    (lambda key: "lora_" in key or ".lora_A." in key, "a LoRA, which changes a model and is none"),
+    (lambda key: "lora_" in key or ".lora_A." in key, "a LoRA: a patch for a model, not a model"),
     (lambda key: key.startswith("conditioner.embedders.") or "add_embedding." in key, "Stable Diffusion XL"),
     (lambda key: key.removeprefix(UNET_PREFIX).startswith(("joint_blocks.", "double_blocks.")), "a transformer"),
     (lambda key: key in ("emb_params", "string_to_param"), "a textual-inversion embedding"),
     (lambda key: key.startswith(("adapter.", "body.0.")), "a T2I-Adapter"),
     (lambda key: key.startswith("output_blocks."), f"a bare UNet without the prefix {UNET_PREFIX!r}"),
     (lambda key: key.startswith("decoder.up"), "a bare VAE"),
-    (lambda key: key.startswith(("text_model.", "transformer.resblocks.")), "a bare text encoder"),
+    (lambda key: text_key(key).startswith(("text_model.", "transformer.resblocks.")), "a bare text encoder"),
 )
 
 
-def _suggestions(
-    source: Checkpoint, infos: Mapping[str, TensorInfo], layout: str, family: str, missing: tuple[str, ...]
-) -> list[str]:
+def _suggestions(source: Checkpoint, infos: Mapping[str, TensorInfo], report: Report) -> list[str]:
     """What to do with the file, a line each."""
-    name = source.path
+    name, layout = source.path, report.layout
     load_control = f"load it onto a base: cldm.model.load_control(model, {str(name)!r})"
     by_layout = {
         "full": f"load it whole: model.load_state_dict(load_state_dict({str(name)!r}))",
@@ -304,11 +320,12 @@ def _suggestions(
         "diffusers-pipeline": f"convert it to one file: python tool_convert_control.py {name} OUTPUT --to full",
         "diffusers-unet": "only its UNet is here; name the folder of the whole pipeline",
     }
-    lines = [by_layout[layout]] if layout in by_layout else []
+    # What has another shape than its family's cannot be loaded into a model of that family.
+    lines = [by_layout[layout]] if layout in by_layout and not report.mismatched else []
     unsupported = next((what for test, what in _UNSUPPORTED if any(map(test, infos))), None)
     if layout == "unknown":
         lines.append(f"this is {unsupported}" if unsupported else "none of its keys belong to a model known here")
-    elif family == "unknown":
+    elif report.family == "unknown":
         lines.append(f"its base is {unsupported or 'of an unknown kind'}: no packaged configuration fits")
     if (channels := _input_channels(infos)) not in (None, 4):
         lines.append(f"its UNet takes {channels} channels, as inpainting and depth models do; set in_channels")
@@ -316,10 +333,19 @@ def _suggestions(
         for part, prefix in (("VAE", VAE_PREFIX), ("text encoder", TEXT_PREFIX)):
             if not any(key.startswith(prefix) for key in infos):
                 lines.append(f"it has no {part}; take it from another checkpoint of its family")
-    if missing and layout in ("full", "base", "control", "control-plain"):
-        lines.append(f"incomplete: {len(missing)} entries are missing, first {missing[0]!r}")
+    lines += gap_lines(report.missing, report.mismatched)
     if source.foreign:
-        lines.append("its pickle names code, which was not carried out: " + ", ".join(source.foreign[:5]))
+        lines.append("its pickle refers to code, which was not executed: " + ", ".join(source.foreign[:5]))
+    return lines
+
+
+def gap_lines(missing: Sequence[str], mismatched: Sequence[str]) -> list[str]:
+    """What a file lacks or has in another shape than its family, a line each."""
+    lines = []
+    if missing:
+        lines.append(f"incomplete: {len(missing)} entries are missing, first {missing[0]!r}")
+    if mismatched:
+        lines.append(f"unfit: {len(mismatched)} entries have another shape than its family's, first {mismatched[0]!r}")
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -97,6 +98,17 @@ def _lazy(source: Mapping[str, Tensor], key: str) -> LazyTensor:
         return constant(source[key])
     entry = source.entry(key)
     return LazyTensor(source.info(key), entry.read, entry if entry.contiguous else None)
+
+
+def computed(formula: Callable[..., Tensor], *entries: LazyTensor) -> LazyTensor:
+    """A formula of entries of one shape, computed in float32 at least, in the widest of their dtypes."""
+    # torch has no common dtype of a float of one byte and another
+    dtypes = [torch.float32 if dtype.is_floating_point and dtype.itemsize == 1 else dtype
+              for dtype in (entry.info.dtype for entry in entries)]  # fmt: skip
+    dtype = reduce(torch.promote_types, dtypes)
+    wide = torch.promote_types(dtype, torch.float32)
+    info = TensorInfo(entries[0].info.shape, dtype)
+    return LazyTensor(info, lambda: formula(*(entry.read().to(wide) for entry in entries)).to(dtype))
 
 
 def constant(value: Tensor) -> LazyTensor:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ from torch import Tensor
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.lazy import Entries, LazyTensor
 from cldm.checkpoint.reading import TensorInfo
+
+CONTROL_PREFIX = "control_model."
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model."
 
 Converted = tuple[Entries, list[str]]  # the entries under their new names, and the keys that have none
 
@@ -44,23 +50,23 @@ class NameMap:
         pairs = list(pairs)
         self._there = dict(pairs)
         self._here = {there: here for here, there in pairs}
+        self._longest = max((len(name) for pair in pairs for name in pair), default=0)
 
     def to_diffusers(self, key: str) -> str | None:
         """diffusers' name of a key; None if it has none."""
-        return _rename(key, self._there)
+        return self._rename(key, self._there)
 
     def from_diffusers(self, key: str) -> str | None:
         """Our name of diffusers' key; None if there is none."""
-        return _rename(key, self._here)
+        return self._rename(key, self._here)
 
-
-def _rename(key: str, table: dict[str, str]) -> str | None:
-    end = len(key)
-    while end > 0:
-        if key[:end] in table:
-            return table[key[:end]] + key[end:]
-        end = key.rfind(".", 0, end)
-    return None
+    def _rename(self, key: str, table: dict[str, str]) -> str | None:
+        end = len(key) if len(key) <= self._longest else key.rfind(".", 0, self._longest + 1)
+        while end > 0:
+            if key[:end] in table:
+                return table[key[:end]] + key[end:]
+            end = key.rfind(".", 0, end)
+        return None
 
 
 def _renamed(entries: Entries, rename: Callable[[str], str | None]) -> Converted:
@@ -151,7 +157,7 @@ def unet_from_diffusers(entries: Entries) -> Converted:
     found = Counter(_levels(entries, r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight"))
     resnets = [found[level] for level in range(len(found))]
     names = unet_map(resnets)
-    ends = [sum(count + 1 for count in resnets[-1 - level :]) - 1 for level in range(len(resnets))]
+    ends = [end - 1 for end in accumulate(count + 1 for count in reversed(resnets))]
     attended = set(_levels(entries, r"up_blocks\.(\d+)\.attentions\.0\.norm\.(weight)"))
 
     def rename(key: str) -> str | None:
@@ -159,6 +165,8 @@ def unet_from_diffusers(entries: Entries) -> Converted:
         if up is None:
             return names.from_diffusers(key)
         level = int(up[1])
+        if level >= len(ends):
+            return None
         return f"output_blocks.{ends[level]}.{2 if level in attended else 1}.{up[2]}"
 
     return _all_renamed(entries, rename, "this library")
@@ -275,7 +283,9 @@ def _vae_size(blocks: list[int]) -> tuple[int, int]:
 
 def _flattened(entry: LazyTensor) -> LazyTensor:
     """(O, I, 1, 1) as (O, I)."""
-    return entry.then(lambda tensor: tensor.flatten(1), entry.info.shape[:2]) if len(entry.info.shape) == 4 else entry
+    if entry.info.shape[2:] != (1, 1):
+        return entry
+    return entry.then(lambda tensor: tensor.flatten(1), entry.info.shape[:2])
 
 
 def _as_convolution(entry: LazyTensor) -> LazyTensor:
@@ -288,6 +298,8 @@ def _as_convolution(entry: LazyTensor) -> LazyTensor:
 # Text encoders: CLIP's names (SD 1.x) are transformers' own; OpenCLIP (SD 2.x) has others, and q, k and v in one.
 
 _CLIP_PREFIX = "transformer."  # below `cond_stage_model.`
+_TEXT_MODULE = "text_model."  # left out by transformers 5
+_TEXT_PARTS = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 _OPEN_CLIP_PREFIX = "model."
 _OPEN_CLIP_ENDS = (
     ("token_embedding", "text_model.embeddings.token_embedding"),
@@ -344,10 +356,20 @@ def text_to_diffusers(entries: Entries) -> Converted:
     return converted, outside + [_OPEN_CLIP_PREFIX + key for key in unknown]
 
 
+def text_key(key: str) -> str:
+    """The name that every version of transformers knows of an entry of a text encoder, of whichever version it is."""
+    return _TEXT_MODULE + key if key.startswith(_TEXT_PARTS) else key
+
+
 def text_from_diffusers(entries: Entries, open_clip: bool) -> Converted:
-    """Our names of a text encoder of transformers: OpenCLIP's, or CLIP's."""
+    """Our names of a text encoder of transformers: OpenCLIP's, or CLIP's.
+
+    Raises:
+        CheckpointError: q, k or v is missing somewhere, or has a shape of its own.
+    """
+    entries = {text_key(key): entry for key, entry in entries.items()}
     if not open_clip:
-        return _renamed(entries, lambda key: _CLIP_PREFIX + key if key.startswith("text_model.") else None)
+        return _renamed(entries, lambda key: _CLIP_PREFIX + key if key.startswith(_TEXT_MODULE) else None)
     split = {key: match for key in entries if (match := _SPLIT.fullmatch(key))}
     layers = len({match[1] for match in split.values()})
     rest = {key: entry for key, entry in entries.items() if key not in split}
@@ -365,6 +387,8 @@ def text_from_diffusers(entries: Entries, open_clip: bool) -> Converted:
 
 def _split(prefix: str, kind: str, joint: LazyTensor) -> Entries:
     """q, k and v (D, D) of one (3D, D), or of biases."""
+    if not joint.info.shape or joint.info.shape[0] % 3:
+        raise CheckpointError(f"its text encoder has q, k and v of shape {list(joint.info.shape)} in one {kind}")
     rows = joint.info.shape[0] // 3
     shape = (rows, *joint.info.shape[1:])
 
@@ -375,11 +399,17 @@ def _split(prefix: str, kind: str, joint: LazyTensor) -> Entries:
 
 
 def _joined(parts: list[LazyTensor]) -> LazyTensor:
+    shapes = [list(part.info.shape) for part in parts]
+    if not shapes[0] or shapes != shapes[:1] * len(shapes):
+        raise CheckpointError(f"its text encoder has q, k and v of shapes {shapes}, which should be equal")
     info = TensorInfo((sum(part.info.shape[0] for part in parts), *parts[0].info.shape[1:]), parts[0].info.dtype)
     return LazyTensor(info, lambda: torch.cat([part.read() for part in parts]))
 
 
 def _transposed(entry: LazyTensor) -> LazyTensor:
+    if len(entry.info.shape) != 2:
+        raise CheckpointError(f"its text projection has shape {list(entry.info.shape)}, which is no matrix")
+
     def transpose(tensor: Tensor) -> Tensor:
         return tensor.t().contiguous()
 
@@ -387,8 +417,7 @@ def _transposed(entry: LazyTensor) -> LazyTensor:
 
 
 NETWORKS = {
-    "unet": Network("model.diffusion_model.", unet_to_diffusers, unet_from_diffusers),
-    "controlnet": Network("control_model.", unet_to_diffusers, unet_from_diffusers),
-    "vae": Network("first_stage_model.", vae_to_diffusers, vae_from_diffusers),
+    "unet": Network(UNET_PREFIX, unet_to_diffusers, unet_from_diffusers),
+    "controlnet": Network(CONTROL_PREFIX, unet_to_diffusers, unet_from_diffusers),
+    "vae": Network(VAE_PREFIX, vae_to_diffusers, vae_from_diffusers),
 }
-TEXT_PREFIX = "cond_stage_model."

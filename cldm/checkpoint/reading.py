@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.errors import CheckpointError, system_errors
 from cldm.checkpoint.safetensors_file import looks_like_safetensors, read_safetensors
 from cldm.checkpoint.storage import Entry, FileBytes
 from cldm.checkpoint.torch_file import ZIP_MAGIC, TorchContent, read_torch_legacy, read_torch_zip
 
 COMPONENTS = ("unet", "vae", "text_encoder", "controlnet")
 _CONFIG_FOLDERS = (*COMPONENTS, "scheduler")
-_WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_WEIGHT_NAME = re.compile(  # with a variant such as `.fp16`: of one file, or of the index of several
+    rf"(?:{'|'.join(WEIGHT_STEMS)})(\.\w+)?\.(?:safetensors|bin)(?:\.index(\.\w+)?\.json)?"
+)
 _MAX_JSON = 32 * 2**20
 
 
@@ -138,7 +142,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             where the weights are. The message names the file and the way out.
     """
     path = Path(path)
-    return _open_folder(path) if path.is_dir() else _open_file(path)
+    with system_errors(path, "cannot be read"):
+        return _open_folder(path) if path.is_dir() else _open_file(path)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -192,6 +197,7 @@ _OTHER_FORMATS = {
     b"\x1f\x8b": "compressed with gzip; unpack it first",
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
     b"Rar!": "a RAR archive; unpack it first",
+    b"L119547037146038801333356L": "a torch file of pickle protocol 0 or 1; load it with torch and save it again",
     b"PK": "an empty or split zip archive, not a weights file",
     b"GGUF": "a GGUF file, whose quantised weights are not supported",
     b"\x89HDF": "an HDF5 file (Keras); only safetensors and torch files are read",
@@ -228,14 +234,14 @@ def _open_folder(folder: Path) -> Checkpoint:
         parts = [name for name in COMPONENTS if (folder / name).is_dir()]
         if not parts:
             raise CheckpointError(f"{folder}: a pipeline folder without any of {', '.join(COMPONENTS)}")
-        configs = {"": _read_json(folder / "model_index.json")}
+        configs = {"": read_json(folder / "model_index.json")}
         for name in _CONFIG_FOLDERS:
             config = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
             if config.is_file():
-                configs[name] = _read_json(config)
+                configs[name] = read_json(config)
     elif (folder / "config.json").is_file() or _weight_files(folder) is not None:
         parts = [""]
-        configs = {"": _read_json(folder / "config.json")} if (folder / "config.json").is_file() else {}
+        configs = {"": read_json(folder / "config.json")} if (folder / "config.json").is_file() else {}
     else:
         raise CheckpointError(f"{folder}: a folder without model_index.json, config.json or weights; name a file in it")
     opened: list[Checkpoint] = []
@@ -245,7 +251,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         for part in parts:
             files = _weight_files(folder / part)
             if files is None:
-                raise CheckpointError(f"{folder / part}: no weights here; expected e.g. {_WEIGHT_STEMS[0]}.safetensors")
+                raise CheckpointError(f"{folder / part}: no weights here; expected e.g. {WEIGHT_STEMS[0]}.safetensors")
             for path, wanted in files.items():
                 checkpoint = _open_file(path)
                 opened.append(checkpoint)
@@ -265,9 +271,11 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None] | None:
     """Files of a network's weights and, where an index says, the keys in each; safetensors, full precision first."""
-    for variant in ("", ".fp16"):
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    variants = {match[1] or match[2] or "" for name in names if (match := _WEIGHT_NAME.fullmatch(name))}
+    for variant in sorted(variants, key=lambda variant: (variant != "", variant != ".fp16", variant)):
         for suffix in (".safetensors", ".bin"):
-            for stem in _WEIGHT_STEMS:
+            for stem in WEIGHT_STEMS:
                 single = folder / f"{stem}{variant}{suffix}"
                 if single.is_file():
                     return {single: None}
@@ -278,7 +286,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None] | None:
 
 
 def _shards(index: Path) -> dict[Path, list[str] | None]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map")
     shards: dict[Path, list[str] | None] = {}
@@ -289,14 +297,19 @@ def _shards(index: Path) -> dict[Path, list[str] | None]:
     return shards
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it cannot be read, is too large for a configuration, or holds something else.
+    """
+    with system_errors(path, "cannot be read"):
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{path}: too large for a configuration")
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = path.read_bytes()
+    try:
+        parsed = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise CheckpointError(f"{path}: not valid JSON: {str(error)[:100]}") from error
     if type(parsed) is not dict:
         raise CheckpointError(f"{path}: not a JSON object")

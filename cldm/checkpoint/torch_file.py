@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -171,8 +172,12 @@ def _unwrap(top: Any) -> tuple[dict[str, StoredTensor], tuple[str, ...], dict[st
             if type(key) is not str:
                 raise CheckpointError("a tensor among its weights has a name that is not text")
             tensors[key] = value
-        elif (foreign := _foreign(value)) is not None:
+        elif (foreign := _first(value, Placeholder, Storage)) is not None:
             raise CheckpointError(f"entry {str(key)[:100]!r} among its weights is {_refusal(foreign)}")
+        elif _first(value, StoredTensor) is not None:
+            raise CheckpointError(
+                f"entry {str(key)[:100]!r} among its weights holds tensors of its own; save the state dict alone"
+            )
     if not tensors:
         names = ", ".join(repr(str(key)[:40]) for key in list(level)[:5]) or "nothing"
         raise CheckpointError(f"holds no tensors where weights are expected, but {names}")
@@ -184,9 +189,11 @@ def _wrapper(level: dict) -> str | None:
     """The key under which the weights lie, if they are not right here."""
     if "state_dict" in level:
         return "state_dict"
-    if any(isinstance(value, StoredTensor) for value in level.values()):
-        return None
-    return next((key for key in _WRAPPERS if type(level.get(key)) is dict), None)
+    beside = [math.prod(value.shape) for value in level.values() if isinstance(value, StoredTensor)]
+    inner = [key for key in _WRAPPERS if type(level.get(key)) is dict]
+    if beside:  # a step or a decay beside the weights is one number
+        inner = [key for key in inner if max(beside) <= 1 and _first(level[key], StoredTensor) is not None]
+    return next(iter(inner), None)
 
 
 def _plain_values(level: dict, without: str | None = None) -> dict[str, Any]:
@@ -198,12 +205,12 @@ def _plain_values(level: dict, without: str | None = None) -> dict[str, Any]:
     }
 
 
-def _foreign(value: Any) -> Any:
-    """Something within `value` that is neither tensor nor plain, or None."""
+def _first(value: Any, *kinds: type) -> Any:
+    """Something within `value` that is of one of the kinds, or None."""
     pending, seen = [value], set()
     while pending:
         item = pending.pop()
-        if isinstance(item, (Placeholder, Storage)):
+        if isinstance(item, kinds):
             return item
         if type(item) in (dict, list, tuple) and id(item) not in seen:
             seen.add(id(item))
@@ -219,6 +226,6 @@ def _refusal(value: Any) -> str:
         if sign in value.name:
             return f"{kind} ({value.name}), which is not supported; save it dense and in floating point"
     return (
-        f"{value.name}, which is not carried out: a weights file may hold only tensors and plain values. If it comes "
+        f"{value.name}, which is not executed: a weights file may hold only tensors and plain values. If it comes "
         "from a pickled module, save its state_dict() instead; if you did not expect this name, do not trust the file"
     )

@@ -53,7 +53,7 @@ _DTYPE_NAMES.update({f"torch.{alias}": DTYPES[name] for alias, name in _DTYPE_AL
 
 
 class Placeholder:
-    """Stands for something that a pickle names or builds and that is not carried out; `name` says what."""
+    """Stands for something that a pickle names or builds and that is not executed; `name` says what."""
 
     __slots__ = ("name",)
 
@@ -242,6 +242,8 @@ def _rebuild_tensor_v2(
 def _rebuild_tensor_v3(
     storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, bits: Any = None
 ) -> StoredTensor:
+    if isinstance(dtype, Placeholder):
+        raise CheckpointError(f"the pickle builds a tensor of type {dtype.name}, which is not supported")
     if bits or not isinstance(dtype, torch.dtype):
         raise CheckpointError("the pickle builds a tensor of an unknown kind")
     return _tensor(storage, offset, shape, stride, dtype)

@@ -17,9 +17,9 @@ import threading
 import uuid
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint.command import printable
+from cldm.checkpoint.errors import CheckpointError, system_errors
 from cldm.checkpoint.layout import SCHEDULE_KEYS
 from cldm.checkpoint.lazy import LazyTensor, lazy_entries
-from cldm.checkpoint.reading import TensorInfo
+from cldm.checkpoint.reading import COMPONENTS, WEIGHT_STEMS, TensorInfo, read_json
 from cldm.checkpoint.safetensors_file import DTYPES, MAX_HEADER, METADATA
 from cldm.checkpoint.storage import FileBytes, contiguous_stride
 
@@ -52,7 +53,10 @@ _CHUNK = 1 << 20  # bytes handed to the file at once; few enough to stay in the 
 _SEND = 32 << 20  # bytes after which they are sent on to the disk
 # Where the system cannot copy between these two files, it is done here: other disks, file systems, or kernels.
 _NOT_COPIED = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM, errno.ETXTBSY}
-_FOLDER_SIGNS = ("config.json", "model_index.json")
+_NAME_START = 40  # characters of its target's name that a temporary name begins with
+_FOLDER_SIGNS = ("model_index.json", "config.json")
+_PIPELINE_FOLDERS = (*COMPONENTS, "scheduler", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
+_COMPONENT_FILES = (*WEIGHT_STEMS, "merges.txt")  # beginnings of names; and whatever is JSON
 
 
 def write_checkpoint(
@@ -67,6 +71,7 @@ def write_checkpoint(
 
     Args:
         path: its suffix chooses the format: `.safetensors`, or torch's zip format for `.ckpt`, `.pth`, `.pt`, `.bin`.
+            Of a link, the file that it leads to is written, and the link stays.
         entries: tensors by key; an open checkpoint or `LazyEntries` is read as it is written.
         metadata: texts to keep in a safetensors file; torch's format has no place for them.
         dtype: of floating-point entries, e.g. `torch.float16` or "bfloat16"; as they are by default. The noise
@@ -78,16 +83,8 @@ def write_checkpoint(
         CheckpointError: the file exists, the suffix is unknown, the disk has too little space, a tensor cannot be
             stored in the format, or a value is too large for `dtype`. Nothing is left behind.
     """
-    path = Path(path)
-    write = _writer(path)
-    plans = _plan(path, entries, parse_dtype(dtype))
-    check_target(path, overwrite, folder=False)
-    _check_space(path, _needed(plans))
-    with _bar(path.name, sum(plan.info.nbytes for plan in plans), progress) as bar, interruptible():
-        with _replacing(path, overwrite) as temporary, _create(temporary) as file:
-            write(file, plans, dict(metadata or {}), bar.update)
-            _flush(file)
-    return path
+    write_all([Output(Path(path), entries, dict(metadata or {}))], dtype, overwrite, progress)
+    return Path(path)
 
 
 def write_folder(
@@ -100,30 +97,80 @@ def write_folder(
     """Write a folder of weights and configurations, complete or not at all.
 
     Args:
-        path: the folder, which must not exist, be empty, or (with `overwrite`) be one of diffusers.
+        path: the folder, which must not exist, be empty, or (with `overwrite`) be one of diffusers with nothing else in
+            it. Of a link, the folder that it leads to is written, and the link stays.
         files: content by name relative to the folder: tensors for a weights file, a dict for `.json`, or a text.
         dtype, overwrite, progress: as of `write_checkpoint`.
 
     Raises:
         CheckpointError: as `write_checkpoint`.
     """
-    path = Path(path)
+    write_all([Output(Path(path), files, folder=True)], dtype, overwrite, progress)
+    return Path(path)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is to be written at a path.
+
+    Attributes:
+        path: its suffix chooses the format of a file.
+        content: tensors by key; of a folder, as `write_folder` takes them, by file name.
+        metadata: texts to keep in a safetensors file.
+        folder: whether it is a folder.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    folder: bool = False
+
+    def files(self, dtype: torch.dtype | None) -> dict[str, str | list[_Plan]]:
+        """Texts and plans by name below the path; of a file, its own plan under the name ""."""
+        if not self.folder:
+            return {"": _plan(self.path, self.content, dtype)}
+        return {
+            name: _plan(self.path / name, content, dtype) if is_weights_file(name) else _text(content)
+            for name, content in self.content.items()
+        }
+
+
+def write_all(
+    outputs: Iterable[Output], dtype: torch.dtype | str | None = None, overwrite: bool = False, progress: bool = True
+) -> None:
+    """Write several files and folders: none takes its place before all are complete.
+
+    Args:
+        outputs: what to write where.
+        dtype, overwrite, progress: as of `write_checkpoint`.
+
+    Raises:
+        CheckpointError: as `write_checkpoint`. Nothing is left behind.
+    """
     dtype = parse_dtype(dtype)
-    texts = {name: _text(content) for name, content in files.items() if not is_weights_file(name)}
-    plans = {name: _plan(path / name, content, dtype) for name, content in files.items() if is_weights_file(name)}
-    check_target(path, overwrite, folder=True)
-    _check_space(path, sum(map(_needed, plans.values())) + sum(len(text) for text in texts.values()))
-    total = sum(plan.info.nbytes for part in plans.values() for plan in part)
-    with _bar(path.name, total, progress) as bar, interruptible(), _replacing(path, overwrite) as temporary:
-        for name, content in {**texts, **plans}.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            with _create(temporary / name) as file:
-                if isinstance(content, str):
-                    file.write(content.encode("utf-8"))
-                else:
-                    _writer(path / name)(file, content, {"format": "pt"}, bar.update)
-                _flush(file)
-    return path
+    planned = [(output, output.files(dtype)) for output in outputs]
+    for output, files in planned:
+        _check_metadata(output)
+        for name, content in files.items():
+            if not isinstance(content, str):
+                _writer(output.path / name)
+        check_target(output.path, overwrite, output.folder)
+    _check_space({output.path: _needed(files.values()) for output, files in planned})
+    with interruptible(), ExitStack() as places:
+        for output, files in planned:
+            temporary = places.enter_context(_replacing(output.path, overwrite))
+            total = sum(_size(content) for content in files.values())
+            with _bar(output.path.name, total, progress) as bar:
+                for name, content in files.items():
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    with _create(temporary / name) as file:
+                        if isinstance(content, str):
+                            file.write(content.encode("utf-8"))
+                            bar.update(len(content))
+                        else:
+                            metadata = {"format": "pt", **output.metadata}
+                            _writer(output.path / name)(file, content, metadata, bar.update)
+                        _flush(file)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -210,6 +257,7 @@ def _plan(path: Path, entries: Mapping[str, Tensor], dtype: torch.dtype | None) 
         raise CheckpointError(f"{path}: there is nothing to write")
 
     def plan(key: str, entry: LazyTensor) -> _Plan:
+        _check_text(path, key)
         info = entry.info
         if dtype is not None and info.dtype.is_floating_point and key not in SCHEDULE_KEYS:
             info = TensorInfo(info.shape, dtype)
@@ -218,13 +266,36 @@ def _plan(path: Path, entries: Mapping[str, Tensor], dtype: torch.dtype | None) 
     return [plan(key, entry) for key, entry in lazy_entries(entries).items()]
 
 
-def _needed(plans: list[_Plan]) -> int:
-    return sum(plan.info.nbytes for plan in plans) + _SPARE
+def _check_metadata(output: Output) -> None:
+    for text in (text for pair in output.metadata.items() for text in pair):
+        _check_text(output.path, text)
+
+
+def _check_text(path: Path, text: str) -> None:
+    """Raise unless a name or a metadata text can be written as UTF-8, as the formats need it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path}: {text[:100]!r} is not valid text and cannot be written") from error
+
+
+def _size(content: str | list[_Plan]) -> int:
+    return len(content) if isinstance(content, str) else sum(plan.info.nbytes for plan in content)
+
+
+def _needed(files: Iterable[str | list[_Plan]]) -> int:
+    return sum(_size(content) + _SPARE for content in files)
 
 
 def _bar(name: str, total: int, progress: bool) -> tqdm:
     return tqdm(
-        desc=name, total=total, unit="B", unit_scale=True, unit_divisor=1000, disable=not progress, dynamic_ncols=True
+        desc=printable(name),
+        total=total,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1000,
+        disable=not progress,
+        dynamic_ncols=True,
     )
 
 
@@ -237,59 +308,110 @@ def _text(content: Any) -> str:
 
 def check_target(path: Path, overwrite: bool, folder: bool) -> None:
     """Raise unless a file (or a folder) may be written at `path`, so that long work need not begin in vain."""
-    if not path.parent.is_dir():
+    with system_errors(path, "cannot be written"):
+        _check_target(path, _resolved(path), overwrite, folder)
+
+
+def _check_target(path: Path, place: Path, overwrite: bool, folder: bool) -> None:
+    if not place.parent.is_dir():
         raise CheckpointError(f"{path}: its folder {str(path.parent)!r} does not exist; create it first")
-    if not path.exists():
+    if not place.exists():
         return
-    if path.is_dir() and not (folder and not any(path.iterdir())):
-        if not folder:
-            raise CheckpointError(f"{path}: is a folder; name a file")
-        if not any((path / sign).is_file() for sign in _FOLDER_SIGNS):
-            raise CheckpointError(f"{path}: is a folder with something else in it; name a new one")
-    elif folder and not path.is_dir():
+    if folder and not place.is_dir():
         raise CheckpointError(f"{path}: is a file; name a folder")
-    elif folder:
+    if not folder and place.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name a file")
+    if folder and place in (Path.cwd(), *Path.cwd().parents):
+        raise CheckpointError(f"{path}: is the current folder or one above it; name a new one")
+    if folder and not any(place.iterdir()):
         return
+    if folder and not _is_ours(place):
+        raise CheckpointError(f"{path}: is a folder with something else in it; name a new one")
     if not overwrite:
         raise CheckpointError(f"{path}: exists already; choose another name, or overwrite it with --force")
 
 
-def _check_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"{path}: needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; "
-            "choose another disk, or half precision with --dtype float16"
-        )
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a network or a pipeline of diffusers and nothing else, so that replacing it loses nothing else."""
+    sign = next((name for name in _FOLDER_SIGNS if (folder / name).is_file()), None)
+    try:
+        if sign is None or not isinstance(read_json(folder / sign).get("_class_name"), str):
+            return False
+    except CheckpointError:
+        return False
+    return all(
+        entry.name in _PIPELINE_FOLDERS and all(map(_is_component_file, entry.iterdir()))
+        if entry.is_dir()
+        else _is_component_file(entry)
+        for entry in folder.iterdir()
+    )
+
+
+def _is_component_file(path: Path) -> bool:
+    return path.is_file() and (path.suffix == ".json" or path.name.startswith(_COMPONENT_FILES))
+
+
+def _resolved(path: Path) -> Path:
+    """Where a path leads: what a link points to is replaced, and the link stays."""
+    return Path(os.path.realpath(path))
+
+
+def _check_space(needed: Mapping[Path, int]) -> None:
+    """Raise unless each disk has room for all that is to be written to it."""
+    disks: dict[int, int] = {}
+    for path, size in needed.items():
+        with system_errors(path, "cannot be written"):
+            folder = _resolved(path).parent
+            disk = folder.stat().st_dev
+            free = shutil.disk_usage(folder).free
+        disks[disk] = disks.get(disk, 0) + size
+        if disks[disk] > free:
+            raise CheckpointError(
+                f"{path}: needs {disks[disk] / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; "
+                "choose another disk, or half precision with --dtype float16"
+            )
 
 
 @contextmanager
 def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
     """A free name beside `path`; what was made there takes `path`'s place at the end, and is removed on any failure."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    place = _resolved(path)
+    # The name is cut, so that the longest name that a file may have can be written too.
+    temporary = place.with_name(f".{place.name[:_NAME_START]}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        yield temporary
-        if path.exists() and not overwrite and not path.is_dir():  # it may have appeared in the meantime
-            raise CheckpointError(f"{path}: was created by someone else while this was being written")
-        if path.is_dir():
-            previous = temporary.with_suffix(".previous")
-            path.rename(previous)
-            try:
-                temporary.rename(path)
-            except OSError:
-                previous.rename(path)
-                raise
-            shutil.rmtree(previous)
-        else:
-            os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+        with system_errors(path, "cannot be written"):
+            yield temporary
+            if place.exists() and not overwrite and not place.is_dir():  # it may have appeared in the meantime
+                raise CheckpointError(f"{path}: was created by someone else while this was being written")
+            if place.is_dir():
+                _exchange(temporary, place)
+            else:
+                os.replace(temporary, place)
+            _flush_folder(place.parent)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _exchange(new: Path, folder: Path) -> None:
+    """Put a new folder in the place of another; an interruption on the way leaves one of the two there."""
+    previous = new.with_suffix(".previous")
+    try:
+        folder.rename(previous)
+        new.rename(folder)
+    finally:
+        if folder.exists():
+            _remove(previous)
         else:
-            temporary.unlink(missing_ok=True)
+            previous.rename(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, as far as the system lets us."""
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class _EagerFile(io.FileIO):

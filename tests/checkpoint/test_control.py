@@ -1,5 +1,6 @@
 """Adding, moving and taking out a ControlNet."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.layout import identify
 from cldm.checkpoint.lazy import LazyTensor
 from cldm.checkpoint.reading import TensorInfo, open_checkpoint, read_state_dict
+from cldm.checkpoint.writing import write_checkpoint
+from ldm.util import ConfigError
 from tests.checkpoint.files import CONTROL, TEXT, UNET, VAE, only, same, saved, tiny_full, without
 from tests.parity import load_json
 
@@ -36,7 +39,7 @@ def base(full: dict[str, Tensor], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("config", "count"), [("cldm_v15", 43), ("cldm_v21", 43)])
 def test_the_new_entries_of_stable_diffusion(config: str, count: int) -> None:
-    """REFERENCE.md 31: logvar, 24 of zero convolutions, 2 of the middle's, 16 of the hint encoder."""
+    """43 new entries: logvar, 24 of zero convolutions, 2 of the middle's, 16 of the hint encoder."""
 
     def unread() -> Tensor:
         raise AssertionError("planning must not read tensors")
@@ -248,3 +251,232 @@ def test_conversions_that_lack_something_say_what(base: Path, full: dict[str, Te
     with pytest.raises(CheckpointError, match="no layout known here"):
         convert(unknown, tmp_path / "x.pt", "full", **QUIET)
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_difference_needs_the_unet_that_it_was_taken_from(
+    full: dict[str, Tensor], base: Path, tmp_path: Path
+) -> None:
+    difference, output = tmp_path / "difference.safetensors", tmp_path / "out.safetensors"
+    convert(saved(tmp_path / "full.pt", full), difference, "difference", **QUIET)
+    control = saved(tmp_path / "control.pt", only(full, CONTROL))
+    with pytest.raises(CheckpointError, match="no UNet was given"):
+        convert(difference, output, "control", base=control, **QUIET)
+    partial = saved(tmp_path / "partial.pt", without(full, CONTROL, UNET + "input_blocks.1.0.in_layers.2.weight"))
+    with pytest.raises(CheckpointError, match="'input_blocks.1.0.in_layers.2.weight' is not in the base model"):
+        convert(difference, output, "control", base=partial, **QUIET)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("lacking", ["zero_convs.3.", "input_blocks.1.0.in_layers.2.weight"])
+@pytest.mark.parametrize("role", ["base", "controlled", "target"])
+def test_transfer_refuses_what_is_incomplete(
+    base: Path, full: dict[str, Tensor], tmp_path: Path, role: str, lacking: str
+) -> None:
+    files = {"base": base, "controlled": saved(tmp_path / "control.pt", only(full, CONTROL)), "target": base}
+    if role == "controlled":
+        files[role] = saved(tmp_path / "partial.pt", without(only(full, CONTROL), CONTROL + lacking))
+    else:
+        files[role] = saved(tmp_path / "partial.pt", without(full, CONTROL, UNET + "out.2."))
+    with pytest.raises(CheckpointError, match="partial.pt: its (UNet|ControlNet) is incomplete"):
+        transfer_control(**files, output=tmp_path / "out.pt", **QUIET)
+
+
+def test_what_is_incomplete_is_noted(full: dict[str, Tensor], base: Path, tmp_path: Path) -> None:
+    lacking = (VAE + "decoder.conv_in.weight", TEXT + "transformer.text_model.final_layer_norm.bias")
+    partial = without(full, CONTROL, *lacking) | {
+        TEXT + "transformer.text_model.final_layer_norm.weight": torch.ones(3)
+    }
+    target = saved(tmp_path / "target.safetensors", partial)
+    control = saved(tmp_path / "control.pt", only(full, CONTROL))
+    convert(base, tmp_path / "pipe", "diffusers-pipeline", **QUIET)
+    vae = tmp_path / "pipe" / "vae" / "diffusion_pytorch_model.safetensors"
+    saved_vae = read_state_dict(vae)
+    vae.unlink()
+    saved(vae, without(saved_vae, "decoder.conv_in."))
+    for lines in (
+        transfer_control(base, control, target, tmp_path / "moved.pt", **QUIET),
+        convert(control, tmp_path / "full.pt", "full", base=target, **QUIET),
+        convert(target, tmp_path / "whole.pt", "base", **QUIET),
+    ):
+        assert any("target.safetensors: incomplete: 2 entries" in line for line in lines)
+        assert any("target.safetensors: unfit: 1 entries" in line for line in lines)
+    lines = convert(control, tmp_path / "piped.pt", "full", base=tmp_path / "pipe", **QUIET)
+    assert any("pipe: incomplete: 2 entries are missing, first 'vae/decoder.conv_in" in line for line in lines)
+    assert any("incomplete: 2" in line for line in identify(tmp_path / "pipe").suggestions)
+    wrong = identify(saved(tmp_path / "wrong.pt", {**full, VAE + "quant_conv.bias": torch.ones(3)})).suggestions
+    assert any("unfit: 1" in line for line in wrong) and not any("load it whole" in line for line in wrong)
+
+
+@pytest.mark.parametrize("to", ["full", "diffusers-pipeline"])
+def test_families_are_not_mixed(full: dict[str, Tensor], base: Path, tmp_path: Path, to: str) -> None:
+    wide = {key: tensor.repeat(1, 2) if key.endswith("attn2.to_k.weight") else tensor for key, tensor in full.items()}
+    control = saved(tmp_path / "control.pt", only(wide, CONTROL))
+    with pytest.raises(CheckpointError, match="models of different kinds: they differ in '.*attn2.to_k.weight'"):
+        convert(control, tmp_path / "out.pt", to, base=base, config="cldm_tiny", **QUIET)
+    assert not (tmp_path / "out.pt").exists()
+    with pytest.raises(CheckpointError, match="base.safetensors: does not fit cldm_v15"):
+        convert(base, tmp_path / "out.pt", to, config="cldm_v15", **QUIET)
+
+
+def test_averages_must_have_the_shapes_of_what_they_replace(full: dict[str, Tensor], tmp_path: Path) -> None:
+    average = {"model_ema.diffusion_modelout2bias": torch.ones(7)}
+    source = saved(tmp_path / "ema.pt", {**without(full, CONTROL), **average})
+    with pytest.raises(CheckpointError, match=r"average of '.*out.2.bias' has shape \[7\]"):
+        convert(source, tmp_path / "out.pt", "base", ema=True, **QUIET)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_floats_of_one_byte_are_moved(full: dict[str, Tensor], base: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    small = {key: tensor.to(dtype) for key, tensor in only(full, CONTROL).items()}
+    control = saved(tmp_path / "control.safetensors", small)
+    transfer_control(base, control, base, tmp_path / "moved.safetensors", **QUIET)
+    got = read_state_dict(tmp_path / "moved.safetensors")
+    convert(control, tmp_path / "difference.safetensors", "difference", base=base, **QUIET)
+    difference = read_state_dict(tmp_path / "difference.safetensors")
+    for key, tensor in small.items():
+        twin = full.get(key.replace(CONTROL, UNET))
+        if twin is not None:
+            assert torch.equal(got[key], tensor.float())
+            assert torch.equal(difference[key], tensor.float() - twin)
+
+
+# What a file says beside its weights: it follows the part of the model that it is about.
+
+
+def told(path: Path) -> tuple[str | None, str | None]:
+    """What the UNet predicts and whether the ControlNet averages, as the file says."""
+    with open_checkpoint(path) as file:
+        return file.metadata.get("modelspec.prediction_type"), file.metadata.get("global_average_pooling")
+
+
+def test_the_prediction_is_that_of_the_unet(full: dict[str, Tensor], tmp_path: Path) -> None:
+    plain, control = without(full, CONTROL, "logvar"), tmp_path / "control.safetensors"
+    base, v_base = tmp_path / "base.safetensors", tmp_path / "v.safetensors"
+    write_checkpoint(base, plain, {"modelspec.prediction_type": "epsilon"}, **QUIET)
+    write_checkpoint(v_base, plain, {"ss_v_parameterization": "True"}, **QUIET)
+    write_checkpoint(control, only(full, CONTROL), {"modelspec.prediction_type": "epsilon"}, **QUIET)
+    v_folder, x_folder, out = tmp_path / "v", tmp_path / "x", tmp_path / "out.safetensors"
+    convert(v_base, v_folder, "diffusers-pipeline", **QUIET)
+    convert(v_base, x_folder, "diffusers-pipeline", prediction="x0", **QUIET)
+    for source, prediction in ((v_base, "v"), (v_folder, "v"), (x_folder, "x0"), (base, "eps")):
+        assert identify(source).prediction == prediction
+        add_control(source, out, control_from=control, overwrite=True, **QUIET)
+        assert told(out)[0] == identify(out).prediction == prediction
+        transfer_control(base, control, source, out, overwrite=True, **QUIET)
+        assert identify(out).prediction == prediction
+        convert(control, out, "full", base=source, overwrite=True, **QUIET)
+        assert identify(out).prediction == prediction
+        convert(control, tmp_path / "folder", "diffusers-pipeline", base=source, overwrite=True, **QUIET)
+        assert identify(tmp_path / "folder").prediction == prediction
+        lines = convert(control, tmp_path / "out.ckpt", "full", base=source, overwrite=True, **QUIET)
+        assert any(f"cannot say that the model predicts {prediction}" in n for n in lines) == (prediction != "eps")
+
+
+def test_pooling_is_that_of_the_control(full: dict[str, Tensor], base: Path, tmp_path: Path) -> None:
+    pooled, plain, out = (tmp_path / f"{name}.safetensors" for name in ("pooled", "plain", "out"))
+    write_checkpoint(pooled, full, {"global_average_pooling": "true"}, **QUIET)
+    saved(plain, only(full, CONTROL))
+    folder = tmp_path / "folder"
+    convert(pooled, folder, "diffusers", **QUIET)
+    for control, want in ((pooled, "true"), (folder, "true"), (plain, None)):
+        for source in (base, pooled):
+            added = add_control(source, out, control_from=control, overwrite=True, **QUIET)
+            assert told(out)[1] == want and any("averages" in note for note in added.notes) == (want == "true")
+        lines = transfer_control(base, control, base, out, overwrite=True, **QUIET)
+        assert told(out)[1] == want and any("averages" in note for note in lines) == (want == "true")
+    lines = convert(pooled, tmp_path / "out.pth", "control", with_base=True, **QUIET)
+    assert any("cannot say that the ControlNet averages" in line for line in lines)
+    convert(pooled, out, "control", global_average_pooling=False, with_base=True, overwrite=True, **QUIET)
+    assert told(out)[1] is None
+    convert(pooled, out, "control", with_base=True, overwrite=True, **QUIET)
+    assert told(out)[1] == "true" and told(tmp_path / "out_base.safetensors")[1] is None
+    convert(pooled, out, "base", overwrite=True, **QUIET)
+    assert told(out)[1] is None
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"beta_end": 0.02},
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"rescale_betas_zero_snr": True},
+        {"trained_betas": [0.001 + 1e-5 * i for i in range(1000)]},
+    ],
+)
+def test_the_noise_schedule_is_that_of_the_unet(
+    full: dict[str, Tensor], base: Path, tmp_path: Path, scheduler: dict[str, object]
+) -> None:
+    """Judged by diffusers' own scheduler, from a folder to files and back."""
+    diffusers = pytest.importorskip("diffusers")
+    folder, control = tmp_path / "pipe", saved(tmp_path / "control.pt", only(full, CONTROL))
+    convert(base, folder, "diffusers-pipeline", **QUIET)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **scheduler}))
+
+    def betas(pipeline: Path) -> Tensor:
+        return diffusers.DDIMScheduler.from_pretrained(pipeline / "scheduler").betas
+
+    want = betas(folder)
+    outputs = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    convert(folder, outputs[0], "base", **QUIET)
+    convert(control, outputs[1], "full", base=folder, **QUIET)
+    add_control(folder, outputs[2], **QUIET)
+    transfer_control(base, control, folder, outputs[3], **QUIET)
+    for i, output in enumerate(outputs):
+        # diffusers computes in float32, which costs it three digits where it rescales
+        assert torch.allclose(read_state_dict(output)["betas"], want, rtol=1e-3), i
+        convert(output, tmp_path / f"back{i}", "diffusers-pipeline", **QUIET)
+        assert torch.allclose(betas(tmp_path / f"back{i}"), want, rtol=1e-3)
+    convert(control, tmp_path / "direct", "diffusers-pipeline", base=folder, **QUIET)
+    assert torch.allclose(betas(tmp_path / "direct"), want, rtol=1e-3)
+    if scheduler == {"beta_end": 0.02}:  # and in its own words, not as a list
+        assert json.loads((tmp_path / "back0" / "scheduler" / "scheduler_config.json").read_text())["beta_end"] == 0.02
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"beta_schedule": ["x"]},
+        {"beta_schedule": "sigmoid"},
+        {"beta_start": "x"},
+        {"beta_start": float("nan")},
+        {"beta_end": -0.1},
+        {"num_train_timesteps": 1000.0},
+        {"num_train_timesteps": 0},
+        {"num_train_timesteps": 10**9},
+        {"trained_betas": [0.1, "x"]},
+        {"trained_betas": {"a": 1}},
+    ],
+)
+def test_senseless_schedulers_are_refused(base: Path, tmp_path: Path, scheduler: dict[str, object]) -> None:
+    from cldm.model import create_model
+
+    convert(base, tmp_path / "pipe", "diffusers-pipeline", **QUIET)
+    path = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **scheduler}))
+    with pytest.raises(CheckpointError, match="pipe: scheduler_config.json: "):
+        convert(tmp_path / "pipe", tmp_path / "out.pt", "base", **QUIET)
+    with pytest.raises(CheckpointError, match="pipe: scheduler_config.json: "):
+        create_model("cldm_tiny", weights=tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": [1]},
+        {"target": "cldm.cldm.ControlLDM", "params": {"image_size": 8}},
+        {"target": "cldm.cldm.ControlLDM", "params": {"unet_config": {"params": 3}, "control_stage_config": 3}},
+        {"target": "cldm.cldm.ControlLDM"},
+    ],
+)
+@pytest.mark.parametrize("to", ["diffusers", "diffusers-pipeline"])
+def test_configurations_of_something_else_are_refused(
+    full: dict[str, Tensor], tmp_path: Path, content: dict[str, object], to: str
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps({"model": content}))
+    source = saved(tmp_path / "full.pt", full | {UNET + "input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)})
+    assert identify(source).config is None
+    with pytest.raises((CheckpointError, ConfigError)):
+        convert(source, tmp_path / "folder", to, config=config, **QUIET)

@@ -1,6 +1,7 @@
 """Conversions judged by diffusers itself: the same weights and inputs give the same outputs."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,20 @@ def test_whole_pipelines_load_and_come_back_bit_by_bit(case: Case, tmp_path: Pat
             if not any(part in key for part in unused):
                 assert torch.equal(got[key], tensor), key
         assert not got.keys() - want.keys()
+
+
+def test_text_encoders_of_transformers_5(case: Case, tmp_path: Path) -> None:
+    """It writes their keys without `text_model.` when it has made the encoder itself."""
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(case.pipeline, pipeline)
+    path = pipeline / "text_encoder" / "model.safetensors"
+    text = {key.removeprefix("text_model."): tensor for key, tensor in read_state_dict(path).items()}
+    write_checkpoint(path, text, overwrite=True, progress=False)
+    for source in (case.pipeline, pipeline):
+        convert(source, tmp_path / f"{source.parent.name}.pt", "full", config=case.config, progress=False)
+    want, got = (read_state_dict(tmp_path / f"{f.parent.name}.pt") for f in (case.pipeline, pipeline))
+    assert want.keys() == got.keys() and all(torch.equal(got[key], tensor) for key, tensor in want.items())
+    assert any("a bare text encoder" in line for line in identify(pipeline / "text_encoder").suggestions)
 
 
 def test_control_round_trips_through_every_layout(case: Case, tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def test_diffusers_files(tmp_path: Path, version: str) -> None:
 
 
 @pytest.mark.parametrize("old_names", [False, True])
-def test_diffusers_pipeline(tmp_path: Path, version: str, old_names: bool) -> None:
+@pytest.mark.parametrize("text_module", ["text_model.", ""])  # without it since transformers 5
+def test_diffusers_pipeline(tmp_path: Path, version: str, old_names: bool, text_module: str) -> None:
     for component in ("unet", "vae", "text_encoder", "scheduler"):
         (tmp_path / component).mkdir()
     vae = diffusers("vae")
@@ -104,7 +105,8 @@ def test_diffusers_pipeline(tmp_path: Path, version: str, old_names: bool) -> No
     hollow(tmp_path / "unet" / "diffusion_pytorch_model.safetensors", diffusers(f"unet_{version}"))
     hollow(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", vae)
     layers, width = (12, 768) if version == "v15" else (23, 1024)
-    hollow(tmp_path / "text_encoder" / "model.safetensors", _clip(layers, width))
+    text = {key.replace("text_model.", text_module): shape for key, shape in _clip(layers, width).items()}
+    hollow(tmp_path / "text_encoder" / "model.safetensors", text)
     (tmp_path / "model_index.json").write_text("{}")
     prediction = {"v15": "epsilon", "v21": "v_prediction"}[version]
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": prediction}))

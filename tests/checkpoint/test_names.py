@@ -1,8 +1,11 @@
 """Names here and in diffusers, against the key lists of the published networks on both sides."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from cldm.checkpoint.diffusers_config import unet_config
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.lazy import LazyTensor, constant
 from cldm.checkpoint.names import (
@@ -116,3 +119,41 @@ def test_what_has_no_counterpart_is_refused() -> None:
         unet_from_diffusers({**unet_to_diffusers(entries)[0], "down_blocks.0.motion_modules.0.weight": unread((4,))})
     with pytest.raises(CheckpointError, match="incomplete"):
         unet_to_diffusers({key: entry for key, entry in entries.items() if not key.startswith("input_blocks.4.0.")})
+
+
+ODD = [
+    ("unet", {"up_blocks.9.upsamplers.0.conv.weight": (2, 2, 3, 3)}),
+    ("unet", {"down_blocks.9.resnets.0.conv1.weight": (2,)}),
+    ("unet", {f"down_blocks.{i}.resnets.0.conv1.weight": () for i in range(9000)}),  # not in quadratic time
+    ("vae", {"encoder.down_blocks.3.resnets.0.conv1.weight": ()}),
+    ("vae", {"encoder.down_blocks.0.resnets.0.conv1.weight": (), "a." * 2_000_000: ()}),
+    (
+        "vae",
+        {"encoder.down_blocks.0.resnets.0.conv1.weight": (), "decoder.mid_block.attentions.0.to_q.weight": (1,) * 5},
+    ),
+    ("text", {f"text_model.encoder.layers.0.self_attn.{name}_proj.weight": () for name in "qkv"}),
+    ("text", {f"encoder.layers.0.self_attn.{name}_proj.weight": (2 + (name == "v"), 2) for name in "qkv"}),
+    ("text", {"text_projection.weight": (2,)}),
+]
+
+
+@pytest.mark.parametrize(("part", "given"), ODD, ids=range(len(ODD)))
+def test_odd_names_and_shapes_are_refused_or_left(part: str, given: dict[str, tuple[int, ...]]) -> None:
+    """A file may hold anything: it converts or is refused, and soon."""
+    entries = {key: unread(shape) for key, shape in given.items()}
+    refused = part == "text" or any("_blocks.9." in key for key in given) and len(given) == 1
+    with pytest.raises(CheckpointError) if refused else nullcontext():
+        if part == "text":
+            text_from_diffusers(entries, open_clip=True)
+        else:
+            NETWORKS[part].from_diffusers(entries)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 4, 4), (4, 4, 4, 4, 4)])
+@pytest.mark.parametrize(
+    "key", ["input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", "out.2.weight"]
+)
+def test_configurations_need_shapes_of_a_unet(key: str, shape: tuple[int, ...]) -> None:
+    entries = {**ours("manifest_v15", "model.diffusion_model."), key: unread(shape)}
+    with pytest.raises(CheckpointError, match="which no model of this kind has"):
+        unet_config(entries, {"unet_config": {"params": {"num_heads": 8}}, "image_size": 64}, "eps")

@@ -130,6 +130,20 @@ def test_other_wrappers(tmp_path: Path, wrapper: str) -> None:
         assert list(checkpoint) == ["w"] and checkpoint.wrapping == (wrapper,) and checkpoint.extras["step"] == 3
 
 
+@pytest.mark.parametrize("wrapper", ["model", "module"])
+def test_one_number_beside_the_weights_does_not_hide_them(tmp_path: Path, wrapper: str) -> None:
+    content = {"step": torch.tensor(3), "decay": torch.tensor([0.9]), wrapper: {"w": torch.ones(2)}}
+    with open_checkpoint(save(content, tmp_path / "w.pt", "torch-zip")) as checkpoint:
+        assert list(checkpoint) == ["w"] and checkpoint.wrapping == (wrapper,)
+
+
+@pytest.mark.parametrize("inside", [{"y": torch.ones(2)}, [[torch.ones(2)]], {"y": {"z": (torch.ones(2),)}}])
+def test_tensors_inside_an_entry_are_not_dropped_in_silence(tmp_path: Path, inside: object) -> None:
+    path = save({"w": torch.ones(2), "x": inside}, tmp_path / "w.pt", "torch-zip")
+    with pytest.raises(CheckpointError, match="entry 'x' among its weights holds tensors of its own"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("forge", [torch_zip, torch_legacy])
 def test_storage_views_of_old_torch(tmp_path: Path, forge) -> None:
     """Before 0.4 a persistent id could name a part of a storage: here four numbers from the second of six on."""
@@ -148,6 +162,7 @@ def test_storage_views_of_old_torch(tmp_path: Path, forge) -> None:
         ("sparse", lambda: torch.eye(3).to_sparse()),
         ("quantised", lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)),
         ("conjugated", lambda: torch.randn(2, dtype=torch.complex64).conj()),
+        ("torch.float8_e4m3fnuz", lambda: torch.ones(2).to(torch.float8_e4m3fnuz)),
         ("Linear", lambda: nn.Linear(1, 1)),
     ],
 )
@@ -156,6 +171,13 @@ def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path: Path, format: str,
     with pytest.raises(CheckpointError, match=kind) as raised:
         open_checkpoint(path)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_old_protocols_are_named(tmp_path: Path, protocol: int) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="a torch file of pickle protocol 0 or 1"):
+        open_checkpoint(tmp_path / "w.pt")
 
 
 def test_whole_pickled_module(tmp_path: Path) -> None:
@@ -274,3 +296,36 @@ def test_incomplete_folders(tmp_path: Path) -> None:
     (tmp_path / "pipe" / "unet" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json: not valid JSON"):
         open_checkpoint(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16", ".bf16", ".non_ema"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_variants_of_diffusers(tmp_path: Path, variant: str, shards: bool) -> None:
+    stem, want = "diffusion_pytorch_model", {"w": torch.ones(2)}
+    if shards:
+        save_file(want, tmp_path / f"{stem}{variant}-00001-of-00001.safetensors")
+        weight_map = {"w": f"{stem}{variant}-00001-of-00001.safetensors"}
+        (tmp_path / f"{stem}.safetensors.index{variant}.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save_file(want, tmp_path / f"{stem}{variant}.safetensors")
+    assert read_state_dict(tmp_path).keys() == want.keys()
+    if variant:  # full precision comes first
+        save_file({"full": torch.ones(2)}, tmp_path / f"{stem}.safetensors")
+        assert read_state_dict(tmp_path).keys() == {"full"}
+
+
+def test_what_a_system_refuses_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="cannot be .*: File name too long"):
+        open_checkpoint(tmp_path / ("n" * 300))
+    make_pipeline(tmp_path / "pipe")
+    (tmp_path / "pipe" / "unet" / "config.json").write_text('{"a": ' + "1" * 5000 + "}")
+    with pytest.raises(CheckpointError, match="config.json: not valid JSON"):
+        open_checkpoint(tmp_path / "pipe")
+
+    def refuse(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("is_dir", "is_file"):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+            patch.setattr(Path, name, refuse)
+            open_checkpoint(tmp_path / "pipe")

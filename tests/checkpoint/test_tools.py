@@ -1,10 +1,12 @@
 """The three commands: thin, one clear line for a mistake, exit status 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tool_add_control
 import tool_convert_control
@@ -52,6 +54,8 @@ def test_commands_do_their_work(files: dict[str, str], tmp_path: Path, capsys: p
         (tool_convert_control, ["{base}", "{out}", "--to", "control"], "holds no ControlNet"),
         (tool_convert_control, ["{control}", "{folder}", "--to", "diffusers"], "something else in it"),
         (tool_convert_control, ["{text}", "{out}", "--to", "full"], "a text file"),
+        (tool_convert_control, ["{full}", "n" * 300, "--to", "full"], "File name too long"),
+        (tool_convert_control, ["n" * 300, "{out}", "--to", "full"], "File name too long"),
     ],
 )
 def test_mistakes_get_one_line(
@@ -81,6 +85,35 @@ def test_help_names_what_is_there(tool: object, capsys: pytest.CaptureFixture[st
         tool.main(["--help"])
     assert ended.value.code == 0
     assert "OUTPUT" in capsys.readouterr().out
+
+
+def test_names_in_a_file_cannot_break_the_output(files: dict[str, str], tmp_path: Path) -> None:
+    """Lone surrogates and control characters in keys and paths, on a terminal that knows ASCII alone."""
+    source = tmp_path / os.fsdecode(b"b\xff\x1b[2J\xc3\xbc.ckpt")
+    torch.save({**without(tiny_full(), CONTROL), "bad\ud800\x1b[2Jkey": torch.ones(1)}, source)
+    for tool, arguments in (
+        (tool_add_control, []),
+        (tool_convert_control, ["--to", "full"]),  # which keeps the key, and cannot write it
+    ):
+        out = str(source.with_suffix(".safetensors"))
+        done = subprocess.run(
+            [sys.executable, tool.__file__, str(source), out, *arguments, "--force"],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        )
+        assert done.returncode == (2 if arguments else 0), done.stderr
+        text = done.stdout + done.stderr
+        assert b"Traceback" not in text and b"\x1b" not in text and b"[2J" in text and text.isascii()
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion/v1-inference.yaml", "autoencoder/autoencoder_kl_32x32x4.yaml"])
+@pytest.mark.parametrize("to", ["diffusers", "diffusers-pipeline"])
+def test_configurations_of_other_models_get_one_line(
+    name: str, to: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / "configs" / name)
+    assert tool_convert_control.main([files["full"], str(tmp_path / "out"), "--to", to, "--config", config]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not os.listdir(tmp_path)
 
 
 def test_as_a_command_from_another_folder(files: dict[str, str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.lazy import LazyEntries, LazyTensor, constant, lazy_entries
 from cldm.checkpoint.reading import TensorInfo, open_checkpoint, read_state_dict
-from cldm.checkpoint.writing import write_checkpoint, write_folder
+from cldm.checkpoint.writing import Output, write_all, write_checkpoint, write_folder
 
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 
@@ -185,24 +186,123 @@ def test_a_terminated_process_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+CONTENT = {"config.json": {"_class_name": "X"}, "diffusion_pytorch_model.safetensors": {"a": torch.ones(2)}}
+
+
 def test_folders_are_replaced_whole_and_only_if_they_are_ours(tmp_path: Path) -> None:
-    files = {"config.json": {"_class_name": "X"}, "sub/model.safetensors": {"a": torch.ones(2)}, "notes.txt": "ü\n"}
+    files = {f"unet/{name}": content for name, content in CONTENT.items()}
+    files |= {"model_index.json": {"_class_name": "P"}, "tokenizer/merges.txt": "ü\n"}
     folder = write_folder(tmp_path / "out", files, progress=False)
-    assert json.loads((folder / "config.json").read_text()) == {"_class_name": "X"}
-    assert (folder / "notes.txt").read_text(encoding="utf-8") == "ü\n"
-    assert torch.equal(load_file(folder / "sub/model.safetensors")["a"], torch.ones(2))
+    assert json.loads((folder / "model_index.json").read_text()) == {"_class_name": "P"}
+    assert (folder / "tokenizer" / "merges.txt").read_text(encoding="utf-8") == "ü\n"
+    assert torch.equal(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["a"], torch.ones(2))
     with pytest.raises(CheckpointError, match="exists already"):
         write_folder(folder, files, progress=False)
-    write_folder(folder, {"config.json": {}}, overwrite=True, progress=False)
-    assert os.listdir(folder) == ["config.json"]
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.tex").write_text("...")
+    write_folder(folder, CONTENT, overwrite=True, progress=False)
+    assert sorted(os.listdir(folder)) == sorted(CONTENT)
+    (tmp_path / "empty").mkdir()
+    write_folder(tmp_path / "empty", CONTENT, progress=False)
+    assert sorted(os.listdir(tmp_path)) == ["empty", "out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("thesis.tex", "..."),
+        ("unet/thesis.tex", "..."),
+        ("pictures/cat.json", "{}"),
+        ("config.json", '{"name": "my web server"}'),
+        ("config.json", "[1"),
+    ],
+)
+def test_a_folder_with_something_else_in_it_is_not_replaced(tmp_path: Path, name: str, content: str) -> None:
+    folder = write_folder(tmp_path / "out", CONTENT, progress=False)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(content)
     with pytest.raises(CheckpointError, match="something else in it"):
-        write_folder(precious, files, overwrite=True, progress=False)
-    (precious / "thesis.tex").unlink()
-    write_folder(precious, {"config.json": {}}, progress=False)
-    assert sorted(os.listdir(tmp_path)) == ["out", "precious"]
+        write_folder(folder, CONTENT, overwrite=True, progress=False)
+    assert (folder / name).read_text() == content
+
+
+def test_links_are_written_through(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    write_folder(disk / "folder", CONTENT, progress=False)
+    write_checkpoint(disk / "file.pt", {"a": torch.ones(1)}, progress=False)
+    for name in ("folder", "file.pt", "new.pt"):
+        (tmp_path / name).symlink_to(disk / name)
+    write_folder(tmp_path / "folder", {**CONTENT, "extra.json": {}}, overwrite=True, progress=False)
+    for name in ("file.pt", "new.pt"):
+        write_checkpoint(tmp_path / name, {"a": torch.zeros(1)}, overwrite=True, progress=False)
+        assert (tmp_path / name).is_symlink() and torch.equal(read_state_dict(disk / name)["a"], torch.zeros(1))
+    assert (tmp_path / "folder").is_symlink() and (disk / "folder" / "extra.json").is_file()
+    assert sorted(os.listdir(disk)) == ["file.pt", "folder", "new.pt"] and len(os.listdir(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("broken", [1, 2])
+def test_an_interruption_between_the_renames_keeps_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], broken: int
+) -> None:
+    folder, rename, calls = write_folder(tmp_path / "out", CONTENT, progress=False), Path.rename, []
+
+    def interrupted(path: Path, target: Path) -> None:
+        calls.append(path)
+        if len(calls) == broken:
+            raise error
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(CheckpointError if error is OSError else error):
+        write_folder(folder, {**CONTENT, "extra.json": {}}, overwrite=True, progress=False)
+    assert os.listdir(tmp_path) == ["out"] and sorted(os.listdir(folder)) == sorted(CONTENT)
+
+
+def test_several_outputs_are_written_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    good = LazyEntries({"a": constant(torch.zeros(3))})
+    bad = LazyEntries({"b": LazyTensor(TensorInfo((3,), torch.float32), fail)})
+    old = write_checkpoint(tmp_path / "old.pt", {"a": torch.ones(3)}, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        write_all(
+            [Output(tmp_path / "new.pt", good), Output(old, good), Output(tmp_path / "x.pt", bad)], None, True, False
+        )
+    assert os.listdir(tmp_path) == ["old.pt"] and torch.equal(read_state_dict(old)["a"], torch.ones(3))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3_000_000))
+    half = LazyEntries({"a": LazyTensor(TensorInfo((400_000,), torch.float32), lambda: pytest.fail("was read"))})
+    with pytest.raises(CheckpointError, match="y.pt: needs 0.01 GB of disk"):
+        write_all([Output(tmp_path / "x.pt", half), Output(tmp_path / "y.pt", half)], progress=False)
+
+
+def test_names_that_a_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {"a": torch.ones(1)}
+    long = "n" * 237 + ".safetensors"
+    assert write_checkpoint(tmp_path / long, entries, progress=False).is_file()
+    with pytest.raises(CheckpointError, match="cannot be written: File name too long"):
+        write_checkpoint(tmp_path / ("n" * 300 + ".pt"), entries, progress=False)
+    with pytest.raises(CheckpointError, match="is the current folder or one above it"):
+        monkeypatch.chdir(tmp_path)
+        write_folder(Path("."), CONTENT, progress=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for name in ("exists", "is_dir"):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="written: Permission denied"):
+            patch.setattr(Path, name, refuse)
+            write_checkpoint(tmp_path / "a.pt", entries, progress=False)
+    assert os.listdir(tmp_path) == [long]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_names_that_are_no_text_are_refused(tmp_path: Path, suffix: str) -> None:
+    for entries, metadata in (({"a\ud800": torch.ones(1)}, {}), ({"a": torch.ones(1)}, {"b": "\udcff"})):
+        with pytest.raises(CheckpointError, match="is not valid text"):
+            write_checkpoint(tmp_path / f"a{suffix}", entries, metadata, progress=False)
+    assert not os.listdir(tmp_path)
 
 
 def test_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
