@@ -8,6 +8,7 @@ The environment is made in .venv at the first call and again when pyproject.toml
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -16,23 +17,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 ENVIRONMENT = ROOT / ".venv"
 PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+STAMP = ENVIRONMENT / "made_for"  # says that this script made the environment and, once it is installed, for what
 
 
 def prepare() -> None:
     """Make the environment, unless it is there and belongs to this pyproject.toml."""
     wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    stamp = ENVIRONMENT / "made_for"
-    if stamp.is_file() and stamp.read_text() == wanted:
+    if STAMP.is_file() and STAMP.read_text() == wanted:
         return
     print(
         f"making the environment in {ENVIRONMENT}; the first time this downloads PyTorch, which takes some minutes",
         flush=True,
     )
-    venv.create(ENVIRONMENT, with_pip=True, clear=True)
+    # The stamp is there from the first to the last moment, so that whatever is interrupted can be made again.
+    ENVIRONMENT.mkdir(exist_ok=True)
+    STAMP.write_text("not installed yet")
+    for entry in list(ENVIRONMENT.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry != STAMP:
+            entry.unlink()
+    venv.create(ENVIRONMENT, with_pip=True)
     subprocess.run(
         [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{ROOT}[test]"], check=True
     )
-    stamp.write_text(wanted)
+    STAMP.write_text(wanted)
 
 
 def main(argv: list[str]) -> int:
@@ -46,6 +55,9 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in commands:
         print(__doc__)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
+    if ENVIRONMENT.exists() and not STAMP.is_file():
+        print("start.py: .venv was not made by this script; move it away first", file=sys.stderr)
+        return 2
     try:
         prepare()
     except subprocess.CalledProcessError as error:

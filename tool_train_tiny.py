@@ -2,9 +2,10 @@
 
     python tool_train_tiny.py [key=value ...]
 
-Everything is drawn on the fly by the Fill generator; nothing is downloaded. `key=value` sets a field of `Settings` below. The
-stages are kept under `work`, so that an interrupted run goes on where it stopped when started again. The base that this project
-ships, models/cldm_tiny.safetensors, was made by this script; its metadata says with which settings.
+Everything is drawn on the fly by the Fill generator; nothing is downloaded. `--help` lists the settings. The stages are kept
+under `work`, so that an interrupted run goes on where it stopped when started again. The base that this project ships,
+models/cldm_tiny.safetensors, was made by this script, and its metadata says with which settings; a new one is written to
+runs/train_tiny and takes its place when it is copied over it.
 """
 
 import json
@@ -20,39 +21,43 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from cldm.checkpoint.writing import write_checkpoint
+from cldm.checkpoint.reading import read_state_dict
+from cldm.checkpoint.writing import check_target, write_checkpoint
+from cldm.command import check_counts, explain, is_continued, make_trainer, run_command, setting, write_settings
 from cldm.config import load_config, override
-from cldm.data.fill import PALETTES, draw_fill
+from cldm.data.fill import PALETTES, describe_fill, draw_fill
 from ldm.util import ConfigError, instantiate_from_config
+
+# What may differ when a run goes on.
+MAY_CHANGE = ("out", "work", "save_every", "threads")
 
 
 @dataclass
 class Settings:
     """What can be set on the command line."""
 
-    out: str = "models/cldm_tiny.safetensors"  # the file to write
-    work: str = "runs/train_tiny"  # stages and logs
-    config: str = "cldm_tiny"
-    size: int = 64  # of the pictures, in pixels
-    vae_palette: str = "web"  # the autoencoder sees all colours
-    palette: str = "clear"  # the prompts name these
-    seed: int = 0
-    vae_half_steps: int = (
-        3000  # of the autoencoder at half the size with twice the batch, where colours are learnt cheaply
-    )
-    vae_steps: int = 2500
-    vae_batch: int = 16
-    vae_lr: float = 6e-4
-    vae_kl_weight: float = 0.02
-    vae_precision: str = "bf16-mixed"  # on processors without bf16 instructions "32-true" is faster
-    latents: int = 40000  # pictures encoded for the second stage
-    unet_steps: int = 4000
-    unet_batch: int = 32
-    unet_lr: float = 6e-4
-    unet_precision: str = "32-true"
-    empty_prompts: float = 0.1  # share of prompts replaced by the empty one, for guidance
-    save_every: int = 500
-    threads: int = 0  # 0 leaves torch's choice
+    out: str = setting("runs/train_tiny/cldm_tiny.safetensors", "the file to write")
+    work: str = setting("runs/train_tiny", "folder for stages and logs")
+    config: str = setting("cldm_tiny", "a packaged configuration or a YAML file")
+    size: int = setting(64, "of the pictures, in pixels")
+    vae_palette: str = setting("web", "colours that the autoencoder sees: all")
+    palette: str = setting("clear", "colours that the prompts name")
+    seed: int = setting(0, "of pictures, weights and noise")
+    # Colours are learnt cheaply at half the size.
+    vae_half_steps: int = setting(3000, "of the autoencoder at half the size with twice the batch")
+    vae_steps: int = setting(2500, "of the autoencoder at the whole size")
+    vae_batch: int = setting(16, "pictures a step")
+    vae_lr: float = setting(6e-4, "learning rate")
+    vae_kl_weight: float = setting(0.02, "of the divergence from a normal distribution, beside the reconstruction")
+    vae_precision: str = setting("bf16-mixed", "on processors without bf16 instructions 32-true is faster")
+    latents: int = setting(40000, "pictures encoded for the second stage")
+    unet_steps: int = setting(4000, "of UNet and text encoder")
+    unet_batch: int = setting(32, "latents a step")
+    unet_lr: float = setting(6e-4, "learning rate")
+    unet_precision: str = setting("32-true", "or bf16-mixed, 16-mixed")
+    empty_prompts: float = setting(0.1, "share of prompts replaced by the empty one, for guidance")
+    save_every: int = setting(500, "steps between checkpoints")
+    threads: int = setting(0, "of torch; 0 leaves its choice")
 
 
 class FillPictures(IterableDataset):
@@ -99,7 +104,7 @@ def fit(
     checkpoint = pl.callbacks.ModelCheckpoint(
         folder, filename="{step}", save_last=True, every_n_train_steps=settings.save_every, save_top_k=1
     )
-    trainer = pl.Trainer(
+    trainer = make_trainer(
         max_steps=steps,
         logger=pl.loggers.CSVLogger(folder, name="", version=""),
         callbacks=[checkpoint],
@@ -160,25 +165,20 @@ def train_autoencoder(config: dict, settings: Settings) -> pl.LightningModule:
 @torch.no_grad()
 def cache_latents(autoencoder: pl.LightningModule, settings: Settings) -> tuple[Tensor, Tensor, list[str]]:
     """Posterior means and deviations, (N, 4, h, w) each, and prompts of `settings.latents` pictures."""
-    path = Path(settings.work) / "latents.pt"
-    if path.exists():
-        cached = torch.load(path)
-        return cached["mean"], cached["std"], cached["prompts"]
-    means, stds, prompts = [], [], []
-    for start in range(0, settings.latents, 100):
-        samples = [
-            draw_fill(3_000_000 + i, settings.size, settings.seed, PALETTES[settings.palette])
-            for i in range(start, min(start + 100, settings.latents))
-        ]
-        images = torch.from_numpy(np.stack([s.target for s in samples]).astype(np.float32) / 127.5 - 1).permute(
-            0, 3, 1, 2
-        )
-        posterior = autoencoder.encode(images.to(autoencoder.device))
-        means.append(posterior.mean.cpu())
-        stds.append(posterior.std.cpu())
-        prompts += [s.prompt for s in samples]
-    cached = {"mean": torch.cat(means), "std": torch.cat(stds), "prompts": prompts}
-    torch.save(cached, path)
+    path = Path(settings.work) / "latents.safetensors"
+    numbers = range(3_000_000, 3_000_000 + settings.latents)
+    palette = PALETTES[settings.palette]
+    if not path.is_file():
+        means, stds = [], []
+        for start in range(0, settings.latents, 100):
+            targets = [draw_fill(i, settings.size, settings.seed, palette).target for i in numbers[start : start + 100]]
+            images = torch.from_numpy(np.stack(targets).astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+            posterior = autoencoder.encode(images.to(autoencoder.device))
+            means.append(posterior.mean.cpu())
+            stds.append(posterior.std.cpu())
+        write_checkpoint(path, {"mean": torch.cat(means), "std": torch.cat(stds)}, progress=False)
+    cached = read_state_dict(path)
+    prompts = [describe_fill(i, settings.seed, palette)[0] for i in numbers]
     return cached["mean"], cached["std"], prompts
 
 
@@ -239,42 +239,60 @@ def write_base(
     write_checkpoint(settings.out, entries, metadata=provenance, dtype=torch.float16, overwrite=True)
 
 
+def train(settings: Settings) -> None:
+    """Both stages, and the file."""
+    check_counts(
+        settings,
+        ("vae_half_steps", "vae_steps", "vae_batch", "latents", "unet_steps", "unet_batch", "save_every"),
+    )
+    if settings.size < 64 or settings.size % 64:
+        raise ConfigError(f"size must be a multiple of 64, found {settings.size}")
+    config = load_config(settings.config).model
+    for palette in (settings.palette, settings.vae_palette):
+        if palette not in PALETTES:
+            raise ConfigError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
+    out, work = Path(settings.out), Path(settings.work)
+    # Stages build on one another, so that all in `work` must be of the same settings.
+    stages = [*work.glob("*/last.ckpt"), *work.glob("latents.*")]
+    if stages and not is_continued(work / "settings.json", settings, MAY_CHANGE):
+        raise ConfigError(f"{work} holds stages of unknown settings; choose another folder with work=")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_target(out, overwrite=True, folder=False)
+    write_settings(work / "settings.json", settings)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    pl.seed_everything(settings.seed)
+    autoencoder = train_autoencoder(config.params.first_stage_config, settings)
+    mean, std, prompts = cache_latents(autoencoder, settings)
+    measured = float(1.0 / (mean + std * torch.randn_like(std)).std())
+    scale = float(config.params.scale_factor)
+    logging.info(
+        "latents have a standard deviation of %.5f: scale_factor should be near %.5f and is %.5f",
+        1 / measured,
+        measured,
+        scale,
+    )
+    pl.seed_everything(settings.seed)
+    diffusion = train_diffusion(config, settings, mean, std, prompts, scale)
+    write_base(autoencoder, diffusion, scale, settings)
+    logging.info(
+        "wrote %s (%.1f MB); to use it, copy it over models/cldm_tiny.safetensors, or name it in base= of tutorial_train.py",
+        out,
+        out.stat().st_size / 1e6,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = sys.argv[1:] if argv is None else argv
     if any(a in ("-h", "--help") for a in arguments):
-        print(__doc__, *(f"  {key}={value}" for key, value in asdict(Settings()).items()), sep="\n")
+        print(__doc__, explain(Settings), sep="\n")
         return 0
-    try:
-        settings = override(Settings(), arguments)
-        config = load_config(settings.config).model
-        for palette in (settings.palette, settings.vae_palette):
-            if palette not in PALETTES:
-                raise ConfigError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        pl.seed_everything(settings.seed)
-        autoencoder = train_autoencoder(config.params.first_stage_config, settings)
-        mean, std, prompts = cache_latents(autoencoder, settings)
-        measured = float(1.0 / (mean + std * torch.randn_like(std)).std())
-        scale = float(config.params.scale_factor)
-        logging.info(
-            "latents have a standard deviation of %.5f: scale_factor should be near %.5f and is %.5f",
-            1 / measured,
-            measured,
-            scale,
-        )
-        pl.seed_everything(settings.seed)
-        diffusion = train_diffusion(config, settings, mean, std, prompts, scale)
-        write_base(autoencoder, diffusion, scale, settings)
-    except ValueError as error:
-        print(f"tool_train_tiny.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {settings.work}", file=sys.stderr)
-        return 130
-    logging.info("wrote %s (%.1f MB)", settings.out, Path(settings.out).stat().st_size / 1e6)
-    return 0
+    return run_command(
+        "tool_train_tiny.py",
+        lambda: train(override(Settings(), arguments)),
+        interrupted="interrupted; the same command goes on where it stopped",
+    )
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ import numpy as np
 from annotator.folder import Task, find_pictures
 from annotator.options import Parser, add_detector_options, read_task, run_with_bar
 from annotator.registry import Annotator, describe, list_annotators
+from cldm.command import MISTAKES, run_command
 from cldm.data.fill import PALETTES, generate_fill
 from cldm.data.folders import claim_folder
-from cldm.data.pairs import PairDataset
+from cldm.data.pairs import DataError, PairDataset
 from cldm.data.photos import (
     Framing,
     PhotoPair,
@@ -44,8 +45,8 @@ class MyDataset(PairDataset):
     the condition, float32 (H, W, 3) in [0, 1].
     """
 
-    def __init__(self, root: str | Path = "./training/fill50k/", **kwargs) -> None:
-        super().__init__(root, **kwargs)
+    def __init__(self, root: str | Path = "./training/fill50k/") -> None:
+        super().__init__(root)
 
 
 def fill_parser() -> argparse.ArgumentParser:
@@ -135,18 +136,17 @@ class PairTask(Task):
 def make_pairs(options: argparse.Namespace) -> int:
     """Make a set from photographs."""
     if options.crops is not None and options.crops < 1:
-        raise ValueError(f"--crops must be at least 1, found {options.crops}")
+        raise DataError(f"--crops must be at least 1, found {options.crops}")
     framing = Framing(*parse_size(options.size), options.buckets, options.crops is not None, options.seed)
     task = read_task(options, options.condition, PairTask, out=options.out, framing=framing)
     if not options.photos.is_dir():
-        raise ValueError(f"there is no folder {options.photos}")
+        raise DataError(f"there is no folder {options.photos}")
     if options.out.resolve() == options.photos.resolve():
-        raise ValueError(f"PHOTOS and OUT are the same folder: {options.out}")
+        raise DataError(f"PHOTOS and OUT are the same folder: {options.out}")
     photos = find_pictures(options.photos, options.out)
     prompts, complaints = read_prompts(options.photos, photos, options.captions, options.prompt)
     pairs = plan_pairs(options.photos, prompts, photos, options.crops)
-    facts = ("name", "version", "detect_resolution", "parameters")
-    claim_folder(options.out, "photos.json", settings_of(framing, {fact: getattr(task, fact) for fact in facts}))
+    claim_folder(options.out, "photos.json", settings_of(framing, task.origin))
     for complaint in complaints:
         print(f"{PROGRAM}: {complaint}", file=sys.stderr)
     todo = [pair for pair in pairs if not pair.is_current(options.out)]
@@ -162,17 +162,20 @@ def make_pairs(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    try:
+
+    def work() -> int:
         parser = photos_parser() if arguments and not arguments[0].startswith("-") else fill_parser()
         options = parser.parse_args(arguments)
         return options.run(options)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        print(f"{PROGRAM}: {reason}", file=sys.stderr)
-        return 2
+
+    return run_command(
+        PROGRAM,
+        work,
+        interrupted="interrupted; the same command goes on",
+        # The annotators know nothing of this library's errors: options that they refuse are ValueError, a detector that
+        # cannot be had here the others. What goes wrong with a single picture is reported elsewhere.
+        mistakes=(*MISTAKES, ValueError, RuntimeError, ImportError),
+    )
 
 
 if __name__ == "__main__":

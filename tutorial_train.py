@@ -9,15 +9,14 @@ scored on hints that it has not seen. With other settings it is the training run
     python tutorial_train.py config=cldm_v15 weights=models/control_sd15_ini.safetensors data=training/fill50k \\
         batch_size=4 learning_rate=1e-5 steps=20000 precision=bf16-mixed out=runs/fill50k
 
-The settings, with their defaults for the tiny model, are the fields of `Settings`. An interrupted run goes on when started again.
+`--help` lists the settings, with their defaults for the tiny model. An interrupted run goes on when started again.
 """
 
-import json
 import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from cldm.checkpoint.control import add_control
 from cldm.checkpoint.writing import write_checkpoint
+from cldm.command import check_counts, explain, is_continued, make_trainer, run_command, setting, write_settings
 from cldm.config import override, resolve
 from cldm.data.batches import SameSizeBatches
 from cldm.data.fill import generate_fill
@@ -40,31 +40,38 @@ from tutorial_dataset import MyDataset
 TINY_DATA = "training/fill_tiny"
 
 
+# What may differ when a run goes on: how long, how often, where and on what machine.
+MAY_CHANGE = ("out", "steps", "log_every", "save_every", "workers", "accelerator", "devices")
+
+
 @dataclass
 class Settings:
     """What can be set on the command line."""
 
-    config: str = "cldm_tiny"  # a packaged configuration or a YAML file
-    base: str = "cldm_tiny.safetensors"  # without control; used where `weights` is not given
-    weights: str = ""  # with control, as tool_add_control.py writes them
-    data: str = TINY_DATA  # folder with prompt.json; the default is made if absent
-    out: str = "runs/tutorial"
-    steps: int = 750  # optimizer steps
-    batch_size: int = 32
-    accumulate: int = 1  # batches a step
-    learning_rate: float = 1.5e-3  # for the tiny model; real weights want 1e-5
-    sd_locked: bool = True
-    only_mid_control: bool = False
-    precision: str = "32-true"  # or bf16-mixed, 16-mixed
-    accelerator: str = "auto"
-    devices: int = 1
-    workers: int = 0  # processes that load data
-    log_every: int = 50  # steps between pictures and scores
-    save_every: int = 250  # steps between checkpoints
-    held_out: int = 64  # pairs at the end of the data that are not trained on
-    sample_steps: int = 20  # DDIM steps, and
-    guidance_scale: float = 3.0  # of the pictures made while training and for the score
-    seed: int = 0
+    config: str = setting("cldm_tiny", "a packaged configuration or a YAML file")
+    base: str = setting("cldm_tiny.safetensors", "model without control; used where `weights` is not given")
+    weights: str = setting("", "model with control, as tool_add_control.py writes it")
+    data: str = setting(TINY_DATA, "folder with prompt.json; the default is made if absent")
+    out: str = setting("runs/tutorial", "folder for everything that is made")
+    steps: int = setting(750, "optimizer steps")
+    batch_size: int = setting(32, "pairs a batch, on each device")
+    accumulate: int = setting(1, "batches a step")
+    learning_rate: float = setting(1.5e-3, "for the tiny model; real weights want 1e-5")
+    empty_prompts: float = setting(
+        0.0, "share of prompts replaced by the empty one; the paper uses 0.5, the released code none"
+    )
+    sd_locked: bool = setting(True, "false also trains the UNet's decoder")
+    only_mid_control: bool = setting(False, "use the control's middle connection alone")
+    precision: str = setting("32-true", "or bf16-mixed, 16-mixed")
+    accelerator: str = setting("auto", "cpu, gpu or mps; the best there is by default")
+    devices: int = setting(1, "how many of them")
+    workers: int = setting(0, "processes that load data")
+    log_every: int = setting(50, "steps between pictures and scores")
+    save_every: int = setting(250, "steps between checkpoints")
+    held_out: int = setting(64, "pairs at the end of the data that are not trained on")
+    sample_steps: int = setting(20, "DDIM steps of the pictures made while training and for the score")
+    guidance_scale: float = setting(3.0, "of the same pictures")
+    seed: int = setting(0, "of the data that is made, the training and the pictures")
 
 
 def train(s: Settings) -> None:
@@ -72,7 +79,8 @@ def train(s: Settings) -> None:
     check(s)
     out = Path(s.out)
     started = time.time()
-    claim(out, s)
+    note = out / "settings.json"
+    goes_on = is_continued(note, s, MAY_CHANGE)
     pl.seed_everything(s.seed, verbose=False)
 
     # Data: pairs to train on, and the last few held out.
@@ -89,16 +97,20 @@ def train(s: Settings) -> None:
 
     # Model: the configuration, filled from weights with control.
     weights = s.weights or str(out / "control_ini.safetensors")
-    if not s.weights and not Path(weights).is_file():
-        add_control(resolve(s.base), weights, s.config)
+    if not s.weights and not (goes_on and Path(weights).is_file()):
+        out.mkdir(parents=True, exist_ok=True)
+        add_control(resolve(s.base), weights, s.config, overwrite=True)
     model = create_model(s.config, weights=weights)
     model.learning_rate = s.learning_rate
     model.sd_locked = s.sd_locked
     model.only_mid_control = s.only_mid_control
+    if s.empty_prompts:
+        model.ucg_training = {model.cond_stage_key: {"p": s.empty_prompts, "val": ""}}
+    if s.sample_steps > model.num_timesteps:
+        raise ConfigError(f"sample_steps must be at most {model.num_timesteps}, found {s.sample_steps}")
 
     # Training.
     sampling = Sampling(steps=s.sample_steps, guidance_scale=s.guidance_scale, seed=s.seed)
-    pictures = {"before": held_out.judge(model, sampling, "before training")}
     callbacks = [
         ImageLogger(
             batch_frequency=s.log_every,
@@ -111,7 +123,7 @@ def train(s: Settings) -> None:
     ]
     if held_out.samples:
         callbacks.append(FillProgress(held_out.samples[:16], s.log_every, sampling))
-    trainer = pl.Trainer(
+    trainer = make_trainer(
         max_steps=s.steps,
         accelerator=s.accelerator,
         devices=s.devices,
@@ -122,6 +134,10 @@ def train(s: Settings) -> None:
         log_every_n_steps=10,
         enable_model_summary=False,
     )
+    if trainer.is_global_zero:
+        write_settings(note, s)
+        # The trainer moves the model to its device only while it fits; pictures are to be made there too.
+        before = held_out.sample_and_score(model.to(trainer.strategy.root_device), sampling, "before training")
     last = out / "checkpoints" / "last.ckpt"
     trainer.fit(model, loader, ckpt_path=last if last.exists() else None)
     if trainer.interrupted:
@@ -129,9 +145,10 @@ def train(s: Settings) -> None:
 
     # Results.
     if trainer.is_global_zero:
-        pictures["after"] = held_out.judge(model, sampling, f"after {trainer.global_step} steps")
+        model.to(trainer.strategy.root_device)
+        after = held_out.sample_and_score(model, sampling, f"after {trainer.global_step} steps")
         write_checkpoint(out / "model.safetensors", model.state_dict(), overwrite=True)
-        held_out.picture(out / "result.png", list(pictures.values()))
+        held_out.picture(out / "result.png", [before, after])
         logging.info("%.1f minutes in all. What was made:", (time.time() - started) / 60)
         for name, what in {
             "result.png": "prompt, hint, target, before, after",
@@ -164,7 +181,7 @@ class Held:
         self.hints = np.stack([np.rint(item["hint"] * 255).astype(np.uint8) for item in items])
         self.targets = np.stack([np.rint(item["jpg"] * 127.5 + 127.5).astype(np.uint8) for item in items])
 
-    def judge(self, model, sampling: Sampling, when: str) -> np.ndarray:
+    def sample_and_score(self, model, sampling: Sampling, when: str) -> np.ndarray:
         """Pictures for the held-out hints; their score is logged."""
         if self.samples is None:
             return generate(model, self.hints[:8], self.prompts[:8], sampling)
@@ -178,45 +195,30 @@ class Held:
 
 def check(s: Settings) -> None:
     """Find values out of range before anything is made."""
-    for name in ("steps", "batch_size", "accumulate", "devices", "log_every", "save_every", "held_out", "sample_steps"):
-        if getattr(s, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, found {getattr(s, name)}")
+    check_counts(
+        s, ("steps", "batch_size", "accumulate", "devices", "log_every", "save_every", "held_out", "sample_steps")
+    )
     if not s.learning_rate > 0:
         raise ConfigError(f"learning_rate must be positive, found {s.learning_rate}")
+    if not 0 <= s.empty_prompts <= 1:
+        raise ConfigError(f"empty_prompts must be between 0 and 1, found {s.empty_prompts}")
     if s.workers < 0:
         raise ConfigError(f"workers must not be negative, found {s.workers}")
-
-
-def claim(out: Path, s: Settings) -> None:
-    """Note the settings in the output folder, or check that a run there is the same one (more steps may be asked for)."""
-    note = out / "settings.json"
-    wanted = asdict(s)
-    if note.is_file():
-        found = json.loads(note.read_text())
-        changed = [
-            k for k in wanted if k not in ("steps", "log_every", "save_every", "workers") and found.get(k) != wanted[k]
-        ]
-        if changed:
-            raise ConfigError(f"{out} holds a run with another {', '.join(changed)}; choose another folder with out=")
-    out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(wanted, indent=2))
+    if not 0 <= s.seed < 2**32:
+        raise ConfigError(f"seed must be between 0 and 2**32 - 1, found {s.seed}")
 
 
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = sys.argv[1:] if argv is None else argv
     if any(a in ("-h", "--help") for a in arguments):
-        print(__doc__, *(f"  {key}={value}" for key, value in asdict(Settings()).items()), sep="\n")
+        print(__doc__, explain(Settings), sep="\n")
         return 0
-    try:
-        train(override(Settings(), arguments))
-    except ValueError as error:
-        print(f"tutorial_train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        "tutorial_train.py",
+        lambda: train(override(Settings(), arguments)),
+        interrupted="interrupted; the same command goes on from the last checkpoint",
+    )
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def override(settings: S, arguments: Sequence[str]) -> S:
     """A dataclass of settings with `key=value` arguments applied, each checked against the field's type.
 
     Raises:
-        ConfigError: an argument that is no `key=value`, an unknown key (the known ones are listed), or a value of another type.
+        ConfigError: an argument that is not `key=value`, an unknown key (the known ones are listed), or a value of another type.
     """
     if not is_dataclass(settings):
         raise TypeError("settings must be a dataclass instance")

@@ -1,6 +1,7 @@
 """How well a model solves the Fill task: generate for held-out hints and prompts, and score; also while it trains."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Sampling:
 
 
 def fill_samples(pairs: Sequence[Pair]) -> list[FillSample] | None:
-    """What was drawn in pairs of a Fill set, from their files alone; None if any of them is no Fill pair."""
+    """What was drawn in pairs of a Fill set, from their files alone; None if any of them is not a Fill pair."""
     samples = []
     for pair in pairs:
         source, target = read_rgb(pair.source), read_rgb(pair.target)
@@ -47,8 +48,9 @@ def generate(model: ControlLDM, hints: np.ndarray, prompts: Sequence[str], sampl
     """Pictures uint8 (N, H, W, 3) for hints uint8 (N, H, W, 3); leaves the global random state as it was."""
     pipeline = ControlPipeline(model)
     pictures = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    device = model.device  # torch keeps a random state for each accelerator, and always that of the CPU
+    accelerator = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**accelerator):
         for start in range(0, len(hints), sampling.batch_size):
             torch.manual_seed(sampling.seed + start)
             chosen = slice(start, start + sampling.batch_size)
@@ -113,7 +115,11 @@ def comparison(
 
 
 def save_comparison(
-    path: str, hints: np.ndarray, targets: np.ndarray, prompts: Sequence[str], versions: Sequence[np.ndarray]
+    path: str | os.PathLike,
+    hints: np.ndarray,
+    targets: np.ndarray,
+    prompts: Sequence[str],
+    versions: Sequence[np.ndarray],
 ) -> None:
     """`comparison` as PNG, small pictures enlarged to about 128 pixels."""
     save_png(path, comparison(hints, targets, prompts, versions, scale=max(128 // hints.shape[1], 1)))

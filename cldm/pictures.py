@@ -1,13 +1,13 @@
 """Pictures: from tensors, laid out in grids, and written without leaving half a file."""
 
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from torch import Tensor
+
+from cldm.files import write_whole
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -37,15 +37,13 @@ def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 4, background: int = 2
 
 
 def save_png(path: str | Path, picture: np.ndarray) -> None:
-    """Write uint8 RGB (H, W, 3) or grey (H, W) as PNG: beside the target first, then renamed, so that no half file is left."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write uint8 RGB (H, W, 3) or grey (H, W) as PNG, whole or not at all.
+
+    Raises:
+        ValueError: a picture that PNG cannot hold.
+    """
     bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) if picture.ndim == 3 else picture
-    encoded = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes()
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_bytes(encoded)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    done, encoded = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])
+    if not done:
+        raise ValueError(f"{path}: a picture of shape {picture.shape} cannot be written as PNG")
+    write_whole(path, encoded.tobytes())

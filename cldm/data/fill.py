@@ -16,6 +16,7 @@ from PIL import ImageColor
 from tqdm import tqdm
 
 from cldm.data.folders import claim_folder, write_listing
+from cldm.data.pairs import DataError
 from cldm.pictures import save_png
 
 Colour = tuple[int, int, int]
@@ -99,10 +100,10 @@ def draw_fill(index: int, size: int, seed: int, colours: Mapping[str, Colour] = 
     Circles lie wholly inside the picture; their radius is 0.12 to 0.4 of the side. The same sample at another size is the same scene.
 
     Raises:
-        ValueError: the size is under 16, or no two colours contrast.
+        DataError: the size is under 16, or no two colours contrast.
     """
     if size < 16:
-        raise ValueError(f"a Fill picture needs at least 16 pixels a side, found {size}")
+        raise DataError(f"a Fill picture needs at least 16 pixels a side, found {size}")
     prompt, circle, ground, (x, y, radius) = describe_fill(index, seed, colours)
     x, y, radius = x * size, y * size, radius * size
     source = paint_circle(size, (x, y), radius, (255, 255, 255), (0, 0, 0), outline=max(1.5, size / 256))
@@ -116,7 +117,7 @@ def describe_fill(
     """Prompt, circle and ground colour, and x, y, radius in units of the side, of a sample: what `draw_fill` draws."""
     pairs = _contrasting(tuple(colours), tuple(tuple(c) for c in colours.values()))
     if not pairs:
-        raise ValueError("the palette has no two colours that can be told apart")
+        raise DataError("the palette has no two colours that can be told apart")
     rng = np.random.default_rng([seed, index])
     circle, ground = pairs[rng.integers(len(pairs))]
     radius = rng.uniform(0.12, 0.4)
@@ -170,29 +171,35 @@ def generate_fill(
         the path of `prompt.json`.
 
     Raises:
-        ValueError: settings out of range, or a folder that holds something else.
+        DataError: settings out of range, or a folder that holds something else.
     """
     folder = Path(folder)
     if count < 1:
-        raise ValueError(f"count must be at least 1, found {count}")
+        raise DataError(f"count must be at least 1, found {count}")
     if size < 64 or size % 64:
-        raise ValueError(f"size must be a multiple of 64, found {size}")
+        raise DataError(f"size must be a multiple of 64, found {size}")
+    if seed < 0:
+        raise DataError(f"seed must not be negative, found {seed}")
     if palette not in PALETTES:
-        raise ValueError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
+        raise DataError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
     if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, found {workers}")
+        raise DataError(f"workers must be at least 1, found {workers}")
     claim_folder(folder, "fill.json", {"size": size, "seed": seed, "palette": palette})
-    for part in ("source", "target"):
+    parts = ("source", "target")
+    for part in parts:
         (folder / part).mkdir(exist_ok=True)
-    todo = [(folder, i, size, seed, palette) for i in range(count) if not (folder / f"target/{i}.png").is_file()]
+    todo = [
+        (folder, i, size, seed, palette)
+        for i in range(count)
+        if not all((folder / part / f"{i}.png").is_file() for part in parts)
+    ]
     # Threads, not processes: drawing and encoding run outside Python's lock, and processes would each import torch first.
     with (
         tqdm(total=count, initial=count - len(todo), unit="pair", desc=str(folder), disable=not progress) as bar,
         ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
     ):
-        for start in range(
-            0, len(todo), 1000
-        ):  # in portions, so that an interruption does not wait for all that was queued
+        # In portions, so that an interruption does not wait for all that was queued.
+        for start in range(0, len(todo), 1000):
             for done in as_completed([pool.submit(_write_sample, *job) for job in todo[start : start + 1000]]):
                 done.result()
                 bar.update()

@@ -1,9 +1,11 @@
 """Data folders that a generator makes: a note says what is in them, and the listing is written whole."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from cldm.data.pairs import DataError
+from cldm.files import write_whole
 
 LISTING = "prompt.json"
 
@@ -16,11 +18,11 @@ def claim_folder(folder: Path, note: str, settings: Mapping[str, object]) -> Non
         settings: of JSON's types.
 
     Raises:
-        ValueError: it holds something else.
+        DataError: it holds something else.
     """
     path = folder / note
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; choose another place for the data folder")
+        raise DataError(f"{folder} is a file; choose another place for the data folder")
     others = folder.is_dir() and any(file != path and not file.is_dir() for file in folder.rglob("*"))
     if path.is_file() and others:
         try:
@@ -31,17 +33,14 @@ def claim_folder(folder: Path, note: str, settings: Mapping[str, object]) -> Non
             return
         known = found if isinstance(found, dict) else {}
         changed = ", ".join(key for key in settings if known.get(key) != settings[key]) or "what it notes"
-        raise ValueError(f"{folder} was made with other settings ({changed}; see {path}); choose another folder")
+        raise DataError(f"{folder} was made with other settings ({changed}; see {path}); choose another folder")
     if others:
-        raise ValueError(f"{folder} is not empty and was not made by this command; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        raise DataError(f"{folder} is not empty and was not made by this command; choose another folder")
+    write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def write_listing(folder: Path, entries: Iterable[Mapping[str, str]]) -> Path:
     """Write `prompt.json`, one JSON object a line, whole or not at all; returns its path."""
     listing = folder / LISTING
-    temporary = folder / f"{LISTING}.tmp"
-    temporary.write_text("".join(json.dumps(dict(entry)) + "\n" for entry in entries), encoding="utf-8")
-    os.replace(temporary, listing)
+    write_whole(listing, "".join(json.dumps(dict(entry)) + "\n" for entry in entries).encode())
     return listing

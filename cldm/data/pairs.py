@@ -1,6 +1,6 @@
 """Image pairs on disk: a folder with `prompt.json`, one JSON object a line with `source`, `target` and `prompt`.
 
-Everything that can be known before training is found by `check`: missing files, broken lines, sizes that do not fit.
+Everything that can be known before training is found by `PairDataset.sizes`: missing files, broken lines, sizes that do not fit.
 """
 
 import json
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
@@ -33,7 +32,7 @@ def read_pairs(root: str | Path, prompts: str = "prompt.json") -> list[Pair]:
     """The pairs that `root/prompt.json` lists.
 
     Raises:
-        DataError: no such folder or file, no pairs, or a line that is no object with the three texts.
+        DataError: no such folder or file, no pairs, or a line that is not an object with the three texts.
     """
     root = Path(root)
     if not root.is_dir():
@@ -57,20 +56,39 @@ def read_pairs(root: str | Path, prompts: str = "prompt.json") -> list[Pair]:
 
 
 def _parse(line: str, where: str, root: Path) -> Pair:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is no JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(entry, dict):
-        raise DataError(f"{where} must be an object with {', '.join(KEYS)}, found {type(entry).__name__}")
+    entry = parse_object(line, where)
     for key in KEYS:
         if not isinstance(entry.get(key), str):
             found = "nothing" if key not in entry else type(entry[key]).__name__
             raise DataError(f"{where} needs a text under {key!r}, found {found}")
     for key in ("source", "target"):
-        if not (root / entry[key]).resolve().is_relative_to(root.resolve()):
+        if not resolved(root / entry[key], where).is_relative_to(root.resolve()):
             raise DataError(f"{where}: {key} {entry[key]!r} lies outside the data folder")
     return Pair(root / entry["source"], root / entry["target"], entry["prompt"])
+
+
+def parse_object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object in a line of a listing; `where` names the line.
+
+    Raises:
+        DataError: it is something else.
+    """
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also of numbers and nesting beyond all bounds
+        found = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where} is not valid JSON: {found}; there must be one object a line") from error
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} must be an object, found {type(entry).__name__}")
+    return entry
+
+
+def resolved(path: Path, where: str) -> Path:
+    """The path without links and dots; DataError names the line where a file system knows no such name."""
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{where} names no file: {error}") from error
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -82,13 +100,15 @@ def read_rgb(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I;16") or picture.mode == "I":
-                return np.repeat(
-                    (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2
-                )
+            if picture.mode.startswith("I"):  # 16 bits, as annotator.folder reads them
+                grey = (np.asarray(picture).clip(0, 2**16 - 1) // 257).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
             if "A" in picture.getbands() or "transparency" in picture.info:
-                rgba = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+                rgba = np.asarray(picture.convert("RGBA")).astype(np.float32)
+                alpha = rgba[..., 3:] / 255.0  # (H, W, 1)
+                return (
+                    (rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).clip(0, 255).astype(np.uint8)
+                )  # as annotator's HWC3
             return np.asarray(picture.convert("RGB"))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
@@ -114,20 +134,13 @@ class PairDataset(Dataset):
 
     Args:
         root: the data folder.
-        empty_prompts: share of prompts replaced by the empty one, drawn anew each time (0.5 in the paper, section 3.3; 0 in its
-            released code).
-        resolution: resize pictures so that they are this many pixels a side; as they are, by default.
 
     Raises:
         DataError: see `read_pairs`.
     """
 
-    def __init__(self, root: str | Path, empty_prompts: float = 0.0, resolution: int | None = None) -> None:
-        if not 0.0 <= empty_prompts <= 1.0:
-            raise ValueError(f"empty_prompts must be between 0 and 1, found {empty_prompts}")
+    def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self.empty_prompts = empty_prompts
-        self.resolution = resolution
         self.pairs = read_pairs(root)
 
     def __len__(self) -> int:
@@ -136,34 +149,12 @@ class PairDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = self.pairs[index]
         source, target = read_rgb(pair.source), read_rgb(pair.target)
-        _check_sizes(pair, source.shape[:2], target.shape[:2], self.resolution)
-        if self.resolution is not None:
-            source, target = (_resize(picture, self.resolution) for picture in (source, target))
-        prompt = pair.prompt
-        if self.empty_prompts and np.random.random() < self.empty_prompts:
-            prompt = ""
+        _check_sizes(pair, source.shape[:2], target.shape[:2])
         return {
             "jpg": target.astype(np.float32) / 127.5 - 1.0,
-            "txt": prompt,
+            "txt": pair.prompt,
             "hint": source.astype(np.float32) / 255.0,
         }
-
-    def check(self, uniform: bool = True) -> tuple[int, int]:
-        """Look at the header of every picture, and decode the first pair; returns height and width.
-
-        Args:
-            uniform: all pairs must have one size, as batches need it.
-
-        Raises:
-            DataError: a file that is missing or broken, or sizes that do not fit.
-        """
-        first = self[0]["jpg"].shape[:2]
-        for pair, size in zip(self.pairs, self.sizes(), strict=True):
-            if uniform and size != first:
-                raise DataError(
-                    f"{pair.target} is {size[1]}x{size[0]}, but {self.pairs[0].target} is {first[1]}x{first[0]}; batches need one size"
-                )
-        return int(first[0]), int(first[1])
 
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of every item, by index, from the headers of the files.
@@ -174,22 +165,15 @@ class PairDataset(Dataset):
         sizes = []
         for pair in self.pairs:
             size = _stored_size(pair.target)
-            _check_sizes(pair, _stored_size(pair.source), size, self.resolution)
-            sizes.append(size if self.resolution is None else (self.resolution, self.resolution))
+            _check_sizes(pair, _stored_size(pair.source), size)
+            sizes.append(size)
         return sizes
 
 
-def _check_sizes(pair: Pair, source: tuple[int, int], target: tuple[int, int], resolution: int | None) -> None:
+def _check_sizes(pair: Pair, source: tuple[int, int], target: tuple[int, int]) -> None:
     if tuple(source) != tuple(target):
         raise DataError(
             f"{pair.source} is {source[1]}x{source[0]}, its target {pair.target} is {target[1]}x{target[0]}; they must be equal"
         )
-    if resolution is None and (target[0] % 64 or target[1] % 64 or 0 in target):
+    if target[0] % 64 or target[1] % 64 or 0 in target:
         raise DataError(f"{pair.target} is {target[1]}x{target[0]}; sides must be multiples of 64")
-
-
-def _resize(picture: np.ndarray, resolution: int) -> np.ndarray:
-    shrinks = min(picture.shape[:2]) > resolution
-    return cv2.resize(
-        picture, (resolution, resolution), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4
-    )

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from cldm.data.folders import LISTING, write_listing
-from cldm.data.pairs import DataError, read_rgb
+from cldm.data.pairs import DataError, parse_object, read_rgb, resolved
 from cldm.pictures import save_png
 
 Size = tuple[int, int]  # height, width
@@ -40,15 +40,15 @@ def parse_size(text: str) -> Size:
     """Height and width in "512" (a square), or in "768x512", which is width x height.
 
     Raises:
-        ValueError: another text, or sides that are no multiples of 64.
+        DataError: another text, or sides that are not multiples of 64.
     """
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise ValueError(f"a size is a number of pixels or WIDTHxHEIGHT, found {text!r}")
+        raise DataError(f"a size is a number of pixels or WIDTHxHEIGHT, found {text!r}")
     width, height = int(parts[0]), int(parts[-1])
     for side in (width, height):
         if not STEP <= side <= LARGEST_SIDE or side % STEP:
-            raise ValueError(f"sides must be multiples of {STEP} from {STEP} to {LARGEST_SIDE}, found {side}")
+            raise DataError(f"sides must be multiples of {STEP} from {STEP} to {LARGEST_SIDE}, found {side}")
     return height, width
 
 
@@ -234,12 +234,7 @@ def _read_listing(listing: Path, folder: Path) -> dict[Path, tuple[str, str]]:
         if not line.strip():
             continue
         where = f"{listing}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where} is no JSON ({error.msg}); there must be one object a line") from error
-        if not isinstance(entry, dict):
-            raise DataError(f"{where} must be an object, found {type(entry).__name__}")
+        entry = parse_object(line, where)
         file, text = (
             next((entry[key] for key in keys if isinstance(entry.get(key), str)), None)
             for keys in (FILE_KEYS, TEXT_KEYS)
@@ -248,7 +243,7 @@ def _read_listing(listing: Path, folder: Path) -> dict[Path, tuple[str, str]]:
             raise DataError(
                 f"{where} needs a text under one of {', '.join(FILE_KEYS)} and one of {', '.join(TEXT_KEYS)}"
             )
-        path = (folder / file).resolve()
+        path = resolved(folder / file, where)
         if path in found:
             raise DataError(f"{where} names {file} again, after {found[path][0]}")
         found[path] = where, " ".join(text.split())

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from annotator.folder import read_image
+from annotator.util import HWC3
 from cldm.data.fill import COLOURS, PALETTES, colour_distances, draw_fill, generate_fill
-from cldm.data.pairs import DataError, PairDataset
+from cldm.data.pairs import DataError, PairDataset, read_rgb
 from cldm.data.score import disc, fill_geometry, parse_prompt, score_fill
 
 
@@ -69,6 +71,7 @@ def test_generating_is_resumable_and_deterministic(tmp_path):
     generate_fill(tmp_path / "b", 5, 64, seed=3, workers=1, progress=False)
     kept = (tmp_path / "b" / "target" / "2.png").stat().st_mtime_ns
     (tmp_path / "b" / "target" / "4.png").unlink()
+    (tmp_path / "b" / "source" / "3.png").unlink()
     generate_fill(tmp_path / "b", 12, 64, seed=3, progress=False)
     assert (tmp_path / "b" / "target" / "2.png").stat().st_mtime_ns == kept
     for path in (tmp_path / "a").rglob("*.*"):
@@ -77,6 +80,9 @@ def test_generating_is_resumable_and_deterministic(tmp_path):
     (tmp_path / "mine" / "holiday.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="not empty"):
         generate_fill(tmp_path / "mine", 3, 64, progress=False)
+    with pytest.raises(DataError, match="seed must not be negative"):
+        generate_fill(tmp_path / "new", 3, 64, seed=-1, progress=False)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture
@@ -93,21 +99,23 @@ def rewrite(folder, number, text):
 
 def test_items_are_what_training_expects(folder):
     data = PairDataset(folder)
-    assert len(data) == 4 and data.check() == (64, 64)
+    assert len(data) == 4 and data.sizes() == [(64, 64)] * 4
     item, sample = data[1], draw_fill(1, 64, 0, PALETTES["clear"])
     assert item["jpg"].dtype == item["hint"].dtype == np.float32 and item["txt"] == sample.prompt
     np.testing.assert_allclose(item["jpg"], sample.target / 127.5 - 1, atol=1e-6)
     np.testing.assert_allclose(item["hint"], sample.source / 255, atol=1e-6)
-    assert {PairDataset(folder, empty_prompts=1.0)[i]["txt"] for i in range(4)} == {""}
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"source": "a.png"', "line 2 is no JSON"),
+        ('{"source": "a.png"', "line 2 is not valid JSON"),
         ('{"source": "source/1.png", "target": "target/1.png"}', "line 2 needs a text under 'prompt', found nothing"),
         ('{"source": 3, "target": "target/1.png", "prompt": ""}', "line 2 needs a text under 'source', found int"),
         ('["source"]', "line 2 must be an object"),
+        ("[" * 100_000, "line 2 is not valid JSON"),
+        ('{"source": ' + "9" * 5000 + "}", "line 2 is not valid JSON"),
+        (r'{"source": "a\u0000", "target": "target/1.png", "prompt": ""}', "line 2 names no file"),
         ('{"source": "../../x.png", "target": "target/1.png", "prompt": ""}', "line 2: source .* outside"),
     ],
 )
@@ -126,17 +134,17 @@ def test_listings_with_bom_blank_lines_and_windows_ends(folder):
 def test_broken_pictures_are_named(folder):
     cv2.imwrite(str(folder / "source" / "2.png"), np.zeros((64, 128, 3), np.uint8))
     with pytest.raises(DataError, match=r"source.2.png is 128x64, its target .*2.png is 64x64"):
-        PairDataset(folder).check()
+        PairDataset(folder).sizes()
     (folder / "source" / "2.png").unlink()
     with pytest.raises(DataError, match=r"2.png is missing"):
-        PairDataset(folder).check()
+        PairDataset(folder).sizes()
     for part in ("source", "target"):
         cv2.imwrite(str(folder / part / "2.png"), np.zeros((100, 64, 3), np.uint8))
     with pytest.raises(DataError, match="multiples of 64"):
-        PairDataset(folder).check()
+        PairDataset(folder).sizes()
     (folder / "target" / "0.png").write_bytes((folder / "target" / "0.png").read_bytes()[:60])
     with pytest.raises(DataError, match="0.png does not decode"):
-        PairDataset(folder).check()
+        PairDataset(folder)[0]
 
 
 def test_unusual_pictures_are_read_sensibly(folder):
@@ -148,7 +156,8 @@ def test_unusual_pictures_are_read_sensibly(folder):
     item = PairDataset(folder)[0]
     np.testing.assert_allclose(item["jpg"][0, 0], [1, -1, -1])
     np.testing.assert_allclose(item["jpg"][63, 0], [1, 1, 1])  # transparent lies on white
-    np.testing.assert_allclose(item["hint"], 128 / 255, atol=1e-6)
+    np.testing.assert_allclose(item["hint"], 127 / 255, atol=1e-6)  # 0x8000 / 257, cut off
+    assert np.array_equal(read_rgb(folder / "source" / "0.png")[..., 0], read_image(folder / "source" / "0.png"))
 
 
 def test_missing_folders_and_listings(tmp_path):
@@ -168,3 +177,9 @@ def test_listing_is_the_public_layout(folder):
         "target": "target/0.png",
         "prompt": draw_fill(0, 64, 0, PALETTES["clear"]).prompt,
     }
+
+
+def test_transparency_lies_on_white_as_the_annotators_lay_it(tmp_path):
+    rgba = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert np.array_equal(read_rgb(tmp_path / "a.png"), HWC3(read_image(tmp_path / "a.png")))

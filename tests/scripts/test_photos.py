@@ -148,7 +148,7 @@ def test_what_is_broken_is_reported_and_the_rest_is_done(photos, tmp_path, capsy
         (["canny", "IN", "OUT", "--size", "100"], "multiples of 64"),
         (["canny", "IN", "OUT", "--crops", "0"], "--crops must be at least 1"),
         (["canny", "IN", "OUT", "--captions", "IN/none.jsonl"], "none.jsonl cannot be read"),
-        (["canny", "IN", "OUT", "--captions", "IN/a.txt"], "a.txt, line 1 is no JSON"),
+        (["canny", "IN", "OUT", "--captions", "IN/a.txt"], "a.txt, line 1 is not valid JSON"),
         (["canny", "IN", "OUT", "--captions", "x", "--prompt", "y"], "not allowed with"),
         (["canny", "IN", "OUT", "--low-threshold", "300"], "low_threshold must be"),
         (["canny", "IN", "OUT", "--detect-resolution", "512"], "takes no --detect-resolution"),
