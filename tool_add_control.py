@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cldm.checkpoint.command import run
 from cldm.checkpoint.control import AddedControl, add_control
 from cldm.checkpoint.writing import FLOAT_DTYPES
+from cldm.command import run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         added = add_control(args.input, args.output, args.config, args.control_from, args.dtype, args.force)
         return summary(args.output, added)
 
-    return run("tool_add_control.py", work)
+    return run_tool("tool_add_control.py", work)
 
 
 if __name__ == "__main__":

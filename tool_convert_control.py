@@ -9,9 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cldm.checkpoint.command import run
 from cldm.checkpoint.converting import TARGETS, convert
 from cldm.checkpoint.writing import FLOAT_DTYPES
+from cldm.command import run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=args.force,
         )
 
-    return run("tool_convert_control.py", work)
+    return run_tool("tool_convert_control.py", work)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cldm.checkpoint.reading import read_state_dict
 from cldm.checkpoint.writing import check_target, write_checkpoint
-from cldm.command import check_counts, explain, is_continued, make_trainer, run_command, setting, write_settings
+from cldm.command import run_command
 from cldm.config import load_config, override
 from cldm.data.fill import PALETTES, describe_fill, draw_fill
+from cldm.settings import check_counts, explain, is_continued, make_trainer, setting, write_settings
 from ldm.util import ConfigError, instantiate_from_config
 
 # What may differ when a run goes on.

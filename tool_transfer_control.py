@@ -11,9 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cldm.checkpoint.command import run
 from cldm.checkpoint.control import transfer_control
 from cldm.checkpoint.writing import FLOAT_DTYPES
+from cldm.command import run_tool
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> list[str]:
         return transfer_control(args.base, args.controlled, args.target, args.output, args.dtype, args.force)
 
-    return run("tool_transfer_control.py", work)
+    return run_tool("tool_transfer_control.py", work)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from cldm.checkpoint.control import add_control
 from cldm.checkpoint.writing import write_checkpoint
-from cldm.command import check_counts, explain, is_continued, make_trainer, run_command, setting, write_settings
+from cldm.command import run_command
 from cldm.config import override, resolve
 from cldm.data.batches import SameSizeBatches
 from cldm.data.fill import generate_fill
 from cldm.evaluation import FillProgress, Sampling, evaluate_fill, fill_samples, generate, save_comparison
 from cldm.logger import ImageLogger
 from cldm.model import create_model
+from cldm.settings import check_counts, explain, is_continued, make_trainer, setting, write_settings
 from ldm.util import ConfigError
 from tutorial_dataset import MyDataset
 

@@ -1,19 +1,11 @@
-"""What the training scripts share: settings that explain themselves, a note of a run's settings, one line for a mistake."""
+"""What the scripts share as commands: a mistake of the user's becomes one line and an exit status."""
 
-import json
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
 
-from cldm.checkpoint.command import fail
 from cldm.checkpoint.errors import CheckpointError
 from cldm.data.pairs import DataError
-from cldm.files import write_whole
+from cldm.terminal import fail, show
 from ldm.util import ConfigError
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 # What the user can mend. Any other error is a defect, of this library or another one, and keeps its traceback.
 MISTAKES = (ConfigError, DataError, CheckpointError, OSError)
@@ -46,66 +38,18 @@ def run_command(
         return 130
 
 
-def setting(default: Any, explanation: str) -> Any:
-    """A dataclass field with a default and what `--help` says about it."""
-    return field(default=default, metadata={"help": explanation})
+def run_tool(program: str, work: Callable[[], Iterable[str]]) -> int:
+    """Do the work of a tool that makes files of others, and show the lines that it returns.
 
-
-def explain(kind: type) -> str:
-    """The settings of a dataclass whose fields are made by `setting`, one `key=default` a line, with what each means."""
-    known = [(f"{f.name}={f.default}", f.metadata["help"]) for f in fields(kind)]
-    width = max(len(start) for start, _ in known)
-    return "\n".join(f"  {start:<{width}}  {text}" for start, text in known)
-
-
-def check_counts(settings: Any, names: Iterable[str]) -> None:
-    """Raise ConfigError unless each of these settings is at least 1."""
-    for name in names:
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, found {getattr(settings, name)}")
-
-
-def make_trainer(**options: Any) -> "pl.Trainer":
-    """Lightning's Trainer; a device or precision that cannot be had is a ConfigError."""
-    import pytorch_lightning as pl  # takes seconds, which scripts that train nothing need not wait for
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
-
-    try:
-        return pl.Trainer(**options)
-    except (ValueError, MisconfigurationException) as error:
-        raise ConfigError(f"training cannot be set up: {error}") from error
-
-
-def is_continued(note: Path, settings: Any, may_change: Collection[str]) -> bool:
-    """Whether the file `note` says that a run with these settings was begun in its folder.
-
-    A setting that the note does not name has its default: it may be newer than the note.
-
-    Args:
-        note: as `write_settings` writes it.
-        settings: a dataclass instance.
-        may_change: settings that may differ when a run goes on.
-
-    Raises:
-        ConfigError: the run there has different settings, or the note is broken.
+    Whatever a file can cause is the user's to mend here. Exit status as of `run_command`.
     """
-    if not note.exists():
-        return False
-    try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        noted = None
-    if not isinstance(noted, dict):
-        raise ConfigError(f"{note} should hold a run's settings and is not a JSON object; choose another folder")
-    found = asdict(type(settings)()) | noted
-    changed = [key for key, value in asdict(settings).items() if key not in may_change and found[key] != value]
-    if changed:
-        raise ConfigError(
-            f"{note.parent} holds a run with different settings ({', '.join(changed)}); choose another folder"
-        )
-    return True
-
-
-def write_settings(note: Path, settings: Any) -> None:
-    """Note a run's settings for `is_continued`."""
-    write_whole(note, json.dumps(asdict(settings), indent=2).encode())
+    lines: list[str] = []
+    status = run_command(
+        program,
+        lambda: lines.extend(work()),
+        interrupted="interrupted; nothing was written",
+        mistakes=(ValueError, OSError),
+    )
+    for line in lines:
+        show(line)
+    return status

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 
 from cldm.cldm import ControlLDM
 from cldm.data.fill import FillSample
@@ -48,17 +47,17 @@ def generate(model: ControlLDM, hints: np.ndarray, prompts: Sequence[str], sampl
     """Pictures uint8 (N, H, W, 3) for hints uint8 (N, H, W, 3); leaves the global random state as it was."""
     pipeline = ControlPipeline(model)
     pictures = []
-    device = model.device  # torch keeps a random state for each accelerator, and always that of the CPU
-    accelerator = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-    with torch.random.fork_rng(**accelerator):
-        for start in range(0, len(hints), sampling.batch_size):
-            torch.manual_seed(sampling.seed + start)
-            chosen = slice(start, start + sampling.batch_size)
-            pictures.append(
-                pipeline(
-                    hints[chosen], list(prompts[chosen]), steps=sampling.steps, guidance_scale=sampling.guidance_scale
-                )
+    for start in range(0, len(hints), sampling.batch_size):
+        chosen = slice(start, start + sampling.batch_size)
+        pictures.append(
+            pipeline(
+                hints[chosen],
+                list(prompts[chosen]),
+                steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                seed=sampling.seed + start,
             )
+        )
     return np.concatenate(pictures)
 
 

@@ -3,7 +3,7 @@
     from cldm.model import create_model
     from cldm.pipeline import ControlPipeline
 
-    pipeline = ControlPipeline(create_model("cldm_v15", weights="control_sd15_canny.safetensors", device="cuda"))
+    pipeline = ControlPipeline(create_model("cldm_v15", weights="control_sd15_canny.safetensors", device=device))
     pictures = pipeline(hint, "a bird", steps=20, seed=1)  # uint8 (N, H, W, 3)
 
 Shapes: N pictures, H W pixels, h w the latent.
@@ -163,7 +163,7 @@ class ControlPipeline:
             strength, guess_mode, getattr(model.control_model, "output_count", len(scales))
         )
         try:
-            with _seeded(seed, model.device):
+            with seeded(seed, model.device):
                 latents, _ = self.sampler(model).sample(
                     steps,
                     len(prompts),
@@ -183,13 +183,14 @@ class ControlPipeline:
 
 
 @contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Torch's generators start from `seed` inside, and go on as if nothing had been drawn after; None changes nothing."""
     if seed is None:
         yield
         return
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+    # Torch keeps a random state for each accelerator, and always that of the CPU.
+    accelerator = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**accelerator):
         torch.manual_seed(seed)
         yield
 

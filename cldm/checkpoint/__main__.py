@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from cldm.checkpoint.command import fail, show
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.layout import Report, identify
+from cldm.terminal import fail, show
 
 _LAYOUTS = {
     "full": "full: base model and ControlNet",
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = 2
         else:
             for line in [json.dumps(report.as_dict())] if arguments.json else table(report):
-                show(line, sys.stdout)
+                show(line)
     return code
 
 

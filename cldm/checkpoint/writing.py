@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cldm.checkpoint.command import printable
 from cldm.checkpoint.errors import CheckpointError, system_errors
 from cldm.checkpoint.layout import SCHEDULE_KEYS
 from cldm.checkpoint.lazy import LazyTensor, lazy_entries
 from cldm.checkpoint.reading import COMPONENTS, WEIGHT_STEMS, TensorInfo, read_json
 from cldm.checkpoint.safetensors_file import DTYPES, MAX_HEADER, METADATA
 from cldm.checkpoint.storage import FileBytes, contiguous_stride
+from cldm.terminal import printable
 
 SAFETENSORS_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin")

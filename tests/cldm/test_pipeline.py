@@ -1,5 +1,7 @@
 """The pipeline, the reference's switches in `cldm.hack`, and pictures while training."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from cldm.ddim_hacked import DDIMSampler as HackedSampler
 from cldm.hack import enable_sliced_attention, hack_everything
 from cldm.logger import ImageLogger
 from cldm.pictures import grid, save_png
-from cldm.pipeline import BatchedGuidance, ControlPipeline, strength_scales
+from cldm.pipeline import BatchedGuidance, ControlPipeline, seeded, strength_scales
 from ldm.modules.attention import get_attention, sliced_attention
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import instantiate_from_config
@@ -78,6 +80,24 @@ def test_a_seed_leaves_the_generators_as_they_were(model):
     assert not np.array_equal(
         ControlPipeline(model)(hint(), "a", steps=1), ControlPipeline(model)(hint(), "a", steps=1)
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "kept"),
+    [
+        ("cpu", {"devices": []}),
+        ("cuda:1", {"devices": [torch.device("cuda:1")], "device_type": "cuda"}),
+        ("xpu:0", {"devices": [torch.device("xpu:0")], "device_type": "xpu"}),
+    ],
+)
+def test_the_random_state_of_any_accelerator_is_kept(monkeypatch, device, kept):
+    asked = []
+    monkeypatch.setattr("torch.random.fork_rng", lambda **states: asked.append(states) or nullcontext())
+    with seeded(3, torch.device(device)):
+        assert torch.initial_seed() == 3
+    with seeded(None, torch.device(device)):
+        pass
+    assert asked == [kept]
 
 
 class Own(ControlLDM):
