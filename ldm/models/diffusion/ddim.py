@@ -140,11 +140,7 @@ class DDIMSampler:
         """
         output = self.guided_output(x, t, c, unconditional_guidance_scale, unconditional_conditioning)
         if score_corrector is not None:
-            if self.model.parameterization != "eps":
-                raise ValueError(
-                    f"a score corrector needs a model that predicts eps; this one predicts {self.model.parameterization}"
-                )
-            output = score_corrector.modify_score(self.model, output, x, t, c, **(corrector_kwargs or {}))
+            output = correct_score(score_corrector, self.model, output, x, t, c, corrector_kwargs)
         return self._eps_and_x0(output, x, alpha)
 
     def adjust_x0(
@@ -460,6 +456,27 @@ class DDIMSampler:
             verbose=verbose,
         )
         return x
+
+
+def correct_score(
+    corrector: Any,
+    model: Any,
+    eps: Tensor,
+    x: Tensor,
+    t: Tensor,
+    c: Any,
+    corrector_kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """What `corrector.modify_score` makes of the eps (B, C, h, w) that a model predicts for x at t (B,).
+
+    Raises:
+        ValueError: the model predicts something else.
+    """
+    if model.parameterization != "eps":
+        raise ValueError(
+            f"a score corrector needs a model that predicts eps; this one predicts {model.parameterization}"
+        )
+    return corrector.modify_score(model, eps, x, t, c, **(corrector_kwargs or {}))
 
 
 def join_conditioning(uncond: Any, cond: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.lr_scheduler import with_schedule
-from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.ddim import DDIMSampler, correct_score
 from ldm.models.diffusion.schedule import (
     diffusion_quantities,
     extract_into_tensor,
@@ -324,11 +324,7 @@ class DDPM(pl.LightningModule):
         """Mean, variance and log-variance of p(x_{t-1} | x_t), and the predicted x_0."""
         output = self.predict(x, t, cond)
         if score_corrector is not None:
-            if self.parameterization != "eps":
-                raise ValueError(
-                    f"a score corrector needs a model that predicts eps; this one predicts {self.parameterization}"
-                )
-            output = score_corrector.modify_score(self, output, x, t, cond, **(corrector_kwargs or {}))
+            output = correct_score(score_corrector, self, output, x, t, cond, corrector_kwargs)
         x_start = self.predict_x0(x, t, output)
         if clip_denoised:
             x_start = x_start.clamp(-1, 1)
@@ -369,8 +365,8 @@ class DDPM(pl.LightningModule):
         x0: Tensor | None = None,
         log_every_t: int | None = None,
         **options: Any,
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """All steps from noise (B, C, h, w): the last x, the kept ones, and the x_0 predicted at those.
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All steps from noise (B, C, h, w): the last x, and those kept every `log_every_t` steps.
 
         `callback` gets the timestep, `img_callback` x and the timestep. Where `mask` is 1, x follows x0.
         """
@@ -381,20 +377,19 @@ class DDPM(pl.LightningModule):
             raise ValueError(f"timesteps must be 1 to {self.num_timesteps}, found {count}")
         every = log_every_t or self.log_every_t
         img = torch.randn(tuple(shape), device=self.betas.device) if x_T is None else x_T
-        kept, kept_x0 = [img], []
+        kept = [img]
         for i in tqdm(reversed(range(count)), desc="ancestral sampling", total=count, disable=not verbose):
             t = torch.full((shape[0],), i, device=img.device, dtype=torch.long)
-            img, pred_x0 = self._ancestral_step(img, t, cond, self.clip_denoised, **options)
+            img, _ = self._ancestral_step(img, t, cond, self.clip_denoised, **options)
             if mask is not None:
                 img = self.q_sample(x0, t) * mask + (1.0 - mask) * img
             if i % every == 0 or i == count - 1:
                 kept.append(img)
-                kept_x0.append(pred_x0)
             if callback:
                 callback(i)
             if img_callback:
                 img_callback(img, i)
-        return img, kept, kept_x0
+        return img, kept
 
     def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of p(x_{t-1} | x_t)."""
@@ -410,7 +405,7 @@ class DDPM(pl.LightningModule):
         self, shape: Sequence[int], return_intermediates: bool = False, verbose: bool = True
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Ancestral sampling over all steps, from noise of `shape` (B, C, h, w)."""
-        img, kept, _ = self._ancestral_loop(shape, verbose=verbose)
+        img, kept = self._ancestral_loop(shape, verbose=verbose)
         return (img, kept) if return_intermediates else img
 
     @torch.no_grad()
@@ -449,17 +444,16 @@ class DDPM(pl.LightningModule):
         prefix = "train" if self.training else "val"
         simple = mean_flat(error)  # (B,)
         terms = {f"{prefix}/loss_simple": simple.mean()}
-        loss = self._uncertain(simple, t)
-        if loss is not simple and self.learn_logvar:
-            terms |= {f"{prefix}/loss_gamma": loss.mean(), "logvar": self.logvar.detach().mean()}
+        loss, more = self._uncertain(simple, t)
+        terms |= {name.format(prefix=prefix): value for name, value in more.items()}
         variational = (self.lvlb_weights[t] * simple).mean()
         loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * variational
         terms |= {f"{prefix}/loss_vlb": variational, f"{prefix}/loss": loss}
         return loss, {name: value.detach() for name, value in terms.items()}
 
-    def _uncertain(self, simple: Tensor, t: Tensor) -> Tensor:
-        """What becomes of the errors (B,) at t (B,) by `logvar`; in pixels nothing, as published."""
-        return simple
+    def _uncertain(self, simple: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What becomes of the errors (B,) at t (B,) by `logvar`, in pixels nothing, as published; and more named terms."""
+        return simple, {}
 
     # -- training with Lightning --------------------------------------------------------------------
 
@@ -834,10 +828,11 @@ class LatentDiffusion(DDPM):
         """The training loss for latents (B, C, h, w) at t (B,), and its named terms (LDM, eq. 3)."""
         return super().p_losses(x_start, t, noise, cond)
 
-    def _uncertain(self, simple: Tensor, t: Tensor) -> Tensor:
-        """Errors (B,) divided by their variance at t (B,), plus its logarithm (Nichol and Dhariwal 2021 learn it too)."""
+    def _uncertain(self, simple: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Errors (B,) divided by their variance at t (B,), plus its logarithm, which `learn_logvar` trains."""
         logvar = self.logvar[t]
-        return simple / torch.exp(logvar) + logvar
+        loss = simple / torch.exp(logvar) + logvar
+        return loss, {"{prefix}/loss_gamma": loss.mean(), "logvar": self.logvar.mean()} if self.learn_logvar else {}
 
     def trained_parameters(self) -> list[nn.Parameter]:
         extra = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable else []
@@ -917,7 +912,7 @@ class LatentDiffusion(DDPM):
         """
         count = default(timesteps, self.num_timesteps)
         count = min(count, default(start_T, count))
-        img, kept, _ = self._ancestral_loop(
+        img, kept = self._ancestral_loop(
             shape,
             cond,
             x_T,
