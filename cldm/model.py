@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cldm.checkpoint.converting import open_model, open_weights
+from cldm.checkpoint.converting import open_weights
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.layout import CONTROL_PREFIX, Report, identify
 from cldm.checkpoint.lazy import LazyEntries, lazy_entries
+from cldm.checkpoint.opening import open_model
 from cldm.config import load_config, model_section, resolve
 from ldm.util import ConfigError, instantiate_from_config
 

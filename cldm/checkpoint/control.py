@@ -10,27 +10,22 @@ from typing import Any
 
 import torch
 
-from cldm.checkpoint.converting import (
-    POOLING,
-    POOLING_NOTE,
-    Model,
-    check_family,
-    described,
-    model_params,
-    note_gaps,
-    open_model,
-    pools,
-    told_prediction,
-    told_schedule,
-    told_schedule_entries,
-    under,
-    unsaid,
-    with_twins,
-)
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.layout import CONTROL_PREFIX, SCHEDULE_KEYS, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
 from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, constant, zeros
+from cldm.checkpoint.opening import Model, check_family, note_gaps, open_model, under, with_twins
+from cldm.checkpoint.properties import (
+    POOLING,
+    POOLING_NOTE,
+    described,
+    model_params,
+    pools,
+    told_prediction,
+    told_schedule,
+    told_schedule_entries,
+    unsaid,
+)
 from cldm.checkpoint.reading import TensorInfo
 from cldm.checkpoint.schedule import schedule_entries
 from cldm.checkpoint.writing import write_checkpoint

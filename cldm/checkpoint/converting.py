@@ -1,21 +1,19 @@
-"""From any layout to any other: every file is brought under this library's names first, and written from there.
+"""From any layout to any other: every file is brought under this library's names first (`opening`), and written from there.
 
-`_READERS` and `TARGETS` are the tables of what can be read and written; a further layout is a further row. Entries stay
-lazy throughout, so neither the file nor the model is ever in memory whole.
+`TARGETS` is the table of what can be written; a further layout is a further row. Entries stay lazy throughout, so neither the
+file nor the model is ever in memory whole.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cldm.checkpoint.diffusers_config import (
     controlnet_config,
@@ -28,105 +26,46 @@ from cldm.checkpoint.diffusers_config import (
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.layout import (
-    CONTROL_LAYERS,
     CONTROL_PREFIX,
     DIFFERENCE,
-    EMA_PREFIX,
-    PREDICTION_METADATA,
     SCHEDULE_KEYS,
     TEXT_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
-    Report,
-    gap_lines,
-    identify,
     layout_of,
 )
-from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, computed, constant, lazy_entries, zeros
-from cldm.checkpoint.names import (
-    NETWORKS,
-    is_open_clip,
-    text_from_diffusers,
-    text_to_diffusers,
+from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, constant, lazy_entries
+from cldm.checkpoint.names import NETWORKS, is_open_clip, text_to_diffusers
+from cldm.checkpoint.opening import (
+    Model,
+    below,
+    check_family,
+    is_readable,
+    note_gaps,
+    note_unknown,
+    open_model,
+    under,
+    with_twins,
+)
+from cldm.checkpoint.properties import (
+    POOLING_NOTE,
+    described,
+    model_params,
+    pools,
+    told_prediction,
+    told_schedule,
+    unconverted,
+    unsaid,
 )
 from cldm.checkpoint.reading import Checkpoint, open_checkpoint
-from cldm.checkpoint.schedule import PREDICTIONS, schedule_entries, scheduler_config, with_scheduler, with_stored
-from cldm.checkpoint.writing import TORCH_SUFFIXES, Output, check_target, is_weights_file, write_all
-from cldm.config import load_config, model_section
-from ldm.util import ConfigError
+from cldm.checkpoint.schedule import PREDICTIONS, scheduler_config
+from cldm.checkpoint.writing import Output, check_target, is_weights_file, write_all
 
 logger = logging.getLogger(__name__)
 
-POOLING = "global_average_pooling"  # also its name in a file's metadata
-POOLING_NOTE = f"the ControlNet averages its outputs: set {POOLING}: true in the configuration that loads it"
-_EMA_UNET = EMA_PREFIX + "diffusion_model"
 _BASE_PARTS = {"UNet": UNET_PREFIX, "VAE": VAE_PREFIX, "text encoder": TEXT_PREFIX}
 _UNET_FILE = "diffusion_pytorch_model.safetensors"
 _TEXT_FILE = "model.safetensors"
-
-
-@dataclass
-class Model:
-    """The weights of one file or folder under this library's names, whatever its layout.
-
-    Attributes:
-        path: where they lie.
-        report: what `identify` said.
-        entries: lazy, under the keys of a full checkpoint.
-        metadata, configs: as of `Checkpoint`.
-        notes: what was left out, filled in or taken from elsewhere, a line each.
-    """
-
-    path: Path
-    report: Report
-    entries: Entries
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def part(self, prefix: str) -> Entries:
-        """The entries below a prefix, under their keys without it."""
-        return below(self.entries, prefix)
-
-    def has(self, prefix: str) -> bool:
-        """Whether any entry lies below the prefix."""
-        return any(key.startswith(prefix) for key in self.entries)
-
-    def state_dict(self, prefix: str = "") -> LazyEntries:
-        """The entries (below a prefix, without it) as a mapping from key to tensor, each read when asked for."""
-        return LazyEntries(self.part(prefix), self.path)
-
-
-@contextmanager
-def open_model(path: str | Path, base: Entries | None = None, ema: bool = False) -> Iterator[Model]:
-    """Open a weights file or folder of any known layout.
-
-    Args:
-        path: what to open.
-        base: entries of the model that a difference was taken from; only differences need them.
-        ema: give the UNet its averaged weights. They are left out otherwise, and in any case as entries of their own.
-
-    Raises:
-        CheckpointError: it cannot be read, is of no known layout, or lacks what was asked for.
-    """
-    with open_checkpoint(path) as checkpoint:
-        report = identify(checkpoint)
-        reader = _READERS.get(report.layout)
-        if reader is None:
-            raise CheckpointError(f"{path}: no layout known here. {'; '.join(report.suggestions)}")
-        model = Model(
-            checkpoint.path,
-            report,
-            {},
-            {k: v for k, v in checkpoint.metadata.items() if k != "format"},
-            checkpoint.configs,
-        )
-        try:
-            model.entries = reader(model, checkpoint, base)
-            _settle_averages(model, ema)
-        except CheckpointError as error:
-            raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-        yield model
 
 
 @contextmanager
@@ -145,208 +84,16 @@ def open_weights(path: str | Path) -> Iterator[tuple[LazyEntries, Checkpoint]]:
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(path))
         layout = layout_of(checkpoint)
-        if layout in ("full", "base", "control") or layout not in _READERS:
+        if layout in ("full", "base", "control") or not is_readable(layout):
             yield LazyEntries(lazy_entries(checkpoint), path), checkpoint
             return
         model = opened.enter_context(open_model(path))
         config = model.report.config
         if layout == "diffusers-pipeline" and config is not None:
-            model.entries = {**_unconverted(model, model.entries, model, config), **model.entries}
+            model.entries = {**unconverted(model, model.entries, model, config), **model.entries}
         for note in model.notes:
             logger.info("%s", note)
         yield model.state_dict(), checkpoint
-
-
-def below(entries: Entries, prefix: str) -> Entries:
-    """The entries whose keys begin with a prefix, without it."""
-    return {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
-
-
-def under(entries: Entries, prefix: str) -> Entries:
-    """The entries with a prefix before their keys."""
-    return {prefix + key: entry for key, entry in entries.items()}
-
-
-# Reading: one function a layout, from the entries as they lie in the file to those of a full checkpoint.
-
-
-def _read_flat(model: Model, checkpoint: Checkpoint, _base: Entries | None) -> Entries:
-    return lazy_entries(checkpoint)
-
-
-def _read_control(model: Model, checkpoint: Checkpoint, _base: Entries | None) -> Entries:
-    entries = lazy_entries(checkpoint)
-    control = under(below(entries, model.report.prefix), CONTROL_PREFIX)
-    if len(control) < len(entries):
-        model.notes.append(f"{model.path}: {len(entries) - len(control)} entries beside the ControlNet are left out")
-    return control
-
-
-def _read_difference(model: Model, checkpoint: Checkpoint, base: Entries | None) -> Entries:
-    if base is None:
-        raise CheckpointError(
-            "a ControlNet stored as the difference to its base: tool_convert_control.py takes that base with --base, "
-            "and cldm.model.load_control(model, path) adds it to the model's own"
-        )
-    stored = {key: entry for key, entry in lazy_entries(checkpoint).items() if key != DIFFERENCE}
-    unet = below(base, UNET_PREFIX)
-    if not unet:
-        raise CheckpointError(f"{model.path}: stored as the difference to a base model, and no UNet was given as that")
-    return under(with_twins(torch.add, below(stored, model.report.prefix), unet), CONTROL_PREFIX)
-
-
-def with_twins(formula: Callable[..., Tensor], entries: Entries, *unets: Entries) -> Entries:
-    """A formula of a ControlNet's (or UNet's) entries and their twins in UNets; a ControlNet's own layers stay.
-
-    Raises:
-        CheckpointError: a twin is missing or has another shape, so that these are not of one kind.
-    """
-
-    def combined(key: str, entry: LazyTensor) -> LazyTensor:
-        if key.startswith(CONTROL_LAYERS):
-            return entry
-        for unet in unets:
-            if key not in unet:
-                raise CheckpointError(f"{key!r} is not in the base model: it is incomplete or of another kind")
-            if unet[key].info.shape != entry.info.shape:
-                raise CheckpointError(
-                    f"{key!r} has shape {list(entry.info.shape)}, in the base {list(unet[key].info.shape)}: "
-                    "these do not belong to one kind of model"
-                )
-        return computed(formula, entry, *(unet[key] for unet in unets))
-
-    return {key: combined(key, entry) for key, entry in entries.items()}
-
-
-def _read_diffusers(component: str) -> Callable[[Model, Checkpoint, Entries | None], Entries]:
-    def read(_model: Model, checkpoint: Checkpoint, _base: Entries | None) -> Entries:
-        network = NETWORKS[component]
-        return under(network.from_diffusers(lazy_entries(checkpoint))[0], network.prefix)
-
-    return read
-
-
-def _read_pipeline(model: Model, checkpoint: Checkpoint, _base: Entries | None) -> Entries:
-    entries = lazy_entries(checkpoint)
-    made: Entries = {}
-    for component, network in NETWORKS.items():
-        part = below(entries, f"{component}/")
-        if part:
-            converted, unknown = network.from_diffusers(part)
-            made |= under(converted, network.prefix)
-            _note_unknown(model, component, unknown)
-    text = below(entries, "text_encoder/")
-    if text:
-        activation = checkpoint.configs.get("text_encoder", {}).get("hidden_act")
-        open_clip = activation == "gelu" if activation else model.report.family == "sd2"
-        converted, unknown = text_from_diffusers(text, open_clip)
-        made |= under(converted, TEXT_PREFIX)
-        _note_unknown(model, "text_encoder", unknown)
-    return made
-
-
-def _note_unknown(model: Model, component: str, unknown: list[str]) -> None:
-    if unknown:
-        model.notes.append(
-            f"{model.path}: {len(unknown)} entries of {component} have no counterpart: {', '.join(unknown[:3])}"
-        )
-
-
-_READERS: dict[str, Callable[[Model, Checkpoint, Entries | None], Entries]] = {
-    "full": _read_flat,
-    "base": _read_flat,
-    "control": _read_control,
-    "control-plain": _read_control,
-    "difference": _read_difference,
-    "diffusers-controlnet": _read_diffusers("controlnet"),
-    "diffusers-unet": _read_diffusers("unet"),
-    "diffusers-pipeline": _read_pipeline,
-}
-
-
-def _settle_averages(model: Model, ema: bool) -> None:
-    """Drop the averaged weights, or put them in the place of those they are averages of."""
-    averages = {key: entry for key, entry in model.entries.items() if key.startswith(EMA_PREFIX)}
-    if ema and not averages:
-        raise CheckpointError("holds no averaged weights (model_ema.*); convert it without --ema")
-    kept = {key: entry for key, entry in model.entries.items() if key not in averages}
-    if ema:
-        names = {
-            key: _EMA_UNET + key.removeprefix(UNET_PREFIX).replace(".", "")
-            for key in kept
-            if key.startswith(UNET_PREFIX)
-        }
-        replaced = {key: averages[name] for key, name in names.items() if name in averages}
-        wrong = next((key for key, entry in replaced.items() if entry.info.shape != kept[key].info.shape), None)
-        if wrong is not None:
-            raise CheckpointError(
-                f"the average of {wrong!r} has shape {list(replaced[wrong].info.shape)}, the entry itself "
-                f"{list(kept[wrong].info.shape)}; convert it without --ema"
-            )
-        kept |= replaced
-        model.notes.append(
-            f"{model.path}: the UNet takes its averaged weights, {len(replaced)} of {len(names)} entries"
-        )
-    elif averages:
-        model.notes.append(f"{model.path}: {len(averages)} averaged entries ({EMA_PREFIX}*) are left out")
-    model.entries = kept
-
-
-# What a checkpoint needs and no other layout keeps: the noise schedule, and weights that are never used.
-
-
-def model_params(config: str | Path) -> Mapping[str, Any]:
-    """The parameters of the model that a configuration names.
-
-    Raises:
-        ConfigError: there is no such configuration, or it is none of a model.
-    """
-    params = model_section(load_config(config), config).get("params") or {}
-    if not isinstance(params, Mapping):
-        raise ConfigError(f"{config}: `params` of its model must be a mapping")
-    return params
-
-
-def told_schedule(params: Mapping[str, Any], source: Model) -> Mapping[str, Any]:
-    """The parameters with the noise schedule that a file or folder tells: by its stored betas, or its scheduler.
-
-    Raises:
-        CheckpointError: what it tells makes no sense, or cannot be expressed here.
-    """
-    try:
-        if "betas" in source.entries:
-            return with_stored(params, source.entries["betas"].read())
-        scheduler = source.configs.get("scheduler")
-        return with_scheduler(params, scheduler) if scheduler else params
-    except CheckpointError as error:
-        raise CheckpointError(f"{source.path}: {error}") from error
-
-
-def told_schedule_entries(params: Mapping[str, Any], source: Model) -> Entries:
-    """The noise schedule's entries of a model: as they are stored, else made from what the file tells."""
-    stored = {key: entry for key, entry in source.entries.items() if key in SCHEDULE_KEYS}
-    if stored.keys() >= SCHEDULE_KEYS:
-        return stored
-    return {**schedule_entries(told_schedule(params, source)), **stored}
-
-
-def unused_text_entries(text: Entries, config: str | Path) -> Entries:
-    """Zeros for what diffusers leaves out of SD 2.x's text encoder, since nothing reads it: the last layer, the projection.
-
-    Args:
-        text: the entries that are there, under our names without prefix.
-        config: of the model whose text encoder is to be complete.
-    """
-    if not is_open_clip(text):
-        return {}
-    every = expected_entries(config).items()
-    expected = {key.removeprefix(TEXT_PREFIX): info for key, info in every if key.startswith(TEXT_PREFIX)}
-    layers = [int(m[1]) for key in expected if (m := re.search(r"resblocks\.(\d+)\.", key))]
-    unused = re.compile(rf"model\.(transformer\.resblocks\.{max(layers, default=0)}\..+|text_projection|logit_scale)")
-    return {key: zeros(info) for key, info in expected.items() if key not in text and unused.fullmatch(key)}
-
-
-# Writing: one function a target, from a model to the content of a file, or of a folder's files.
 
 
 @dataclass(frozen=True)
@@ -425,37 +172,7 @@ def _completed(model: Model, options: Options) -> Entries:
     source = options.unet_source(model)
     if options.config is None:
         return {**{key: entry for key, entry in source.entries.items() if key in SCHEDULE_KEYS}, **made}
-    return {**_unconverted(model, made, source, options.config), **made}
-
-
-def _unconverted(model: Model, made: Entries, source: Model, config: str) -> Entries:
-    """The entries of a checkpoint that other layouts do not keep: its noise schedule, and zeros for unused weights."""
-    schedule = told_schedule_entries(model_params(config), source)
-    if not model.has(CONTROL_PREFIX):
-        schedule.pop("logvar", None)  # as published base models
-    unused = unused_text_entries(below(made, TEXT_PREFIX), config)
-    if unused:
-        model.notes.append(f"{len(unused)} entries of the text encoder that the model does not use are zeros")
-    return {**schedule, **under(unused, TEXT_PREFIX)}
-
-
-def check_family(one: Model, other: Model) -> None:
-    """Raise unless the UNets of two models, or the ControlNet's copy of an encoder that there is instead, are of one kind."""
-    first, second = _backbone(one), _backbone(other)
-    shared = [key for key in first if key in second]
-    differing = next((key for key in shared if first[key].info.shape != second[key].info.shape), None)
-    if one.has(UNET_PREFIX) and other.has(UNET_PREFIX):
-        differing = differing or next(iter(first.keys() ^ second.keys()), None)
-    if differing is not None or not shared:
-        what = f"differ in {differing!r}" if shared else "have nothing in common"
-        raise CheckpointError(f"{one.path} and {other.path} are models of different kinds: they {what}")
-
-
-def _backbone(model: Model) -> Entries:
-    """The UNet's entries, or those of the ControlNet that a UNet of its kind has too."""
-    if model.has(UNET_PREFIX):
-        return model.part(UNET_PREFIX)
-    return {key: entry for key, entry in model.part(CONTROL_PREFIX).items() if not key.startswith(CONTROL_LAYERS)}
+    return {**unconverted(model, made, source, options.config), **made}
 
 
 def _build_control(model: Model, _options: Options, _folder: bool) -> Entries:
@@ -498,10 +215,10 @@ def _build_pipeline(model: Model, options: Options, _folder: bool) -> dict[str, 
     files: dict[str, Any] = {"model_index.json": model_index([name for name, part in parts.items() if part])}
     for name, config in configs.items():
         converted, unknown = NETWORKS[name].to_diffusers(parts[name])
-        _note_unknown(model, name, unknown)
+        note_unknown(model, name, unknown)
         files |= {f"{name}/config.json": config, f"{name}/{_UNET_FILE}": converted}
     converted, unknown = text_to_diffusers(text)
-    _note_unknown(model, "text_encoder", unknown)
+    note_unknown(model, "text_encoder", unknown)
     files |= {"text_encoder/config.json": text_config(text, converted, params), f"text_encoder/{_TEXT_FILE}": converted}
     files["scheduler/scheduler_config.json"] = scheduler_config(told_schedule(params, source), prediction)
     return files | under(tokenizer_files(is_open_clip(text)), "tokenizer/")
@@ -662,49 +379,3 @@ def _check_config(model: Model, config: str | Path) -> None:
             f"{model.path}: does not fit {config}: {wrong!r} has shape {list(model.entries[wrong].info.shape)}, "
             f"expected {list(expected[wrong].shape)}"
         )
-
-
-def note_gaps(model: Model, *parts: str) -> None:
-    """Note what a model lacks, or has in another shape than its family, in these parts or in all that it has."""
-    gaps = set(model.report.gaps(*parts))
-    missing, mismatched = ([k for k in keys if k in gaps] for keys in (model.report.missing, model.report.mismatched))
-    model.notes += [f"{model.path}: {line}" for line in gap_lines(missing, mismatched)]
-
-
-# What a file says of its model beside the weights: what the UNet predicts, and whether the ControlNet averages.
-
-
-def told_prediction(source: Model, config: str | Path | None = None) -> str | None:
-    """What a UNet predicts, as a named configuration says, else its own file."""
-    named = model_params(config).get("parameterization") if config is not None else None
-    return named or source.report.prediction
-
-
-def pools(source: Model, config: str | Path | None = None) -> bool:
-    """Whether a file's ControlNet averages its outputs: told by a diffusers configuration, metadata, or a named configuration."""
-    told = source.configs.get("controlnet", source.configs.get("", {})).get("global_pool_conditions")
-    if told is None and POOLING in source.metadata:
-        told = source.metadata[POOLING] == "true"
-    if told is None and config is not None:
-        told = model_params(config).get(POOLING)
-    return told is True
-
-
-def described(metadata: Mapping[str, str], prediction: str | None, pooling: bool) -> dict[str, str]:
-    """A file's metadata, saying this of what the UNet predicts and of the ControlNet's averaging, and nothing else."""
-    kept = {key: text for key, text in metadata.items() if key not in (*PREDICTION_METADATA, POOLING)}
-    said = {POOLING: "true" if pooling else None, PREDICTION_METADATA[0]: prediction}
-    return kept | {key: text for key, text in said.items() if text}
-
-
-def unsaid(path: str | Path, metadata: Mapping[str, str], family: str) -> list[str]:
-    """Notes on what torch's format has no place for and the weights do not show."""
-    if Path(path).suffix.lower() not in TORCH_SUFFIXES:
-        return []
-    prediction = metadata.get(PREDICTION_METADATA[0])
-    lost = []
-    if prediction is not None and (prediction != "eps" or family == "sd2"):
-        lost.append(f"that the model predicts {prediction}")
-    if POOLING in metadata:
-        lost.append("that the ControlNet averages its outputs")
-    return [f"{path} cannot say {' and '.join(lost)}, as a .safetensors file does"] if lost else []

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from cldm.checkpoint.control import add_control, initial_entries, join_control, transfer_control
-from cldm.checkpoint.converting import Model, convert
+from cldm.checkpoint.converting import convert
 from cldm.checkpoint.errors import CheckpointError
 from cldm.checkpoint.layout import identify
 from cldm.checkpoint.lazy import LazyTensor
+from cldm.checkpoint.opening import Model
 from cldm.checkpoint.reading import TensorInfo, open_checkpoint, read_state_dict
 from cldm.checkpoint.writing import write_checkpoint
 from ldm.util import ConfigError
