@@ -96,6 +96,9 @@ def open_weights(path: str | Path) -> Iterator[tuple[LazyEntries, Checkpoint]]:
         yield model.state_dict(), checkpoint
 
 
+# Writing: one function a target, from a model to the content of a file, or of a folder's files.
+
+
 @dataclass(frozen=True)
 class Options:
     """What the targets need to know beside the weights.

@@ -106,9 +106,10 @@ def read_rgb(path: Path) -> np.ndarray:
             if "A" in picture.getbands() or "transparency" in picture.info:
                 rgba = np.asarray(picture.convert("RGBA")).astype(np.float32)
                 alpha = rgba[..., 3:] / 255.0  # (H, W, 1)
-                return (
-                    (rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).clip(0, 255).astype(np.uint8)
-                )  # as annotator's HWC3
+                on_white = rgba[..., :3] * alpha + 255.0 * (
+                    1.0 - alpha
+                )  # (H, W, 3), rounded as annotator.util.HWC3 does
+                return on_white.clip(0, 255).astype(np.uint8)
             return np.asarray(picture.convert("RGB"))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
