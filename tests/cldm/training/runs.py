@@ -42,6 +42,8 @@ def _main(argv: list[str], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    # Workers of data loaders come from the run, as they do when it is a command; from a server they would outlive a kill.
+    multiprocessing.set_start_method("fork", force=True)
     import tutorial_train
 
     sys.exit(tutorial_train.main(argv))
