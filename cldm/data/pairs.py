@@ -157,6 +157,43 @@ class PairDataset(Dataset):
             "hint": source.astype(np.float32) / 255.0,
         }
 
+    def hint_item(self, index: int) -> dict[str, Any]:
+        """The item without its target, which is not read: for training from cached latents."""
+        if self._changes_items():
+            item = dict(self[index])
+            del item["jpg"]
+            return item
+        pair = self.pairs[index]
+        return {"txt": pair.prompt, "hint": read_rgb(pair.source).astype(np.float32) / 255.0}
+
+    def fingerprint(self, index: int) -> str | None:
+        """A text that changes whenever the target's file does: name, size and time of change.
+
+        None in a subclass with its own `__getitem__`, whose targets may depend on more.
+
+        Raises:
+            DataError: the file is missing.
+        """
+        if self._changes_items():
+            return None
+        path = self.pairs[index].target
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} is missing") from error
+        return f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}"
+
+    def _changes_items(self) -> bool:
+        return type(self).__getitem__ is not PairDataset.__getitem__
+
+    def name(self, index: int) -> str:
+        """What messages call an item: the file of its target."""
+        return str(self.pairs[index].target)
+
+    def prompts(self) -> list[str]:
+        """The prompt of every item, by index."""
+        return [pair.prompt for pair in self.pairs]
+
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of every item, by index, from the headers of the files.
 
