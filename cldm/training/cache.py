@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from cldm.data.checking import hint_item_of, name_of
 from cldm.data.pairs import DataError
 from cldm.files import write_whole
 from cldm.model import load_weights
@@ -168,17 +169,13 @@ class CachedPairs(Dataset):
         return len(self._fingerprints)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if hasattr(self.dataset, "hint_item"):
-            item = dict(self.dataset.hint_item(index))
-        else:
-            item = dict(self.dataset[index])
-            item.pop("jpg")
+        item = hint_item_of(self.dataset, index)
         try:
             moments = self.cache.moments(self._fingerprints[index])
             context = self.cache.context(item["txt"])
         except KeyError as error:
             raise DataError(
-                f"{_name(self.dataset, index)} is not in the cache: its target or prompt has changed"
+                f"{name_of(self.dataset, index)} is not in the cache: its target or prompt has changed"
             ) from error
         return {**item, "moments": moments, "context": context}
 
@@ -337,10 +334,6 @@ def _fingerprint(dataset: Dataset, index: int, broken_is: str | None = "") -> st
     except DataError:
         return broken_is
     return hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _name(dataset: Dataset, index: int) -> str:
-    return dataset.name(index) if hasattr(dataset, "name") else f"item {index}"
 
 
 def _prompts(dataset: Dataset) -> list[str]:
