@@ -31,10 +31,11 @@ from cldm.command import run_command
 from cldm.config import override, resolve
 from cldm.data.batches import SameSizeBatches
 from cldm.data.fill import generate_fill
-from cldm.evaluation import FillProgress, Sampling, evaluate_fill, fill_samples, generate, save_comparison
+from cldm.evaluation import Sampling, evaluate_fill, fill_samples, fill_score, generate, save_comparison
 from cldm.logger import ImageLogger
 from cldm.model import create_model
 from cldm.settings import check_counts, explain, is_continued, make_trainer, setting, write_settings
+from cldm.training.pictures import HeldOutPictures
 from ldm.util import ConfigError
 from tutorial_dataset import MyDataset
 
@@ -123,7 +124,8 @@ def train(s: Settings) -> None:
         ),
     ]
     if held_out.samples:
-        callbacks.append(FillProgress(held_out.samples[:16], s.log_every, sampling))
+        shown = held_out.hints[:16], held_out.targets[:16], held_out.prompts[:16]
+        callbacks.append(HeldOutPictures(*shown, s.log_every, sampling, fill_score(held_out.samples[:16])))
     trainer = make_trainer(
         max_steps=s.steps,
         accelerator=s.accelerator,

@@ -164,6 +164,9 @@ class DDPM(pl.LightningModule):
         self.scheduler_config = scheduler_config
         self.ucg_training = dict(ucg_training or {})
         self.learning_rate = 1e-4  # set by training scripts
+        self.sample_losses: tuple[Tensor, Tensor] | None = (
+            None  # timesteps and unweighted losses (B,) of the last batch
+        )
         if monitor is not None:
             self.monitor = monitor
 
@@ -443,6 +446,7 @@ class DDPM(pl.LightningModule):
         """Elementwise errors (B, C, h, w) -> the loss with variational weights, and its terms."""
         prefix = "train" if self.training else "val"
         simple = mean_flat(error)  # (B,)
+        self.sample_losses = t, simple.detach()
         terms = {f"{prefix}/loss_simple": simple.mean()}
         loss, more = self._uncertain(simple, t)
         terms |= {name.format(prefix=prefix): value for name, value in more.items()}
