@@ -175,6 +175,8 @@ class DDPM(pl.LightningModule):
         self.optimizer_config: Mapping[str, Any] | None = None  # AdamW
         self.min_snr = 0.0  # gamma of the min-SNR weights; 0 for equal weights
         self.noise_offset = 0.0  # share of the noise that is constant over a picture
+        # Timesteps and unweighted losses (B,) of the last batch.
+        self.sample_losses: tuple[Tensor, Tensor] | None = None
         if monitor is not None:
             self.monitor = monitor
 
@@ -474,6 +476,7 @@ class DDPM(pl.LightningModule):
         """Elementwise errors (B, C, h, w) -> the loss with variational weights, and its terms."""
         prefix = "train" if self.training else "val"
         simple = mean_flat(error)  # (B,)
+        self.sample_losses = t, simple.detach()
         terms = {f"{prefix}/loss_simple": simple.mean()}
         loss, more = self._uncertain(simple, t)
         terms |= {name.format(prefix=prefix): value for name, value in more.items()}
