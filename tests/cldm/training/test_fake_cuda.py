@@ -1,0 +1,122 @@
+"""The full-size model on fake CUDA tensors, which need neither a GPU nor memory: nothing is left on the CPU or of a wrong type."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cldm.model import create_model
+from cldm.training.cache import release_encoders
+from cldm.training.precision import cast_frozen, set_recompute
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BATCH = 2
+
+
+@contextmanager
+def autocast_cuda(dtype):
+    """torch.autocast("cuda"), which without a GPU switches itself off."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def built(request):
+    """(model, dtype, mode) of each precision, made on the device in that precision."""
+    mode = FakeTensorMode()
+    with mode:
+        yield create_model("cldm_v15", device="cuda", dtype=DTYPES[request.param]), DTYPES[request.param], mode
+
+
+def batch_on(device):
+    return {
+        "jpg": torch.zeros(BATCH, 512, 512, 3, device=device),
+        "hint": torch.zeros(BATCH, 512, 512, 3, device=device),
+        "txt": ["a bird", ""],
+    }
+
+
+def cached_loss(model):
+    """The loss of a batch from the cache."""
+    moments = torch.zeros(BATCH, 8, 64, 64, device="cuda")
+    z = DiagonalGaussianDistribution(moments).sample() * model.scale_factor
+    text = torch.zeros(BATCH, 77, 768, device="cuda")
+    return model(z, {"c_crossattn": [text], "c_concat": [torch.zeros(BATCH, 3, 512, 512, device="cuda")]})[0]
+
+
+def is_loss(loss):
+    return loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.shape == () and loss.requires_grad
+
+
+@pytest.mark.slow
+def test_everything_is_on_the_device_and_of_the_dtype(built):
+    model, dtype, _ = built
+    elsewhere = [k for k, v in [*model.named_parameters(), *model.named_buffers()] if v.device.type != "cuda"]
+    assert not elsewhere
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    schedule = {name: b.dtype for name, b in model.named_buffers(recurse=False) if b.is_floating_point()}
+    assert len(schedule) > 10 and set(schedule.values()) == {torch.float32}
+
+
+@pytest.mark.slow
+def test_training_step_forward(built):
+    model, _, _ = built
+    model.train()
+    for recompute in ("none", "all"):
+        set_recompute(model, recompute)
+        assert is_loss(model.shared_step(batch_on("cuda"))[0])
+    assert is_loss(cached_loss(model))
+
+
+@pytest.mark.slow
+def test_sampling_and_both_ways_through_the_autoencoder(built):
+    model, dtype, _ = built
+    model.eval()
+    with torch.no_grad():
+        posterior = model.encode_first_stage(torch.zeros(BATCH, 3, 512, 512, device="cuda", dtype=dtype))
+        assert posterior.mean.device.type == "cuda" and posterior.mean.shape == (BATCH, 4, 64, 64)
+        text = model.get_learned_conditioning(["a bird"] * BATCH)
+        cond = {"c_crossattn": [text], "c_concat": [torch.zeros(BATCH, 3, 512, 512, device="cuda")]}
+        latents, _ = DDIMSampler(model).sample(
+            2,
+            BATCH,
+            (4, 64, 64),
+            cond,
+            verbose=False,
+            unconditional_guidance_scale=9.0,
+            unconditional_conditioning=cond,
+        )
+        picture = model.decode_first_stage(latents)
+    assert picture.device.type == "cuda" and picture.shape == (BATCH, 3, 512, 512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("autocast", ["bf16", "fp16", None])
+def test_mixed_precision_with_frozen_weights_in_half(frozen, autocast):
+    # As a training run makes it: in float32, frozen weights converted, encoders released.
+    with FakeTensorMode():
+        model = create_model("cldm_v15", device="cuda")
+        cast_frozen(model, frozen)
+        release_encoders(model)
+        model.train()
+        assert {p.dtype for p in model.control_model.parameters()} == {torch.float32}
+        assert {p.dtype for p in model.model.parameters()} == {DTYPES[frozen]}
+        assert model.alphas_cumprod.dtype == torch.float32
+        if autocast is None:
+            assert is_loss(cached_loss(model))
+        else:
+            with autocast_cuda(DTYPES[autocast]):
+                assert is_loss(cached_loss(model))
