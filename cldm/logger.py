@@ -1,7 +1,8 @@
-"""Lightning callbacks: pictures of what the model makes while it trains."""
+"""Lightning callback of the public code: pictures of what the model makes while it trains."""
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,31 @@ import torch
 from torch import Tensor
 
 from cldm.pictures import grid, save_png, to_uint8
+from cldm.training.instrument import Instrument, aside, takes_part
+from cldm.training.pictures import Encoders
 
 logger = logging.getLogger(__name__)
 
 
-class ImageLogger(pl.Callback):
-    """Every so many batches, saves what the model's `log_images` gives, one PNG a kind and one overview with a row a kind.
+class ImageLogger(Instrument):
+    """Every so many optimizer steps, saves what the model's `log_images` gives, one PNG a kind and one overview with a row a kind.
+
+    Steps are counted over the whole run, and a step of several batches once. (The public class counts batches from the
+    beginning of each epoch: with epochs of six batches, one in ten means the first of each epoch.)
 
     Args:
-        batch_frequency: batches between pictures.
+        batch_frequency: steps between pictures.
         max_images: pictures a row.
         clamp: cut values to [-1, 1].
         increase_log_steps: accepted for compatibility.
         rescale: values are in [-1, 1] rather than [0, 1].
         disabled: do nothing.
-        log_on_batch_idx: count batches of the epoch (as the reference does); otherwise training steps.
-        log_first_step: also at the very first batch.
+        log_on_batch_idx: number the steps from 0 as the public class numbers batches: with a frequency of 10, after the 1st,
+            11th, 21st; otherwise after the 10th, 20th, 30th.
+        log_first_step: with `log_on_batch_idx`, also after the very first one.
         log_images_kwargs: handed to `log_images`.
+        at_once: pictures made at once; fewer take less memory.
+        encoders: a context manager that gives a model its encoders, where training has freed them; see `HeldOutPictures`.
     """
 
     def __init__(
@@ -41,10 +50,13 @@ class ImageLogger(pl.Callback):
         log_on_batch_idx: bool = True,
         log_first_step: bool = True,
         log_images_kwargs: Mapping[str, Any] | None = None,
+        at_once: int = 1,
+        encoders: Encoders | None = None,
     ) -> None:
-        super().__init__()
-        if batch_frequency < 1:
-            raise ValueError(f"batch_frequency must be at least 1, found {batch_frequency}")
+        for name, value in (("batch_frequency", batch_frequency), ("at_once", at_once)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, found {value}")
+        super().__init__(batch_frequency)
         self.batch_freq = batch_frequency
         self.max_images = max_images
         self.clamp = clamp
@@ -53,41 +65,37 @@ class ImageLogger(pl.Callback):
         self.log_on_batch_idx = log_on_batch_idx
         self.log_first_step = log_first_step
         self.log_images_kwargs = dict(log_images_kwargs or {})
+        self.at_once = at_once
+        self.encoders = encoders or nullcontext
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not self.disabled:
-            self.log_img(pl_module, batch, batch_idx, split="train")
+    def is_due(self, step: int) -> bool:
+        return not self.disabled and self.max_images > 0 and self.check_frequency(step - int(self.log_on_batch_idx))
 
     def check_frequency(self, check_idx: int) -> bool:
-        """Whether pictures are due at this batch or step."""
+        """Whether pictures are due at the step of this number."""
         return check_idx % self.batch_freq == 0 and (check_idx > 0 or self.log_first_step)
 
+    def measure(self, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.log_img(model, batch, batch_idx, split="train")
+
     def log_img(self, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str = "train") -> None:
-        """Save pictures for a batch if they are due; the model is in eval mode meanwhile."""
-        check_idx = batch_idx if self.log_on_batch_idx else pl_module.global_step
-        if not (
-            self.check_frequency(check_idx) and self.max_images > 0 and callable(getattr(pl_module, "log_images", None))
-        ):
+        """Save pictures for a batch; the model and torch's random generators are left as they were."""
+        trainer = pl_module.trainer
+        if not callable(getattr(pl_module, "log_images", None)) or not takes_part(trainer):
             return
-        if pl_module.global_rank != 0:
-            return
-        was_training = pl_module.training
-        pl_module.eval()
-        try:
-            with torch.no_grad():
-                images = pl_module.log_images(batch, split=split, **({"N": self.max_images} | self.log_images_kwargs))
-        finally:
-            pl_module.train(was_training)
-        images = {
-            # Rows of steps are one picture, (3, H, W).
-            kind: (picture if picture.dim() == 4 else picture[None])[: self.max_images].detach().float().cpu()
-            for kind, picture in images.items()
-            if isinstance(picture, Tensor)
-        }
-        folder = Path(self._save_dir(pl_module))
-        self.log_local(folder, split, images, pl_module.global_step, pl_module.current_epoch, batch_idx)
+        kinds: dict[str, list[Tensor]] = {}
+        with aside(trainer, pl_module), self.encoders(pl_module):
+            for part in _parts(batch, self.max_images, self.at_once):
+                options = {"N": self.at_once} | self.log_images_kwargs
+                for kind, pictures in pl_module.log_images(part, split=split, **options).items():
+                    if isinstance(pictures, Tensor):
+                        # Rows of steps are one picture, (3, H, W).
+                        pictures = pictures if pictures.dim() == 4 else pictures[None]
+                        kinds.setdefault(kind, []).append(pictures.detach().float().cpu())
+        if trainer.is_global_zero:
+            images = {kind: torch.cat(pictures)[: self.max_images] for kind, pictures in kinds.items()}
+            folder = self._save_dir(pl_module)
+            self.log_local(folder, split, images, pl_module.global_step, pl_module.current_epoch, batch_idx)
 
     def _save_dir(self, pl_module: pl.LightningModule) -> str:
         training_logger = pl_module.logger
@@ -115,3 +123,12 @@ class ImageLogger(pl.Callback):
         if alike:
             save_png(folder / f"overview_{name}", grid(alike))
         logger.info("pictures of step %d are in %s", global_step, folder)
+
+
+def _parts(batch: Mapping[str, Any], count: int, size: int) -> list[dict[str, Any]]:
+    """The first `count` entries of a batch in batches of `size`."""
+    count = min(count, *(len(entries) for entries in batch.values()))
+    return [
+        {name: entries[start : min(start + size, count)] for name, entries in batch.items()}
+        for start in range(0, count, size)
+    ]

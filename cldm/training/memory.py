@@ -31,7 +31,6 @@ from cldm.settings import explain, setting
 from cldm.training.cache import release_encoders
 from cldm.training.precision import PRECISIONS, cast_frozen, forward_context, set_recompute
 from cldm.training.presets import PRESETS
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import ConfigError
 
 GIB = 2**30
@@ -189,7 +188,7 @@ def _measure_steps(model: nn.Module, plan: Plan, tracker: StorageTracker) -> Cou
     for _ in range(2):
         batch = _batch(model, plan)
         with forward_context(plan.precision, "cpu"):
-            loss = _loss(model, batch)
+            loss, _ = model.shared_step(batch)
         loss.backward()
         optimizer.step()
         tracker.assign("optimizer", (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)))
@@ -206,14 +205,6 @@ def _batch(model: nn.Module, plan: Plan) -> dict[str, Any]:
         latent = side // 8
         return {**batch, "moments": torch.randn(count, 8, latent, latent), "context": torch.randn(count, 77, width)}
     return {**batch, "jpg": torch.rand(count, side, side, 3), "txt": ["a text"] * count}
-
-
-def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    if "jpg" in batch:
-        return model.shared_step(batch)[0]
-    z = DiagonalGaussianDistribution(batch["moments"]).sample() * model.scale_factor
-    hint = batch["hint"].permute(0, 3, 1, 2).float().contiguous()
-    return model(z, {"c_crossattn": [batch["context"]], "c_concat": [hint]})[0]
 
 
 def plan_of(preset: str, **changes: Any) -> Plan:

@@ -42,7 +42,6 @@ from cldm.training.precision import (
     set_recompute,
     use_channels_last,
 )
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import instantiate_from_config
 from tests.benchmarks.bench_diffusers import SIZES, Inputs, build_ours, build_theirs
 from tests.benchmarks.memory import peak_memory
@@ -267,11 +266,8 @@ def loop_sides(options: Options, sides: tuple[str, ...], folder: Path) -> dict[s
         our_batches = batches(CachedPairs(dataset, cache))
 
         def our_step() -> Tensor:
-            item = {k: v.to(options.device) for k, v in next(our_batches).items() if k != "txt"}
             with options.autocast():
-                latents = DiagonalGaussianDistribution(item["moments"]).sample() * ours.scale_factor
-                hint = item["hint"].permute(0, 3, 1, 2).contiguous()
-                loss, _ = ours(latents, {"c_crossattn": [item["context"]], "c_concat": [hint]})
+                loss, _ = ours.shared_step(next(our_batches))
             return optimizer_step(optimizer, loss)
 
         found["ours"] = our_step
@@ -314,23 +310,13 @@ def throughput(options: Options, batches: list[int], compiled: bool, steps: int)
             use_channels_last(model)
         optimizer = torch.optim.AdamW(model.trained_parameters(), lr=1e-5, fused=True)
         # As a loader with pinned memory hands them over.
-        stored = [
-            {
-                "moments": torch.randn(batch, 8, side, side),
-                "context": torch.randn(batch, 77, context),
-                "hint": torch.rand(batch, 8 * side, 8 * side, 3),
-            }
-            for _ in range(2)
-        ]
+        stored = [cached_batch(batch, side, context) for _ in range(2)]
         source = cycle([{k: v.pin_memory() if on_gpu else v for k, v in item.items()} for item in stored])
 
         def step(model=model, optimizer=optimizer, source=source) -> Tensor:
             item = {k: v.to(options.device, non_blocking=True) for k, v in next(source).items()}
             with options.autocast():
-                latents = DiagonalGaussianDistribution(item["moments"]).sample() * model.scale_factor
-                hint = item["hint"].permute(0, 3, 1, 2)
-                hint = hint.contiguous(memory_format=torch.channels_last if on_gpu else torch.contiguous_format)
-                loss, _ = model(latents, {"c_crossattn": [item["context"]], "c_concat": [hint]})
+                loss, _ = model.shared_step(item)
             return optimizer_step(optimizer, loss)
 
         with FlopCounterMode(display=False) as counter:
@@ -362,6 +348,15 @@ def throughput(options: Options, batches: list[int], compiled: bool, steps: int)
         del model, optimizer, step
         if on_gpu:
             torch.cuda.empty_cache()
+
+
+def cached_batch(batch: int, side: int, context: int) -> dict[str, Tensor]:
+    """What a loader gives of the cache."""
+    return {
+        "moments": torch.randn(batch, 8, side, side),
+        "context": torch.randn(batch, 77, context),
+        "hint": torch.rand(batch, 8 * side, 8 * side, 3),
+    }
 
 
 def computed_memory(options: Options, batch: int) -> int:
