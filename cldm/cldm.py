@@ -210,9 +210,8 @@ class ControlledUnetModel(UNetModel):
             if not only_mid_control:
                 skips = [skip + c for skip, c in zip(skips, control[:-1], strict=True)]
         dtype = self.out[-1].weight.dtype
-        if dtype != emb.dtype and not torch.is_autocast_enabled(
-            x.device.type
-        ):  # a decoder in training beside a frozen encoder
+        # A decoder in training stays float32 beside an encoder in half precision.
+        if dtype != emb.dtype and not torch.is_autocast_enabled(x.device.type):
             hidden, skips, emb = hidden.to(dtype), [skip.to(dtype) for skip in skips], emb.to(dtype)
         return self.decode(hidden, skips, emb, context).to(x.dtype)
 
