@@ -65,7 +65,7 @@ class StorageTracker(TorchDispatchMode):
         if key not in self._parts:
             self._parts[key] = (_OTHER, storage.nbytes())
             self.live[_OTHER] += storage.nbytes()
-            weakref.finalize(storage, self._forget, key)
+            weakref.finalize(storage, self._forget, key).atexit = False
             if self.live.total() > self.peak.total():
                 self.peak = self.live.copy()
 
@@ -159,8 +159,8 @@ def measure(plan: Plan) -> Report:
         raise ConfigError(f"optimizer must be adamw or adamw8bit, found {plan.optimizer!r}")
     if plan.frozen_precision not in PRECISIONS:
         raise ConfigError(f"frozen_precision must be one of {', '.join(PRECISIONS)}, found {plan.frozen_precision!r}")
-    # The CPU stands for the GPU: backward passes of fake CUDA tensors need CUDA.
-    with FakeTensorMode(), StorageTracker() as tracker:
+    # The CPU stands for the GPU: backward passes of fake CUDA tensors need CUDA. (The schedule comes from NumPy and is not fake.)
+    with FakeTensorMode(allow_non_fake_inputs=True), StorageTracker() as tracker:
         model = create_model(plan.config)
         creation = tracker.peak.total()
         model.sd_locked = plan.sd_locked

@@ -364,7 +364,7 @@ def computed_memory(options: Options, batch: int) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     _, side, _, _, context = SIZES[options.size]
-    with FakeTensorMode(), StorageTracker() as tracker:
+    with FakeTensorMode(allow_non_fake_inputs=True), StorageTracker() as tracker:
         model = build_ours(options.size, recompute=False).train()
         cast_frozen(model, options.frozen)
         set_recompute(model, options.recompute)
