@@ -4,7 +4,7 @@
     python -m tests.benchmarks.bench_training loop                 the loop from the cache against diffusers' loop, which encodes
     python -m tests.benchmarks.bench_training base                 a step with control against fine-tuning the whole base without
     python -m tests.benchmarks.bench_training middle               the middle output alone against all outputs
-    python -m tests.benchmarks.bench_training throughput --device cuda --size full --batches 4 16 32
+    python -m tests.benchmarks.bench_training throughput --device cuda --size full --compile --channels-last --batches 8 32
                                                                    images a second, share of the chip's peak, and memory
 
 `--size full` is SD 1.5 at 512 pixels: `step` then takes about 16 GB of memory for both sides, `base` 26. `--memory` adds the peak
@@ -62,16 +62,10 @@ class Options:
     precision: str
     frozen: str
     recompute: str
-    batch: int | None = None
+    channels_last: bool = False
 
     def autocast(self) -> Any:
         return forward_context(LIGHTNING[self.precision], self.device)
-
-
-def inputs_of(options: Options) -> Inputs:
-    inputs = Inputs(options.size, options.device)
-    inputs.noise = inputs.noise[: options.batch]
-    return inputs
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
@@ -101,11 +95,19 @@ def control_model(options: Options, only_mid: bool = False) -> ControlLDM:
     return model
 
 
-def control_step(model: ControlLDM, options: Options) -> Step:
+def prepared(model: ControlLDM, options: Options) -> ControlLDM:
+    """The model as a training run would have it."""
     model = model.to(options.device).train()
     cast_frozen(model, options.frozen)
     set_recompute(model, options.recompute)
-    inputs, optimizer = inputs_of(options), model.configure_optimizers()
+    if options.channels_last:
+        use_channels_last(model)
+    return model
+
+
+def control_step(model: ControlLDM, options: Options) -> Step:
+    model = prepared(model, options)
+    inputs, optimizer = Inputs(options.size, options.device), model.configure_optimizers()
     cond = {"c_crossattn": [inputs.text], "c_concat": [inputs.hint]}
 
     def step() -> Tensor:
@@ -130,7 +132,7 @@ def base_step(options: Options) -> Step:
     model.learning_rate = 1e-5
     model = model.to(options.device).train()
     set_recompute(model, options.recompute)
-    inputs, optimizer = inputs_of(options), model.configure_optimizers()
+    inputs, optimizer = Inputs(options.size, options.device), model.configure_optimizers()
 
     def step() -> Tensor:
         with options.autocast():
@@ -192,7 +194,7 @@ def step_sides(options: Options, sides: tuple[str, ...]) -> dict[str, Step]:
         ours = control_model(options)
     found: dict[str, Step] = {}
     if "theirs" in sides:
-        theirs, inputs = Theirs(ours, options), inputs_of(options)
+        theirs, inputs = Theirs(ours, options), Inputs(options.size, options.device)
         found["theirs"] = lambda: theirs.step(inputs.x, inputs.noise, inputs.t, inputs.text, inputs.hint)
     if "ours" in sides:
         found["ours"] = control_step(ours, options)
@@ -259,10 +261,7 @@ def loop_sides(options: Options, sides: tuple[str, ...], folder: Path) -> dict[s
         ours = ours.to(options.device)
         cache = make_cache(ours, dataset, folder / "cache", LIGHTNING[options.precision], progress=False)
         release_encoders(ours)
-        ours.train()
-        cast_frozen(ours, options.frozen)
-        set_recompute(ours, options.recompute)
-        optimizer = ours.configure_optimizers()
+        optimizer = prepared(ours, options).configure_optimizers()
         our_batches = batches(CachedPairs(dataset, cache))
 
         def our_step() -> Tensor:
@@ -303,11 +302,7 @@ def throughput(options: Options, batches: list[int], compiled: bool, steps: int)
     chip = next((peak for key, peak in PEAKS.items() if key in name), None)
     allow_tf32()
     for batch in batches:
-        model = control_model(options).to(options.device).train()
-        cast_frozen(model, options.frozen)
-        set_recompute(model, options.recompute)
-        if on_gpu:
-            use_channels_last(model)
+        model = prepared(control_model(options), options)
         optimizer = torch.optim.AdamW(model.trained_parameters(), lr=1e-5, fused=True)
         # As a loader with pinned memory hands them over.
         stored = [cached_batch(batch, side, context) for _ in range(2)]
@@ -449,6 +444,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=HALF, help="of computing (default: fp32; throughput: bf16)")
     parser.add_argument("--frozen", choices=HALF, help="precision of frozen weights (default: as --precision)")
     parser.add_argument("--recompute", choices=["none", "trained", "all"], default="none", help="on both sides")
+    parser.add_argument("--channels-last", action="store_true", help="on our side")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of each side")
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="of throughput")
     parser.add_argument("--compile", action="store_true", help="of throughput: torch.compile both networks")
@@ -458,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(given)
     torch.set_num_threads(args.threads)
     precision = args.precision or ("bf16" if args.what == "throughput" else "fp32")
-    options = Options(args.size, args.device, precision, args.frozen or precision, args.recompute)
+    options = Options(args.size, args.device, precision, args.frozen or precision, args.recompute, args.channels_last)
     if args.what == "throughput":
         throughput(options, args.batches, args.compile, args.steps)
         return
