@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldm.models.diffusion.ddpm import LatentDiffusion, chosen
 from ldm.modules.diffusionmodules.openaimodel import BlockOptions, TimestepEmbedSequential, UNetModel, build_encoder
-from ldm.modules.diffusionmodules.util import conv_nd, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.util import conv_nd, in_own_precision, timestep_embedding, zero_module
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.util import ConfigError, instantiate_from_config, log_txt_as_img
@@ -180,6 +180,7 @@ class ControlNet(nn.Module):
 class ControlledUnetModel(UNetModel):
     """The locked UNet: encoder and middle block without gradient, control added to the middle and to each skip connection."""
 
+    @in_own_precision
     def forward(
         self,
         x: Tensor,
@@ -202,11 +203,16 @@ class ControlledUnetModel(UNetModel):
             emb = self.embed_timesteps(timesteps, kwargs.get("y"))
             hidden, skips = self.encode(x, emb, context)
         if control is not None:
+            control = [c.to(hidden.dtype) for c in control]
             if len(control) != len(skips) + 1 and not (only_mid_control and control):
                 raise ValueError(f"this UNet takes {len(skips) + 1} control outputs, found {len(control)}")
             hidden = hidden + control[-1]
             if not only_mid_control:
                 skips = [skip + c for skip, c in zip(skips, control[:-1], strict=True)]
+        dtype = self.out[-1].weight.dtype
+        # A decoder in training stays float32 beside an encoder in half precision.
+        if dtype != emb.dtype and not torch.is_autocast_enabled(x.device.type):
+            hidden, skips, emb = hidden.to(dtype), [skip.to(dtype) for skip in skips], emb.to(dtype)
         return self.decode(hidden, skips, emb, context).to(x.dtype)
 
 
