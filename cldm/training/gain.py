@@ -8,7 +8,9 @@ without the hint is taken off.
 
 import logging
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, takewhile
 from typing import Any
 
 import pytorch_lightning as pl
@@ -124,7 +126,7 @@ class ControlGain(Instrument):
         if step is not None:
             metrics["gain/took_hold"] = step
             if trainer.is_global_zero:
-                logger.info(_ANNOUNCEMENT, step, telling / float(self._without.mean()))
+                logger.info(_ANNOUNCEMENT, step, 100 * telling / float(self._without.mean()))
         log_metrics(trainer, metrics)
 
     def _encoded(self, trainer: pl.Trainer, model: ControlLDM) -> tuple[Tensor, Any, Tensor]:
@@ -181,7 +183,16 @@ def steps_between(evaluations: int, batch_size: int, cost: float) -> int:
 
 
 class JumpDetector:
-    """Finds in a series of relative gains, given one by one, where it leaves the neighbourhood of zero for good."""
+    """Finds the step from which a series of relative gains, given one by one, has left the neighbourhood of zero for good.
+
+    It has where `HELD` values in a row are at least `SMALL` and stand out from all before them by 6 times their noise, or are
+    at least `LARGE`, which does for a series that rises slowly. The noise is estimated robustly (median absolute deviation),
+    and taken for larger while there are few values. So a single outlier, noise of whatever size, and a slow drift do not count.
+    """
+
+    HELD = 3
+    SMALL = 0.02
+    LARGE = 0.2
 
     def __init__(self) -> None:
         self.step: int | None = None
@@ -189,12 +200,32 @@ class JumpDetector:
         self._values: list[float] = []
 
     def update(self, step: int, value: float) -> int | None:
+        """Add a value; returns the step of the jump when it is found, once."""
+        if self.step is not None or not math.isfinite(value):
+            return None
         self._steps.append(step)
         self._values.append(value)
-        return None
+        before, last = self._values[: -self.HELD], self._values[-self.HELD :]
+        if len(before) < self.HELD:
+            return None
+        doubt = 6 * (1 + 4 / len(before))
+        jitter = _deviation([b - a for a, b in pairwise(before)]) / math.sqrt(2)
+        quiet = statistics.median(before) + doubt * max(_deviation(before), jitter)
+        if min(last) > max(self.SMALL, quiet):
+            self.step = self._steps[-self.HELD]
+        elif len(before) >= 8 and min(last) > max(self.LARGE, doubt * jitter):
+            lasting = list(takewhile(lambda at: self._values[at] > self.LARGE, reversed(range(len(self._values)))))
+            self.step = self._steps[lasting[-1]]
+        return self.step
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "steps": list(self._steps), "values": list(self._values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self._steps, self._values = state["step"], list(state["steps"]), list(state["values"])
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation by the median absolute deviation, which outliers hardly change."""
+    middle = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - middle) for value in values)

@@ -53,9 +53,10 @@ class MetricsFile(Logger):
         """Not kept here: a run notes its settings itself."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add numbers to the row of a step; rank 0 calls it."""
-        numbers = {name: float(value) for name, value in metrics.items()}
-        step = int(step or 0)
+        """Add numbers to the row of a step, which is the number of optimizer steps done; rank 0 calls it."""
+        numbers = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        # What a model hands to `self.log` comes with the epoch, under the number of steps before this one.
+        step = int(step or 0) + ("epoch" in metrics)
         new = [name for name in numbers if name not in self._columns]
         self._columns += new
         last = self._rows[-1]["step"] if self._rows else -1
