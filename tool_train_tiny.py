@@ -26,7 +26,8 @@ from cldm.checkpoint.writing import check_target, write_checkpoint
 from cldm.command import run_command
 from cldm.config import load_config, override
 from cldm.data.fill import PALETTES, describe_fill, draw_fill
-from cldm.settings import check_counts, explain, is_continued, make_trainer, setting, write_settings
+from cldm.settings import check_counts, explain, is_continued, setting, write_settings
+from cldm.training.engine import make_trainer
 from ldm.util import ConfigError, instantiate_from_config
 
 # What may differ when a run goes on.

@@ -2,10 +2,12 @@
 
     python tutorial_dataset.py --out training/fill50k --count 50000 --size 512
     python tutorial_dataset.py canny training/photos training/photos-canny --size 512
+    python tutorial_dataset.py --check training/photos-canny
 
 The first command draws a Fill set. The second makes the condition of every picture in a folder: `tutorial_dataset.py CONDITION
---help` shows the options of each. Both go on where they were when they are started again. Exit status: 0, 1 if pictures
-failed (the rest is done), 2 for a mistake in the command, 130 after Ctrl-C.
+--help` shows the options of each. Both go on where they were when they are started again. The third reads every pair of a data
+folder, or every sample of shards, as training would. Exit status: 0, 1 if pictures failed or pairs cannot be used (the rest is
+done), 2 for a mistake in the command, 130 after Ctrl-C.
 """
 
 import argparse
@@ -19,8 +21,9 @@ from annotator.folder import Task, find_pictures
 from annotator.options import Parser, add_detector_options, read_task, run_with_bar
 from annotator.registry import Annotator, describe, list_annotators
 from cldm.command import MISTAKES, run_command
+from cldm.data.checking import check_dataset
 from cldm.data.fill import PALETTES, generate_fill
-from cldm.data.folders import claim_folder
+from cldm.data.folders import claim_folder, note_count
 from cldm.data.pairs import DataError, PairDataset
 from cldm.data.photos import (
     Framing,
@@ -32,6 +35,8 @@ from cldm.data.photos import (
     settings_of,
     write_pair,
 )
+from cldm.data.shards import check_shards, find_shards
+from cldm.terminal import fail
 
 PROGRAM = "tutorial_dataset.py"
 # A hole's -1 cannot be stored in a picture file; masks belong into the training loop.
@@ -45,8 +50,8 @@ class MyDataset(PairDataset):
     the condition, float32 (H, W, 3) in [0, 1].
     """
 
-    def __init__(self, root: str | Path = "./training/fill50k/") -> None:
-        super().__init__(root)
+    def __init__(self, root: str | Path = "./training/fill50k/", leave_out: bool = False) -> None:
+        super().__init__(root, leave_out)
 
 
 def fill_parser() -> argparse.ArgumentParser:
@@ -54,7 +59,8 @@ def fill_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROGRAM,
         description="Make a Fill set: circles to fill, with both colours in the prompt.",
-        epilog=f"{PROGRAM} CONDITION PHOTOS OUT makes a set from pictures, CONDITION being one of {', '.join(CONDITIONS)}.",
+        epilog=f"{PROGRAM} CONDITION PHOTOS OUT makes a set from pictures, CONDITION being one of {', '.join(CONDITIONS)}. "
+        f"{PROGRAM} --check DATA looks for pairs that cannot be used.",
     )
     parser.add_argument("--out", default="./training/fill50k/", help="folder to write (default: %(default)s)")
     parser.add_argument("--count", type=int, default=50_000, help="number of pairs (default: %(default)s)")
@@ -99,6 +105,35 @@ def photos_parser() -> argparse.ArgumentParser:
         add_detector_options(command, name, leave_out=["seed"])
     parser.set_defaults(run=make_pairs)
     return parser
+
+
+def check_parser() -> argparse.ArgumentParser:
+    """The command line for looking at a data set."""
+    parser = Parser(prog=PROGRAM, description="Read every pair as training would, and name those that cannot be used.")
+    parser.add_argument("--check", required=True, metavar="DATA", help="data folder, or WebDataset shards")
+    parser.add_argument("--workers", type=int, help="threads (default: one for each processor)")
+    parser.set_defaults(run=check_data)
+    return parser
+
+
+def check_data(options: argparse.Namespace) -> int:
+    """Name what is wrong with a data set."""
+    if options.workers is not None and options.workers < 1:
+        raise DataError(f"--workers must be at least 1, found {options.workers}")
+    shards = find_shards(options.check)
+    if shards:
+        count, problems = check_shards(shards, options.workers)
+    else:
+        dataset = MyDataset(options.check, leave_out=True)
+        count, problems = len(dataset), check_dataset(dataset, options.workers)
+    for problem in problems:
+        fail(problem, PROGRAM)
+    # Beside broken pairs there are problems of the whole: lines of a listing, pairs not made yet.
+    usable = count - sum(problem.index >= 0 for problem in problems)
+    print(
+        f"{usable:,} of {count:,} pairs in {options.check} can be used" if problems else f"all {count:,} pairs are fine"
+    )
+    return 1 if problems else 0
 
 
 def make_fill(options: argparse.Namespace) -> int:
@@ -147,6 +182,7 @@ def make_pairs(options: argparse.Namespace) -> int:
     prompts, complaints = read_prompts(options.photos, photos, options.captions, options.prompt)
     pairs = plan_pairs(options.photos, prompts, photos, options.crops)
     claim_folder(options.out, "photos.json", settings_of(framing, task.origin))
+    note_count(options.out, "photos.json", len(pairs))
     for complaint in complaints:
         print(f"{PROGRAM}: {complaint}", file=sys.stderr)
     todo = [pair for pair in pairs if not pair.is_current(options.out)]
@@ -156,6 +192,7 @@ def make_pairs(options: argparse.Namespace) -> int:
         failed = run_with_bar(PROGRAM, options, task, todo, len(pairs), unit="pair", processes=False)
     finally:
         made = list_pairs(options.out, (pair for pair in pairs if pair.picture not in failed))
+    note_count(options.out, "photos.json", made)  # not reached where the making was interrupted
     print(f"{made} pairs of {len(prompts) - len(failed)} pictures are in {options.out}")
     return 1 if failed or complaints else 0
 
@@ -164,7 +201,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def work() -> int:
-        parser = photos_parser() if arguments and not arguments[0].startswith("-") else fill_parser()
+        if any(a == "--check" or a.startswith("--check=") for a in arguments):
+            parser = check_parser()
+        else:
+            parser = photos_parser() if arguments and not arguments[0].startswith("-") else fill_parser()
         options = parser.parse_args(arguments)
         return options.run(options)
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ldm.models.diffusion.ddpm import LatentDiffusion, chosen
 from ldm.modules.diffusionmodules.openaimodel import BlockOptions, TimestepEmbedSequential, UNetModel, build_encoder
 from ldm.modules.diffusionmodules.util import conv_nd, timestep_embedding, zero_module
+from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.ema import LitEma
 from ldm.util import ConfigError, instantiate_from_config, log_txt_as_img
 
 # Output channels and strides of the hint encoder's convolutions before the last: 8 times smaller in all, as the latent is.
@@ -194,7 +196,9 @@ class ControlledUnetModel(UNetModel):
             only_mid_control: add only the last of them, which may then be the only one.
             **kwargs: `y`, class labels; others are accepted for compatibility.
         """
-        with torch.no_grad():
+        # Without gradient unless the encoder itself is trained (the paper's last stage, section 3.5).
+        trained = self.input_blocks[0][0].weight.requires_grad
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             emb = self.embed_timesteps(timesteps, kwargs.get("y"))
             hidden, skips = self.encode(x, emb, context)
         if control is not None:
@@ -224,8 +228,10 @@ class ControlLDM(LatentDiffusion):
 
     Set `sd_locked`, `only_mid_control`, `control_scales` and `learning_rate` as attributes. What is not trained has
     `requires_grad=False`, always: by default everything but the ControlNet; with `sd_locked = False` the UNet's decoder
-    (`output_blocks` and `out`) is trained too. (The reference never locks the UNet's weights, so gradients for them are
-    computed and thrown away.)
+    (`output_blocks` and `out`) is trained too, or with `unlock = "all"` the whole UNet, as the paper says. (The reference never
+    locks the UNet's weights, so gradients for them are computed and thrown away.)
+
+    With `use_ema` the average is that of what is trained; `average_weights` begins it.
 
     Args:
         control_stage_config: the ControlNet.
@@ -258,8 +264,12 @@ class ControlLDM(LatentDiffusion):
         self.control_scales = [1.0] * getattr(self.control_model, "output_count", 13)
         self.global_average_pooling = global_average_pooling
         self.learning_rate = 1e-5
+        self.unlock_learning_rate: float | None = None  # of the UNet's weights, where it is another than the ControlNet's
         self._sd_locked = True
+        self._unlock = "decoder"
         self.only_mid_control = only_mid_control
+        if self.use_ema:
+            self.model_ema = LitEma(self)
 
     # -- what is trained ------------------------------------------------------------------------------
 
@@ -271,6 +281,18 @@ class ControlLDM(LatentDiffusion):
     @sd_locked.setter
     def sd_locked(self, locked: bool) -> None:
         self._sd_locked = bool(locked)
+        self._lock()
+
+    @property
+    def unlock(self) -> str:
+        """What of the UNet `sd_locked = False` trains: "decoder", as the published code, or "all", as the paper."""
+        return self._unlock
+
+    @unlock.setter
+    def unlock(self, part: str) -> None:
+        if part not in ("decoder", "all"):
+            raise ValueError(f'unlock must be "decoder" or "all", found {part!r}')
+        self._unlock = part
         self._lock()
 
     @property
@@ -288,19 +310,40 @@ class ControlLDM(LatentDiffusion):
         self.control_model.requires_grad_(True)
         self.control_model.zero_convs.requires_grad_(not self._only_mid_control)
         unet = self.model.diffusion_model
-        unet.requires_grad_(False)
+        unet.requires_grad_(not self._sd_locked and self._unlock == "all")
         for part in (unet.output_blocks, unet.out):
             part.requires_grad_(not self._sd_locked)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The ControlNet's parameters and, if unlocked, those of the UNet's decoder."""
+        """The ControlNet's parameters and, if unlocked, those of the UNet or of its decoder."""
+        return [p for group in self.parameter_groups() for p in group["params"]]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group for the ControlNet and, if unlocked, one for what is trained of the UNet."""
         parameters = list(self.control_model.parameters())
-        if not self.sd_locked:
-            unet = self.model.diffusion_model
-            parameters += [*unet.output_blocks.parameters(), *unet.out.parameters()]
         if self.cond_stage_trainable:
             parameters += list(self.cond_stage_model.parameters())
-        return parameters + ([self.logvar] if self.learn_logvar else [])
+        groups: list[dict[str, Any]] = [{"params": parameters + ([self.logvar] if self.learn_logvar else [])}]
+        if not self.sd_locked:
+            unlocked = [p for p in self.model.diffusion_model.parameters() if p.requires_grad]
+            rate = self.unlock_learning_rate
+            groups.append({"params": unlocked} | ({} if rate is None else {"lr": rate}))
+        return groups
+
+    def average_weights(self, decay: float = 0.9999) -> None:
+        """Keep a moving average of what is trained now, updated at each optimizer step.
+
+        It begins at the present values; what has been averaged before goes on.
+        """
+        average = LitEma(self, decay)
+        if self.use_ema:
+            for name, value in self.model_ema.named_buffers():
+                if name in average._buffers and name != "decay":
+                    average._buffers[name].copy_(value)
+        self.use_ema, self.model_ema = True, average
+
+    def averaged_module(self) -> nn.Module:
+        return self
 
     # -- inputs -----------------------------------------------------------------------------------------
 
@@ -311,14 +354,19 @@ class ControlLDM(LatentDiffusion):
         """A batch -> latents (B, 4, h, w) and `{"c_crossattn": [text], "c_concat": [hint (B, 3, H, W)]}`.
 
         `bs` takes only the first few; `k` and other arguments are accepted for compatibility: the target is under
-        `first_stage_key`.
+        `first_stage_key`. Instead of picture and prompt a batch may hold what the encoders made of them: `moments` (B, 8, h, w),
+        mean and log-variance of the latents' posterior, and `context` (B, M, D).
 
         Raises:
             KeyError: the batch lacks an entry.
         """
         if self.control_key not in batch:
             raise KeyError(f"the batch has no {self.control_key!r}; it has {', '.join(map(repr, batch))}")
-        z, c = super().get_input(batch, self.first_stage_key, bs=bs)[:2]
+        if "moments" in batch:
+            posterior = DiagonalGaussianDistribution(batch["moments"][:bs].to(self.device))
+            z, c = self.get_first_stage_encoding(posterior).detach(), batch["context"][:bs].to(self.device)
+        else:
+            z, c = super().get_input(batch, self.first_stage_key, bs=bs)[:2]
         hint = batch[self.control_key][:bs].to(self.device)
         hint = hint.permute(0, 3, 1, 2).float().contiguous()
         return z, {"c_crossattn": [c], "c_concat": [hint]}

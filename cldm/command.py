@@ -1,6 +1,10 @@
-"""What the scripts share as commands: a mistake of the user's becomes one line and an exit status."""
+"""What the scripts share as commands: a mistake of the user's becomes one line and an exit status; signals end them in order."""
 
-from collections.abc import Callable, Iterable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from cldm.checkpoint.errors import CheckpointError
 from cldm.data.pairs import DataError
@@ -9,6 +13,22 @@ from ldm.util import ConfigError
 
 # What the user can mend. Any other error is a defect, of this library or another one, and keeps its traceback.
 MISTAKES = (ConfigError, DataError, CheckpointError, OSError)
+
+
+class Stopped(BaseException):
+    """Work that a signal has ended in order; the message says how to go on.
+
+    Not an Exception, as KeyboardInterrupt is none: nothing may take it for an error and carry on.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.number = int(number)
+
+    @property
+    def status(self) -> int:
+        """The exit status that a shell expects: 130 after SIGINT, 143 after SIGTERM."""
+        return 128 + self.number
 
 
 def run_command(
@@ -22,20 +42,41 @@ def run_command(
     Args:
         program: its name, before the line.
         work: returns the exit status; None stands for 0.
-        interrupted: what to say after Ctrl-C.
+        interrupted: what to say after Ctrl-C or SIGTERM.
         mistakes: errors that are the user's to mend.
 
     Returns:
-        the exit status: the work's own, 2 for a mistake, 130 after Ctrl-C.
+        the exit status: the work's own, 2 for a mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
-        return work() or 0
+        with _terminable():
+            return work() or 0
     except mistakes as error:
         fail(error if str(error) else type(error).__name__, program)
         return 2
     except KeyboardInterrupt:
         fail(interrupted)
-        return 130
+        return 128 + signal.SIGINT
+    except Stopped as stop:
+        fail(str(stop) or interrupted)
+        return stop.status
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM is the exception Stopped, so that files are closed and temporary ones removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_tool(program: str, work: Callable[[], Iterable[str]]) -> int:

@@ -4,13 +4,10 @@ import json
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cldm.files import write_whole
 from ldm.util import ConfigError
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 def setting(default: Any, explanation: str) -> Any:
@@ -20,7 +17,7 @@ def setting(default: Any, explanation: str) -> Any:
 
 def explain(kind: type) -> str:
     """The settings of a dataclass whose fields are made by `setting`, one `key=default` a line, with what each means."""
-    known = [(f"{f.name}={f.default}", f.metadata["help"]) for f in fields(kind)]
+    known = [(f"{f.name}={'' if f.default is None else f.default}", f.metadata["help"]) for f in fields(kind)]
     width = max(len(start) for start, _ in known)
     return "\n".join(f"  {start:<{width}}  {text}" for start, text in known)
 
@@ -32,15 +29,21 @@ def check_counts(settings: Any, names: Iterable[str]) -> None:
             raise ConfigError(f"{name} must be at least 1, found {getattr(settings, name)}")
 
 
-def make_trainer(**options: Any) -> "pl.Trainer":
-    """Lightning's Trainer; a device or precision that cannot be had is a ConfigError."""
-    import pytorch_lightning as pl  # takes seconds, which scripts that train nothing need not wait for
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+def noted_settings(note: Path) -> dict[str, Any] | None:
+    """What `write_settings` wrote; None if nothing was written yet.
 
+    Raises:
+        ConfigError: the file holds something else.
+    """
+    if not note.exists():
+        return None
     try:
-        return pl.Trainer(**options)
-    except (ValueError, MisconfigurationException) as error:
-        raise ConfigError(f"training cannot be set up: {error}") from error
+        noted = json.loads(note.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        noted = None
+    if not isinstance(noted, dict):
+        raise ConfigError(f"{note} should hold a run's settings and is not a JSON object; choose another folder")
+    return noted
 
 
 def is_continued(note: Path, settings: Any, may_change: Collection[str]) -> bool:
@@ -56,14 +59,9 @@ def is_continued(note: Path, settings: Any, may_change: Collection[str]) -> bool
     Raises:
         ConfigError: the run there has different settings, or the note is broken.
     """
-    if not note.exists():
+    noted = noted_settings(note)
+    if noted is None:
         return False
-    try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        noted = None
-    if not isinstance(noted, dict):
-        raise ConfigError(f"{note} should hold a run's settings and is not a JSON object; choose another folder")
     found = asdict(type(settings)()) | noted
     changed = [key for key, value in asdict(settings).items() if key not in may_change and found[key] != value]
     if changed:
@@ -74,5 +72,5 @@ def is_continued(note: Path, settings: Any, may_change: Collection[str]) -> bool
 
 
 def write_settings(note: Path, settings: Any) -> None:
-    """Note a run's settings for `is_continued`."""
+    """Note a run's settings for `noted_settings`."""
     write_whole(note, json.dumps(asdict(settings), indent=2).encode())

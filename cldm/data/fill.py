@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ImageColor
 from tqdm import tqdm
 
-from cldm.data.folders import claim_folder, write_listing
+from cldm.data.folders import claim_folder, note_count, write_listing
 from cldm.data.pairs import DataError
 from cldm.pictures import save_png
 
@@ -185,6 +185,7 @@ def generate_fill(
     if workers is not None and workers < 1:
         raise DataError(f"workers must be at least 1, found {workers}")
     claim_folder(folder, "fill.json", {"size": size, "seed": seed, "palette": palette})
+    note_count(folder, "fill.json", count)
     parts = ("source", "target")
     for part in parts:
         (folder / part).mkdir(exist_ok=True)

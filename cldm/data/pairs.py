@@ -1,18 +1,21 @@
 """Image pairs on disk: a folder with `prompt.json`, one JSON object a line with `source`, `target` and `prompt`.
 
-Everything that can be known before training is found by `PairDataset.sizes`: missing files, broken lines, sizes that do not fit.
+Folders with captions (`cldm.data.captions`) are read too. What is wrong with a folder's pictures is found by `cldm.data.checking`.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 KEYS = ("source", "target", "prompt")
+LISTING = "prompt.json"
+NOTES = ("fill.json", "photos.json")  # by which `cldm.data.folders` knows the folders that were made here
 
 
 class DataError(ValueError):
@@ -28,11 +31,23 @@ class Pair:
     prompt: str
 
 
-def read_pairs(root: str | Path, prompts: str = "prompt.json") -> list[Pair]:
-    """The pairs that `root/prompt.json` lists.
+def read_pairs(root: str | Path, prompts: str = LISTING) -> list[Pair]:
+    """The pairs that `root/prompt.json` lists or, without it, those of a folder with captions.
 
     Raises:
         DataError: no such folder or file, no pairs, or a line that is not an object with the three texts.
+    """
+    pairs, complaints = find_pairs(root, prompts)
+    if complaints:
+        raise DataError(complaints[0] + (f"; and {len(complaints) - 1} more" if len(complaints) > 1 else ""))
+    return pairs
+
+
+def find_pairs(root: str | Path, prompts: str = LISTING) -> tuple[list[Pair], list[str]]:
+    """The pairs of a data folder that can be told, and a line about each that cannot.
+
+    Raises:
+        DataError: no such folder, or no pairs in it.
     """
     root = Path(root)
     if not root.is_dir():
@@ -41,18 +56,33 @@ def read_pairs(root: str | Path, prompts: str = "prompt.json") -> list[Pair]:
         )
     path = root / prompts
     if not path.is_file():
-        raise DataError(f"{path} is missing: it must hold one JSON object a line with {', '.join(KEYS)}")
-    pairs = []
+        if any((root / note).is_file() for note in NOTES):
+            raise DataError(
+                f"{path} is missing: the making of this data set was interrupted; start the command that made it again, "
+                "and it goes on"
+            )
+        from cldm.data.captions import has_captions, read_captions  # it reads pictures with what is defined here
+
+        if has_captions(root):
+            return read_captions(root)
+        raise DataError(
+            f"{path} is missing: it must hold one JSON object a line with {', '.join(KEYS)}. (Or there are folders source/ "
+            "and target/ with captions.)"
+        )
+    pairs, complaints = [], []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            pairs.append(_parse(line, f"{path}, line {number}", root))
+            try:
+                pairs.append(_parse(line, f"{path}, line {number}", root))
+            except DataError as error:
+                complaints.append(str(error))
     if not pairs:
-        raise DataError(f"{path} lists no pairs")
-    return pairs
+        raise DataError(complaints[0] if complaints else f"{path} lists no pairs")
+    return pairs, complaints
 
 
 def _parse(line: str, where: str, root: Path) -> Pair:
@@ -91,8 +121,8 @@ def resolved(path: Path, where: str) -> Path:
         raise DataError(f"{where} names no file: {error}") from error
 
 
-def read_rgb(path: Path) -> np.ndarray:
-    """A picture as uint8 RGB (H, W, 3): turned as its EXIF says, 16 bits cut to 8, transparency laid on white.
+def read_rgb(path: Path | BinaryIO) -> np.ndarray:
+    """A picture, a file or its bytes, as uint8 RGB (H, W, 3): turned as its EXIF says, 16 bits cut to 8, transparency laid on white.
 
     Raises:
         DataError: missing, or it does not decode.
@@ -114,11 +144,19 @@ def read_rgb(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} does not decode as a picture: {error}") from error
+        raise DataError(f"{_called(path)} does not decode as a picture: {error}") from error
 
 
-def _stored_size(path: Path) -> tuple[int, int]:
-    """Height and width from the file's header."""
+def _called(picture: Path | BinaryIO) -> str:
+    return str(picture) if isinstance(picture, (str, Path)) else "it"
+
+
+def stored_size(path: Path | BinaryIO) -> tuple[int, int]:
+    """Height and width from the file's header.
+
+    Raises:
+        DataError: missing, or no picture.
+    """
     try:
         with Image.open(path) as picture:
             width, height = picture.size
@@ -126,7 +164,7 @@ def _stored_size(path: Path) -> tuple[int, int]:
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} does not decode as a picture: {error}") from error
+        raise DataError(f"{_called(path)} does not decode as a picture: {error}") from error
     return (width, height) if turned else (height, width)
 
 
@@ -135,14 +173,19 @@ class PairDataset(Dataset):
 
     Args:
         root: the data folder.
+        leave_out: do without pairs that its listing or its captions do not tell rightly; `complaints` names them.
 
     Raises:
         DataError: see `read_pairs`.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, leave_out: bool = False) -> None:
         self.root = Path(root)
-        self.pairs = read_pairs(root)
+        self.complaints: list[str] = []
+        if leave_out:
+            self.pairs, self.complaints = find_pairs(root)
+        else:
+            self.pairs = read_pairs(root)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -157,16 +200,57 @@ class PairDataset(Dataset):
             "hint": source.astype(np.float32) / 255.0,
         }
 
+    def hint_item(self, index: int) -> dict[str, Any]:
+        """The item without its target, which is not read: for training from cached latents."""
+        if self._changes_items():
+            item = dict(self[index])
+            del item["jpg"]
+            return item
+        pair = self.pairs[index]
+        return {"txt": pair.prompt, "hint": read_rgb(pair.source).astype(np.float32) / 255.0}
+
+    def fingerprint(self, index: int) -> str | None:
+        """A text that changes whenever the target's file does: name, size and time of change.
+
+        None in a subclass with its own `__getitem__`, whose targets may depend on more.
+
+        Raises:
+            DataError: the file is missing.
+        """
+        if self._changes_items():
+            return None
+        path = self.pairs[index].target
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} is missing") from error
+        return f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}"
+
+    def _changes_items(self) -> bool:
+        return type(self).__getitem__ is not PairDataset.__getitem__
+
+    def name(self, index: int) -> str:
+        """What messages call an item: the file of its target."""
+        return str(self.pairs[index].target)
+
+    def prompts(self) -> list[str]:
+        """The prompt of every item, by index."""
+        return [pair.prompt for pair in self.pairs]
+
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of every item, by index, from the headers of the files.
 
         Raises:
             DataError: a file that is missing or whose header is broken, or a pair whose sizes do not fit.
         """
+        return self.sizes_of(range(len(self.pairs)))
+
+    def sizes_of(self, indices: Iterable[int]) -> list[tuple[int, int]]:
+        """The same of some items."""
         sizes = []
-        for pair in self.pairs:
-            size = _stored_size(pair.target)
-            _check_sizes(pair, _stored_size(pair.source), size)
+        for pair in (self.pairs[index] for index in indices):
+            size = stored_size(pair.target)
+            _check_sizes(pair, stored_size(pair.source), size)
             sizes.append(size)
         return sizes
 

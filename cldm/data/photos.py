@@ -16,8 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from cldm.data.folders import LISTING, write_listing
-from cldm.data.pairs import DataError, parse_object, read_rgb, resolved
+from cldm.data.folders import write_listing
+from cldm.data.pairs import LISTING, DataError, parse_object, read_rgb, resolved
 from cldm.pictures import save_png
 
 Size = tuple[int, int]  # height, width

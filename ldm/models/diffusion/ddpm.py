@@ -30,7 +30,14 @@ from ldm.models.weights import load_weights
 from ldm.modules.diffusionmodules.util import mean_flat
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_weights
-from ldm.util import ConfigError, default, images_to_nchw, instantiate_from_config, log_txt_as_img
+from ldm.util import (
+    ConfigError,
+    default,
+    get_obj_from_str,
+    images_to_nchw,
+    instantiate_from_config,
+    log_txt_as_img,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -163,10 +170,13 @@ class DDPM(pl.LightningModule):
         self.learn_logvar = learn_logvar
         self.scheduler_config = scheduler_config
         self.ucg_training = dict(ucg_training or {})
-        self.learning_rate = 1e-4  # set by training scripts
-        self.sample_losses: tuple[Tensor, Tensor] | None = (
-            None  # timesteps and unweighted losses (B,) of the last batch
-        )
+        # What training scripts set:
+        self.learning_rate = 1e-4
+        self.optimizer_config: Mapping[str, Any] | None = None  # AdamW
+        self.min_snr = 0.0  # gamma of the min-SNR weights; 0 for equal weights
+        self.noise_offset = 0.0  # share of the noise that is constant over a picture
+        # Timesteps and unweighted losses (B,) of the last batch.
+        self.sample_losses: tuple[Tensor, Tensor] | None = None
         if monitor is not None:
             self.monitor = monitor
 
@@ -438,9 +448,29 @@ class DDPM(pl.LightningModule):
         self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, cond: Conditioning = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss for x_start (B, C, h, w) at t (B,) (DDPM, eq. 14), and its named terms."""
-        noise = torch.randn_like(x_start) if noise is None else noise
+        noise = self.training_noise(x_start) if noise is None else noise
         output = self.predict(self.q_sample(x_start, t, noise), t, cond)
         return self._weigh(self.get_loss(output, self.loss_target(x_start, noise, t), mean=False), t)
+
+    def training_noise(self, x_start: Tensor) -> Tensor:
+        """Noise for x_start (B, C, h, w); with `noise_offset`, plus a share that is constant over each channel of a picture.
+
+        The share lets a model learn very dark and very bright pictures (N. Guttenberg, "Diffusion with offset noise", 2023).
+        """
+        noise = torch.randn_like(x_start)
+        if not self.noise_offset:
+            return noise
+        return noise + self.noise_offset * torch.randn_like(x_start[:, :, :1, :1])
+
+    def loss_weights(self, t: Tensor) -> Tensor | float:
+        """Weights (B,) of the errors at t (B,): min(SNR, gamma) for a loss in x_0 (Hang et al. 2023, min-SNR, eq. 8), 1 by default."""
+        if not self.min_snr:
+            return 1.0
+        alpha = self.alphas_cumprod[t]
+        snr = alpha / (1 - alpha)
+        # A squared error in eps is SNR times that in x_0, one in v (SNR + 1) times.
+        unit = {"x0": 1.0, "eps": snr, "v": snr + 1}[self.parameterization]
+        return snr.clamp(max=self.min_snr) / unit
 
     def _weigh(self, error: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Elementwise errors (B, C, h, w) -> the loss with variational weights, and its terms."""
@@ -451,7 +481,7 @@ class DDPM(pl.LightningModule):
         loss, more = self._uncertain(simple, t)
         terms |= {name.format(prefix=prefix): value for name, value in more.items()}
         variational = (self.lvlb_weights[t] * simple).mean()
-        loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * variational
+        loss = self.l_simple_weight * (self.loss_weights(t) * loss).mean() + self.original_elbo_weight * variational
         terms |= {f"{prefix}/loss_vlb": variational, f"{prefix}/loss": loss}
         return loss, {name: value.detach() for name, value in terms.items()}
 
@@ -478,7 +508,7 @@ class DDPM(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         loss, terms = self.shared_step(self._drop_conditioning(batch))
-        size = len(batch[self.first_stage_key])
+        size = batch_size_of(batch)
         self.log_dict(terms, prog_bar=True, logger=True, on_step=True, on_epoch=True, batch_size=size)
         self.log(
             "global_step",
@@ -519,7 +549,7 @@ class DDPM(pl.LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        size = len(batch[self.first_stage_key])
+        size = batch_size_of(batch)
         _, terms = self.shared_step(batch)
         self.log_dict(terms, prog_bar=False, logger=True, on_step=False, on_epoch=True, batch_size=size)
         if self.use_ema:
@@ -529,24 +559,39 @@ class DDPM(pl.LightningModule):
         averaged = {f"{name}_ema": value for name, value in terms.items()}
         self.log_dict(averaged, prog_bar=False, logger=True, on_step=False, on_epoch=True, batch_size=size)
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
         if self.use_ema:
-            self.model_ema(self.model)
+            self.model_ema(self.averaged_module())
+
+    def averaged_module(self) -> nn.Module:
+        """Whose trainable parameters `model_ema` averages."""
+        return self.model
 
     def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
-        """Inside it the UNet's weights are their moving average, if one is kept; `context` is accepted for compatibility."""
-        return ema_weights(self.model_ema, self.model) if self.use_ema else nullcontext()
+        """Inside it trained weights are their moving average, if one is kept; `context` is accepted for compatibility."""
+        return ema_weights(self.model_ema, self.averaged_module()) if self.use_ema else nullcontext()
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the optimizer changes."""
         return list(self.model.parameters()) + ([self.logvar] if self.learn_logvar else [])
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer changes, as groups for it."""
+        return [{"params": self.trained_parameters()}]
+
     def configure_optimizers(self) -> Any:
-        """AdamW at `self.learning_rate`, with the learning-rate schedule of `scheduler_config` if there is one."""
-        parameters = self.trained_parameters()
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, fused=self._fused_step_helps(parameters) or None
-        )
+        """AdamW at `self.learning_rate`, or the optimizer of `optimizer_config` (`target` and `params`), with the learning-rate
+        schedule of `scheduler_config` if there is one."""
+        groups = self.parameter_groups()
+        if self.optimizer_config is not None:
+            kind = get_obj_from_str(self.optimizer_config["target"])
+            optimizer = kind(groups, lr=self.learning_rate, **self.optimizer_config.get("params", {}))
+        else:
+            parameters = [p for group in groups for p in group["params"]]
+            optimizer = torch.optim.AdamW(
+                groups, lr=self.learning_rate, fused=self._fused_step_helps(parameters) or None
+            )
         return with_schedule(optimizer, self.scheduler_config)
 
     def _fused_step_helps(self, parameters: Sequence[nn.Parameter]) -> bool:
@@ -1050,6 +1095,11 @@ class LatentDiffusion(DDPM):
     def _decoded_rows(self, steps: Sequence[Tensor]) -> Tensor:
         """Latents (B, C, h, w) of several steps as one picture; see `rows_of_steps`."""
         return rows_of_steps([self.decode_first_stage(z) for z in steps])
+
+
+def batch_size_of(batch: Mapping[str, Any]) -> int:
+    """Number of items in a batch."""
+    return len(next(iter(batch.values())))
 
 
 def rows_of_steps(steps: Sequence[Tensor]) -> Tensor:

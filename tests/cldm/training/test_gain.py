@@ -9,7 +9,7 @@ import torch
 
 from cldm.training.gain import ControlGain, JumpDetector, steps_between
 from cldm.training.metrics import MetricsFile, read_metrics
-from tests.cldm.training.runs import held_out, small_model, train
+from tests.cldm.training.small_runs import held_out, small_model, train
 from tests.parity import fill_
 
 

@@ -1,0 +1,111 @@
+"""The folder of a run: the settings that it was begun with, its checkpoints, and one process that works in it at a time."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from cldm.files import locked, sha256_of, write_whole
+from cldm.settings import noted_settings, write_settings
+from cldm.training.checkpoints import checkpoints_in, newest_checkpoint
+from cldm.training.settings import Settings, changes
+from ldm.util import ConfigError
+
+
+class RunFolder:
+    """Where a run keeps what it makes.
+
+    Args:
+        path: the folder; made when something is written.
+
+    Raises:
+        ConfigError: the folder holds a run of an older version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.note = self.path / "settings.json"
+        self.checkpoints = self.path / "checkpoints"
+        newest_checkpoint(self.checkpoints)
+
+    @property
+    def result(self) -> Path:
+        """The trained model, which is there when the run has ended."""
+        return self.path / "model.safetensors"
+
+    def is_finished(self, steps: int) -> bool:
+        """Whether the run has so many steps, and its result is that of its last one."""
+        noted = noted_settings(self.path / "result.json") or {}
+        return self.step >= steps and noted.get("steps") == self.step and self.result.is_file()
+
+    def finish(self, numbers: dict[str, float | int]) -> None:
+        """Note the results of the run's last step, `steps` among them; the last thing that a run does."""
+        write_whole(self.path / "result.json", json.dumps(numbers, indent=1).encode())
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the newest checkpoint; 0 without one."""
+        return newest_checkpoint(self.checkpoints)[0]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint."""
+        return newest_checkpoint(self.checkpoints)[1]
+
+    def checkpoint_at(self, step: int) -> Path | None:
+        return checkpoints_in(self.checkpoints).get(step)
+
+    def begin(self, settings: Settings) -> bool:
+        """Note the settings; whether a run with them was begun here before, so that this one goes on with it.
+
+        A run that has not saved a checkpoint yet (it ran out of memory, say) may begin again with any settings.
+
+        Raises:
+            ConfigError: a run with other settings is here.
+        """
+        noted = noted_settings(self.note)
+        changed = changes(noted, settings) if noted is not None else []
+        if changed and self.checkpoint is not None:
+            more = f"; weights={self.result} out=NEW_FOLDER begins a new run with its result" if self.result.is_file() else ""
+            raise ConfigError(
+                f"{self.path} holds a run with different settings ({', '.join(changed)}); "
+                f"choose another out for a run of its own{more}"
+            )
+        if rank_zero_only.rank == 0:
+            write_settings(self.note, settings)
+        return noted is not None and not changed
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within it no other run can work in this folder; the processes of one run share it.
+
+        Raises:
+            ConfigError: another run does.
+        """
+        if rank_zero_only.rank != 0:
+            yield
+            return
+        try:
+            with locked(self.path / "run", wait=False):
+                yield
+        except BlockingIOError as error:
+            raise ConfigError(f"another run is working in {self.path}; wait for its end, or choose another out") from error
+
+    def identify(self, weights: Path) -> dict[str, str]:
+        """Name and SHA-256 of a weights file or folder. The hash is noted, as long as the file's size and time stay the same."""
+        note = self.path / "weights.json"
+        state = {"path": str(weights.resolve())}
+        if weights.is_file():
+            state |= {"size": weights.stat().st_size, "modified": weights.stat().st_mtime_ns}
+        try:
+            known = json.loads(note.read_text(encoding="utf-8"))
+            if weights.is_file() and known["state"] == state:
+                return {"name": weights.name, "sha256": known["sha256"]}
+        except (OSError, ValueError, KeyError, TypeError):  # not noted yet, or not readable: the note is only a shortcut
+            pass
+        digest = sha256_of(weights)
+        if rank_zero_only.rank == 0:
+            write_whole(note, json.dumps({"state": state, "sha256": digest}, indent=1).encode())
+        return {"name": weights.name, "sha256": digest}
