@@ -50,7 +50,9 @@ def train(s: Settings) -> None:
     with run.in_use():
         goes_on = run.begin(s)
         if run.is_finished(s.steps):
-            logging.info("this run has had its %d steps; its result is %s. A larger steps=... trains on", run.step, run.result)
+            logging.info(
+                "this run has had its %d steps; its result is %s. A larger steps=... trains on", run.step, run.result
+            )
             return
         started = time.time()
 
@@ -100,7 +102,9 @@ def train(s: Settings) -> None:
                 trainer.world_size,
                 start=run.step * s.accumulate,
             )
-            loader = make_loader(Subset(dataset, train_on), batches, s.workers, pin_memory=trainer.accelerator.name() == "cuda")
+            loader = make_loader(
+                Subset(dataset, train_on), batches, s.workers, pin_memory=trainer.accelerator.name() == "cuda"
+            )
             fit(trainer, model, loader, run.checkpoint, stop, HOW_TO_GO_ON)
         write_checkpoint(run.result, model.state_dict(), overwrite=True)
         run.finish({"steps": s.steps, "minutes": (time.time() - started) / 60})

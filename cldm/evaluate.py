@@ -40,9 +40,13 @@ def evaluate(a: argparse.Namespace) -> dict[str, Any]:
     out = Path(a.out) if a.out else Path("evaluations") / f"{Path(a.checkpoint).stem}-{a.condition}"
     if (out / RESULT).exists() and not a.force:
         raise ConfigError(f"{out / RESULT} exists; choose another --out, or write over it with --force")
+    for name in ("pairs", "batch_size"):
+        if getattr(a, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(a, name)}")
     hints, targets, prompts, numbers, pairs = held_out(a.folder, a.pairs)
+    device = _device(a.device)
     score = make_score(a, hints, targets, pairs)
-    model = load_model(a.checkpoint, a.base, a.config).to(_device(a.device)).eval()
+    model = load_model(a.checkpoint, a.base, a.config).to(device).eval()
     sampling = Sampling(a.steps, a.guidance_scale, a.seed, a.batch_size)
     if not 1 <= a.steps <= model.num_timesteps:
         raise ConfigError(f"--steps must be 1 to {model.num_timesteps}, found {a.steps}")
@@ -88,8 +92,6 @@ def held_out(folder: str, count: int) -> tuple[np.ndarray, np.ndarray, list[str]
 
     Of several sizes, those of the first of them.
     """
-    if count < 1:
-        raise ConfigError(f"--pairs must be at least 1, found {count}")
     dataset = PairDataset(folder)
     sizes = dataset.sizes()
     first = max(len(dataset) - count, 0)

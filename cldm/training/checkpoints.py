@@ -82,7 +82,9 @@ class SaveCheckpoints(pl.Callback):
         is_good: asked before saving; a state that it refuses is not saved.
     """
 
-    def __init__(self, folder: Path, every: int, keep: int, base: Mapping[str, str], is_good: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self, folder: Path, every: int, keep: int, base: Mapping[str, str], is_good: Callable[[], bool] = lambda: True
+    ) -> None:
         super().__init__()
         self.folder = folder
         self.every = every

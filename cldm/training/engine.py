@@ -275,4 +275,3 @@ def _requeue() -> None:
         subprocess.run(["scontrol", "requeue", job], check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         logger.warning("SLURM could not be asked to run job %s again: %s", job, error)
-

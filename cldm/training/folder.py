@@ -68,7 +68,11 @@ class RunFolder:
         noted = noted_settings(self.note)
         changed = changes(noted, settings) if noted is not None else []
         if changed and self.checkpoint is not None:
-            more = f"; weights={self.result} out=NEW_FOLDER begins a new run with its result" if self.result.is_file() else ""
+            more = (
+                f"; weights={self.result} out=NEW_FOLDER begins a new run with its result"
+                if self.result.is_file()
+                else ""
+            )
             raise ConfigError(
                 f"{self.path} holds a run with different settings ({', '.join(changed)}); "
                 f"choose another out for a run of its own{more}"
@@ -91,7 +95,9 @@ class RunFolder:
             with locked(self.path / "run", wait=False):
                 yield
         except BlockingIOError as error:
-            raise ConfigError(f"another run is working in {self.path}; wait for its end, or choose another out") from error
+            raise ConfigError(
+                f"another run is working in {self.path}; wait for its end, or choose another out"
+            ) from error
 
     def identify(self, weights: Path) -> dict[str, str]:
         """Name and SHA-256 of a weights file or folder. The hash is noted, as long as the file's size and time stay the same."""
@@ -103,7 +109,12 @@ class RunFolder:
             known = json.loads(note.read_text(encoding="utf-8"))
             if weights.is_file() and known["state"] == state:
                 return {"name": weights.name, "sha256": known["sha256"]}
-        except (OSError, ValueError, KeyError, TypeError):  # not noted yet, or not readable: the note is only a shortcut
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # not noted yet, or not readable: the note is only a shortcut
             pass
         digest = sha256_of(weights)
         if rank_zero_only.rank == 0:

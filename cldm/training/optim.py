@@ -24,7 +24,9 @@ def optimizer_config(name: str, device: torch.device) -> Mapping[str, Any] | Non
         raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, found {name!r}")
     if name == "adamw8bit":
         if device.type != "cuda":
-            raise ConfigError(f"optimizer=adamw8bit needs a CUDA device, and this run is on {device.type}; use optimizer=adamw")
+            raise ConfigError(
+                f"optimizer=adamw8bit needs a CUDA device, and this run is on {device.type}; use optimizer=adamw"
+            )
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:

@@ -32,17 +32,23 @@ class Settings:
     steps: int = setting(750, "optimizer steps")
     batch_size: int = setting(32, "pairs a batch, on each device")
     accumulate: int = setting(1, "batches a step")
-    optimizer: str = setting("adamw", f"{' or '.join(OPTIMIZERS)} (bitsandbytes; its state takes a quarter of the memory)")
+    optimizer: str = setting(
+        "adamw", f"{' or '.join(OPTIMIZERS)} (bitsandbytes; its state takes a quarter of the memory)"
+    )
     learning_rate: float = setting(1.5e-3, "for the tiny model; real weights want 1e-5")
     warmup: int = setting(0, "steps in which the learning rate rises from zero")
     schedule: str = setting("constant", f"of the learning rate after that: {', '.join(SCHEDULES)} (down to zero)")
     clip: float = setting(0.0, "largest norm of the gradient; 0 does not limit it")
-    min_snr: float = setting(0.0, "gamma of the min-SNR weights of the loss (usual: 5); 0 weighs all noise levels alike")
+    min_snr: float = setting(
+        0.0, "gamma of the min-SNR weights of the loss (usual: 5); 0 weighs all noise levels alike"
+    )
     noise_offset: float = setting(0.0, "share of noise that is constant over a picture (usual: 0.05)")
     empty_prompts: float = setting(
         0.0, "share of prompts replaced by the empty one; the paper uses 0.5, the released code none"
     )
-    ema: float = setting(0.0, "decay of a moving average of what is trained (usual: 0.9999), which is then the result; 0 for none")
+    ema: float = setting(
+        0.0, "decay of a moving average of what is trained (usual: 0.9999), which is then the result; 0 for none"
+    )
     # What of the model is trained
     sd_locked: bool = setting(True, "false also trains Stable Diffusion, as `unlock` says")
     only_mid_control: bool = setting(False, "use the control's middle output alone")
@@ -52,8 +58,12 @@ class Settings:
     unlock_learning_rate: float = setting(0.0, "for what is unlocked; 0 for that of the ControlNet")
     # Memory and speed
     precision: str = setting("32-true", "or bf16-mixed, 16-mixed")
-    frozen_precision: str = setting("", "of weights that are not trained: fp32, bf16 or fp16; by default as `precision` computes")
-    recompute: str = setting("none", "blocks that compute activations again instead of keeping them: none, trained or all")
+    frozen_precision: str = setting(
+        "", "of weights that are not trained: fp32, bf16 or fp16; by default as `precision` computes"
+    )
+    recompute: str = setting(
+        "none", "blocks that compute activations again instead of keeping them: none, trained or all"
+    )
     cache: bool = setting(False, "encode pictures and prompts once, before training, and keep the result on disk")
     compile: bool = setting(False, "compile UNet and ControlNet (torch.compile)")
     channels_last: bool = setting(False, "lay pictures out channels last; faster on GPUs in bf16 and fp16")
@@ -74,7 +84,9 @@ class Settings:
     save_every: int = setting(250, "steps between checkpoints")
     keep: int = setting(2, "checkpoints that are kept")
     export_every: int = setting(0, "steps between exports of the ControlNet alone, which are all kept; 0 for none")
-    held_out: int | None = setting(None, "pairs at the end of the data that are not trained on; by default 64, at most a tenth")
+    held_out: int | None = setting(
+        None, "pairs at the end of the data that are not trained on; by default 64, at most a tenth"
+    )
     seed: int = setting(0, "of the data that is made, the training and the pictures")
 
 
@@ -135,14 +147,20 @@ def check(s: Settings) -> None:
     }
     for name, known in choices.items():
         if getattr(s, name) not in known:
-            raise ConfigError(f"{name} must be one of {', '.join(k or 'nothing' for k in known)}, found {getattr(s, name)!r}")
+            raise ConfigError(
+                f"{name} must be one of {', '.join(k or 'nothing' for k in known)}, found {getattr(s, name)!r}"
+            )
     for name in ("reconnect_at", "unlock_at"):
         if getattr(s, name) >= s.steps and getattr(s, name):
             raise ConfigError(f"{name} must be less than the {s.steps} steps of the run, found {getattr(s, name)}")
     if s.unlock_at and not s.sd_locked:
-        raise ConfigError("unlock_at says from which step on Stable Diffusion is trained; sd_locked=false trains it from the first")
+        raise ConfigError(
+            "unlock_at says from which step on Stable Diffusion is trained; sd_locked=false trains it from the first"
+        )
     if s.only_mid_control and s.reconnect_at:
-        raise ConfigError("reconnect_at connects all outputs after so many steps; only_mid_control=true never does. Leave one out")
+        raise ConfigError(
+            "reconnect_at connects all outputs after so many steps; only_mid_control=true never does. Leave one out"
+        )
     if not 0 <= s.seed < 2**32:
         raise ConfigError(f"seed must be between 0 and 2**32 - 1, found {s.seed}")
 

@@ -122,7 +122,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=8.0, help="longest time that a run is given before it is killed")
+    parser.add_argument(
+        "--seconds", type=float, default=8.0, help="longest time that a run is given before it is killed"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -130,9 +132,13 @@ def main() -> int:
         alone, killed = root / "alone", root / "killed"
         changes = {"steps": options.steps, "save_every": 1, "ema": 0.9, "empty_prompts": 0.5, "score": 0, "pictures": 0}
         assert run(arguments(data, alone, **changes), root / "alone.log") == 0
-        met = kill_until_done(arguments(data, killed, **changes), killed, root / "killed.log", options.kills, options.seconds)
+        met = kill_until_done(
+            arguments(data, killed, **changes), killed, root / "killed.log", options.kills, options.seconds
+        )
         different = compare(alone, killed)
-        print(f"killed {met} times at work, {options.kills} times in all; {len(different)} differences after {options.steps} steps")
+        print(
+            f"killed {met} times at work, {options.kills} times in all; {len(different)} differences after {options.steps} steps"
+        )
         return bool(different)
 
 

@@ -40,9 +40,9 @@ def held_out(count: int = 4) -> dict[str, torch.Tensor]:
 
 
 def train(
-    model: ControlLDM, steps: int, callbacks: list[pl.Callback], batch_size: int = 1, items: int = 12, **options: Any
+    model: ControlLDM, steps: int, callbacks: list[pl.Callback], batch_size: int = 1, items: Any = 12, **options: Any
 ) -> pl.Trainer:
-    """Train, the same every time; returns the trainer."""
+    """Train, the same every time, on so many items of noise or on those given; returns the trainer."""
     pl.seed_everything(0, verbose=False)
     resume = options.pop("ckpt_path", None)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -53,5 +53,5 @@ def train(
         log_every_n_steps=0,
         **(quiet | {"logger": False} | options),
     )
-    trainer.fit(model, DataLoader(pairs(items), batch_size), ckpt_path=resume)
+    trainer.fit(model, DataLoader(pairs(items) if isinstance(items, int) else items, batch_size), ckpt_path=resume)
     return trainer
