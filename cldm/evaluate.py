@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cldm.checkpoint.layout import CONTROL_PREFIX, identify
+from cldm.checkpoint.layout import CONTROL_PREFIX, SCHEDULE_KEYS, identify
 from cldm.cldm import ControlLDM
 from cldm.command import run_command
 from cldm.data.pairs import PairDataset
@@ -139,7 +139,7 @@ def load_model(checkpoint: str, base: str, config: str) -> ControlLDM:
     if not base:
         raise ConfigError(f"{checkpoint} is no whole model ({report.layout}); name its base model with --base")
     model = create_model(config)
-    load_weights(model, base, (*OPTIONAL, CONTROL_PREFIX))
+    load_weights(model, base, (*OPTIONAL, CONTROL_PREFIX, *SCHEDULE_KEYS))
     load_control(model, checkpoint)
     return model
 

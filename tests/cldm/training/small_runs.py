@@ -1,4 +1,4 @@
-"""Short runs of a small model with instruments."""
+"""Short runs of a very small model with instruments, on latents that are given, so that a step takes milliseconds."""
 
 from typing import Any
 
@@ -11,10 +11,35 @@ from ldm.util import instantiate_from_config
 from tests.cldm.tiny import tiny_config
 from tests.parity import fill_
 
+_NETWORK = {
+    "image_size": 8,
+    "in_channels": 4,
+    "model_channels": 32,
+    "attention_resolutions": [],
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2],
+    "num_heads": 4,
+    "use_spatial_transformer": True,
+    "transformer_depth": 1,
+    "context_dim": 48,
+    "legacy": False,
+}
 
-def small_model(**changes: Any) -> ControlLDM:
-    """Weights that are the same every time, but for a fresh ControlNet's zero convolutions, which are zero."""
-    model = fill_(instantiate_from_config(tiny_config("sd1", **changes)))
+
+def new_model() -> ControlLDM:
+    """Two levels, five control outputs, no autoencoder; random weights, and zero convolutions that are zero."""
+    control = {"target": "cldm.cldm.ControlNet", "params": {"hint_channels": 3, **_NETWORK}}
+    unet = {"target": "cldm.cldm.ControlledUnetModel", "params": {"out_channels": 4, **_NETWORK}}
+    nothing = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    torch.manual_seed(0)
+    return instantiate_from_config(
+        tiny_config("sd1", control_stage_config=control, unet_config=unet, first_stage_config=nothing)
+    )
+
+
+def small_model() -> ControlLDM:
+    """The same with weights that are the same every time, but for the zero convolutions."""
+    model = fill_(new_model())
     for conv in [*model.control_model.zero_convs, model.control_model.middle_block_out]:
         for parameter in conv.parameters():
             torch.nn.init.zeros_(parameter)
@@ -22,20 +47,22 @@ def small_model(**changes: Any) -> ControlLDM:
     return model
 
 
-def pairs(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Items of noise; the text is an embedding, as the small model's text encoder is the identity."""
+def pairs(count: int, seed: int = 0, followed: bool = False) -> list[dict[str, Any]]:
+    """Items as the cache gives them; latents and hints are noise, or each latent is as bright as its hint."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        {
-            "jpg": torch.rand(64, 64, 3, generator=generator) * 2 - 1,
-            "txt": torch.randn(77, 48, generator=generator),
-            "hint": torch.rand(64, 64, 3, generator=generator),
-        }
-        for _ in range(count)
-    ]
+    items = []
+    for _ in range(count):
+        latent, hint = torch.randn(4, 8, 8, generator=generator), torch.rand(64, 64, 3, generator=generator)
+        if followed:
+            brightness = torch.rand(3, generator=generator)
+            hint = brightness.expand(64, 64, 3)
+            latent = (4 * brightness.mean() - 2).expand(4, 8, 8) / 0.18215
+        moments = torch.cat([latent, torch.full((4, 8, 8), -20.0)])  # mean and log-variance
+        items.append({"moments": moments, "context": torch.randn(7, 48, generator=generator), "txt": "", "hint": hint})
+    return items
 
 
-def held_out(count: int = 4) -> dict[str, torch.Tensor]:
+def held_out(count: int = 4) -> dict[str, Any]:
     return default_collate(pairs(count, seed=1))
 
 
@@ -46,12 +73,7 @@ def train(
     pl.seed_everything(0, verbose=False)
     resume = options.pop("ckpt_path", None)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        callbacks=callbacks,
-        log_every_n_steps=0,
-        **(quiet | {"logger": False} | options),
-    )
+    quiet |= {"log_every_n_steps": 0, "logger": False}
+    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=callbacks, **(quiet | options))
     trainer.fit(model, DataLoader(pairs(items) if isinstance(items, int) else items, batch_size), ckpt_path=resume)
     return trainer

@@ -43,7 +43,7 @@ def test_rows_hold_what_happened_since_the_last_one_and_a_resume_repeats_none(tm
                 pytest.approx(np.mean(losses), rel=1e-5) if losses else None
             )
     control = model.control_model
-    assert second["norm/zero_conv_12"] == pytest.approx(
+    assert second["norm/zero_conv_04"] == pytest.approx(
         float(torch.cat([p.flatten() for p in control.middle_block_out.parameters()]).norm()), rel=1e-5
     )
     assert second["norm/hint"] > second["norm/hint_zero_conv"] > 0 and second["norm/zero_conv_00"] > 0

@@ -6,10 +6,11 @@ import random
 
 import pytest
 import torch
+from torch.utils.data import default_collate
 
 from cldm.training.gain import ControlGain, JumpDetector, steps_between
 from cldm.training.metrics import MetricsFile, read_metrics
-from tests.cldm.training.small_runs import held_out, small_model, train
+from tests.cldm.training.small_runs import held_out, new_model, pairs, small_model, train
 from tests.parity import fill_
 
 
@@ -33,7 +34,7 @@ def test_gain_is_the_difference_of_losses_on_the_same_noise(tmp_path):
     first = read_metrics(tmp_path / "metrics.csv")[0]
     assert first["step"] == 0
     model.load_state_dict(before)
-    batch, text, hints = held_out(4), *(held_out(4)[key] for key in ("txt", "hint"))
+    batch, text, hints = held_out(4), *(held_out(4)[key] for key in ("context", "hint"))
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(5)
         latents = torch.cat(
@@ -118,8 +119,23 @@ def test_mistakes(wrong):
         ControlGain(**({"batch": held_out(1)} | wrong))
 
 
-def test_it_takes_hold_in_a_real_run_and_not_on_hints_that_tell_nothing(tmp_path, caplog):
-    """A few pairs whose hints tell them apart are learned by heart; with one hint for all there is nothing to follow."""
+def test_it_takes_hold_in_a_real_run_where_there_is_something_to_follow(tmp_path, caplog):
+    """Latents as bright as their hints are learned within some steps; of latents that have nothing to do with them, nothing is."""
+    for followed in (True, False):
+        model = new_model()
+        model.sd_locked, model.learning_rate = False, 3e-3
+        gain = ControlGain(default_collate(pairs(8, seed=1, followed=followed)), every=4, at_once=8)
+        folder = tmp_path / str(followed)
+        with caplog.at_level("INFO", logger="cldm.training.gain"):
+            train(model, 100, [gain], logger=[MetricsFile(folder)], batch_size=16, items=pairs(256, 2, followed) * 7)
+        rows = read_metrics(folder / "metrics.csv")
+        told = [row["gain/took_hold"] for row in rows if "gain/took_hold" in row]
+        if followed:
+            assert told == [gain.took_hold] and 4 <= gain.took_hold <= 90 and rows[0]["gain/mean"] == 0
+            assert f"control took hold at step {gain.took_hold}" in caplog.text
+        else:
+            assert told == [] and gain.took_hold is None
+        assert caplog.text.count("took hold") == 1
 
 
 # -- the jump ---------------------------------------------------------------------------------------------
@@ -153,7 +169,7 @@ def test_slow_rises_and_a_control_that_is_there_already():
     assert first_step([0.001 * i for i in range(100)]) is None
 
 
-def test_the_jump_survives_a_resume(caplog):
+def test_the_jump_survives_a_resume():
     series = [0.0] * 6 + [0.3] * 6
     for cut in range(len(series)):
         detector = JumpDetector()

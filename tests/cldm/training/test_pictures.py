@@ -72,7 +72,7 @@ def test_a_few_at_once_in_the_precision_of_the_training_which_goes_on_as_if_noth
 
     pictures = ImageLogger(1, max_images=3, at_once=2, encoders=encoders)
     train(logged, 2, [pictures], batch_size=3, precision="bf16-mixed", default_root_dir=tmp_path)
-    assert recorder.sizes == [[2, 2, 2], [1, 1, 1]] * 2 and recorder.modes == [(False, False, True)] * 4
+    assert recorder.sizes == [[2] * 4, [1] * 4] * 2 and recorder.modes == [(False, False, True)] * 4
     assert entered == [logged, logged] and [module.training for module in logged.modules()] == modes
     assert all(
         torch.equal(a, b) for a, b in zip(plain.state_dict().values(), logged.state_dict().values(), strict=True)
