@@ -57,7 +57,9 @@ def train(s: Settings) -> None:
     with run.in_use():
         goes_on = run.begin(s)
         if run.is_finished(s.steps):
-            logging.info("this run has had its %d steps; its result is %s. A larger steps=... trains on", run.step, run.result)
+            logging.info(
+                "this run has had its %d steps; its result is %s. A larger steps=... trains on", run.step, run.result
+            )
             return
         started = time.time()
         is_first = rank_zero_only.rank == 0
@@ -140,7 +142,9 @@ def open_data(s: Settings, run: RunFolder) -> TrainingData:
     if shards:
         if s.cache:
             raise ConfigError("cache=true needs pairs in a folder, and shards are streamed; leave cache away")
-        logging.info("shards are streamed: none of their samples are held out, the pictures show samples that are trained on")
+        logging.info(
+            "shards are streamed: none of their samples are held out, the pictures show samples that are trained on"
+        )
         return TrainingData.from_shards(shards)
     pairs = check_once(MyDataset(s.data, leave_out=s.broken == "leave_out"), s.broken, run.path / "data.json")
     data = TrainingData(pairs, hold_out(len(pairs), s.held_out))

@@ -270,7 +270,9 @@ class ControlLDM(LatentDiffusion):
         self.control_scales = [1.0] * getattr(self.control_model, "output_count", 13)
         self.global_average_pooling = global_average_pooling
         self.learning_rate = 1e-5
-        self.unlock_learning_rate: float | None = None  # of the UNet's weights, where it is another than the ControlNet's
+        self.unlock_learning_rate: float | None = (
+            None  # of the UNet's weights, where it is another than the ControlNet's
+        )
         self._sd_locked = True
         self._unlock = "decoder"
         self.only_mid_control = only_mid_control

@@ -258,7 +258,7 @@ class Fidelity:
         version: str | None = None,
         **parameters: Any,
     ) -> None:
-        from annotator import load
+        from annotator import describe, load
 
         if condition not in CONDITIONS or condition == "fill":
             raise ConfigError(f"there is no score for the condition {condition!r}; there are: {', '.join(CONDITIONS)}")
@@ -269,6 +269,7 @@ class Fidelity:
         self.condition = condition
         self.hints = hints
         self.parameters = parameters
+        describe(condition, version).check_parameters(parameters)
         self.annotator = load(condition, device=device, weights=weights, version=version)
         self.name = POSE_SCORE if condition == "openpose" else COMPARISONS[condition].name
         self._people = [self.people(picture) for picture in targets] if condition == "openpose" else []

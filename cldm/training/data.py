@@ -120,7 +120,9 @@ def hold_out(count: int, wanted: int | None) -> int:
     if wanted is None:
         return min(HELD_OUT, count // 10)
     if wanted >= count:
-        raise ConfigError(f"held_out={wanted} leaves none of the {count} pairs to train on; leave held_out away, or set it lower")
+        raise ConfigError(
+            f"held_out={wanted} leaves none of the {count} pairs to train on; leave held_out away, or set it lower"
+        )
     return wanted
 
 

@@ -107,9 +107,8 @@ class ControlGain(Instrument):
         with aside(trainer, model, self.seed):
             latents, text, hints = self._encoded(trainer, model)
             with_hint = self._losses(model, latents, text, hints)
-            locked = not any(
-                p.requires_grad for part in (model.model, model.cond_stage_model) for p in part.parameters()
-            )
+            base = (p for name, p in model.named_parameters() if not name.startswith("control_model."))
+            locked = not any(p.requires_grad for p in base)
             if self._without is None or not locked:
                 self._without = self._losses(model, latents, text, None)
             gain = self._without - with_hint  # (draws, pairs)
@@ -126,7 +125,7 @@ class ControlGain(Instrument):
         if step is not None:
             metrics["gain/took_hold"] = step
             if trainer.is_global_zero:
-                logger.info(_ANNOUNCEMENT, step, telling / float(self._without.mean()))
+                logger.info(_ANNOUNCEMENT, step, 100 * telling / float(self._without.mean()))
         log_metrics(trainer, metrics)
 
     def _encoded(self, trainer: pl.Trainer, model: ControlLDM) -> tuple[Tensor, Any, Tensor]:

@@ -107,5 +107,7 @@ class HeldOut:
 def describe(scores: dict[str, float], count: int) -> str:
     """Scores in words, for the console."""
     if "fill/iou" in scores:
-        return f"mean IoU {scores['fill/iou']:.3f}, both colours right in {scores['fill/colours']:.0%} of {count} pictures"
+        return (
+            f"mean IoU {scores['fill/iou']:.3f}, both colours right in {scores['fill/colours']:.0%} of {count} pictures"
+        )
     return ", ".join(f"{name} {value:.3f}" for name, value in scores.items()) + f" of {count} pictures"

@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from cldm.files import write_whole
 from ldm.util import ConfigError
@@ -49,13 +50,16 @@ class MetricsFile(Logger):
     def save_dir(self) -> str:
         return str(self.path.parent)
 
+    @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Not kept here: a run notes its settings itself."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add numbers to the row of a step; rank 0 calls it."""
-        numbers = {name: float(value) for name, value in metrics.items()}
-        step = int(step or 0)
+        """Add numbers to the row of a step, which is the number of optimizer steps done."""
+        numbers = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        # What a model hands to `self.log` comes with the epoch, under the number of steps before this one.
+        step = int(step or 0) + ("epoch" in metrics)
         new = [name for name in numbers if name not in self._columns]
         self._columns += new
         last = self._rows[-1]["step"] if self._rows else -1

@@ -52,8 +52,9 @@ def plan_phases(
     """
     unlocked = "" if sd_locked else unlock
     phases = [Phase(0, steps, only_mid_control or reconnect_at > 0, unlocked)]
-    changes = [(reconnect_at, {"only_mid_control": False}), (unlock_at, {"unlocked": unlock})]
-    for step, change in sorted(changes, key=lambda c: c[0]):
+    for step, change in sorted(
+        [(reconnect_at, {"only_mid_control": False}), (unlock_at, {"unlocked": unlock})], key=lambda c: c[0]
+    ):
         if not 0 < step < steps:
             continue
         last = phases.pop()

@@ -78,7 +78,9 @@ class Settings:
     pictures: int = setting(16, "held-out hints that are sampled and scored each time; 0 for none")
     pictures_at_once: int = setting(16, "of them sampled together; fewer need less memory")
     pictures_before: bool = setting(True, "sample and score the held-out hints before the first step too")
-    condition: str = setting("", "what the hints are (canny, hed, ...): its detector scores the pictures; circles need no name")
+    condition: str = setting(
+        "", "what the hints are (canny, hed, ...): its detector scores the pictures; circles need no name"
+    )
     sample_steps: int = setting(20, "DDIM steps of the pictures")
     guidance_scale: float = setting(3.0, "of the pictures")
     save_every: int = setting(250, "steps between checkpoints")

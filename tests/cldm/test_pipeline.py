@@ -200,16 +200,8 @@ def test_image_logger_saves_each_kind_and_an_overview(model, tmp_path):
         f"{kind}_gs-000007_e-000001_b-000003.png" for kind in ("control", "samples", "overview")
     }
 
-    class Module:
-        training, global_rank, global_step, current_epoch, logger = False, 0, 0, 0, None
-        trainer = type("Trainer", (), {"default_root_dir": str(tmp_path / "rows")})
-
-        def log_images(self, batch, **options):
-            return images | {"diffusion_row": torch.zeros(3, 64, 256)}
-
-        eval = train = lambda self, mode=True: self
-
-    ImageLogger(batch_frequency=1, max_images=2, log_first_step=True).log_img(Module(), {}, 0)
+    images["diffusion_row"] = torch.zeros(1, 3, 64, 256)
+    ImageLogger(max_images=2).log_local(tmp_path / "rows", "train", images, global_step=0, current_epoch=0, batch_idx=0)
     pictures = {p.name.split("_gs")[0]: p for p in (tmp_path / "rows").rglob("*.png")}
     assert set(pictures) == {"control", "samples", "diffusion_row", "overview"}
     assert read_rgb(pictures["diffusion_row"]).shape == (64 + 2 * 4, 256 + 2 * 4, 3)
