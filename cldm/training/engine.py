@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 # How a cluster says that a job's time is up: https://slurm.schedmd.com/sbatch.html, --signal.
 REQUEUE = getattr(signal, "SIGUSR1", None)
+HANDLED = [number for number in (signal.SIGINT, signal.SIGTERM, REQUEUE) if number is not None]
 
 
 def make_trainer(**options: Any) -> pl.Trainer:
@@ -140,12 +141,11 @@ class StopOnSignal(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self.received: int | None = None
-        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Here and not earlier: Lightning puts its own handlers in place before.
-        for number in filter(None, (signal.SIGINT, signal.SIGTERM, REQUEUE)):
-            self._before[number] = signal.signal(number, self._note)
+        # Here and not earlier: Lightning puts its own handlers in place before. `fit` puts back those that were there.
+        for number in HANDLED:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -162,11 +162,6 @@ class StopOnSignal(pl.Callback):
             self.received = int(trainer.strategy.reduce(number, reduce_op="max")) or None
         if self.received is not None:
             trainer.should_stop = True
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 class ShowProgress(pl.Callback):
@@ -254,8 +249,13 @@ def fit(
     """
     # What is trained is in the checkpoint, the rest came with the weights.
     model.strict_loading = False
-    with quiet_libraries():
-        trainer.fit(model, loader, ckpt_path=resume)
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        with quiet_libraries():
+            trainer.fit(model, loader, ckpt_path=resume)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if stop.received is not None:
         if stop.received == REQUEUE and trainer.is_global_zero:
             _requeue()
