@@ -73,6 +73,7 @@ def override(settings: S, arguments: Sequence[str]) -> S:
     if not is_dataclass(settings):
         raise TypeError("settings must be a dataclass instance")
     known = [f.name for f in fields(settings)]
+    arguments = _joined(arguments)
     for argument in arguments:
         key, equals, _ = argument.partition("=")
         if not equals:
@@ -84,3 +85,15 @@ def override(settings: S, arguments: Sequence[str]) -> S:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{' '.join(arguments)}: {str(error).splitlines()[0]}") from error
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Arguments with what a shell has split at spaces around `=` put together again: `steps = 30` is `steps=30`."""
+    joined: list[str] = []
+    for argument in arguments:
+        continues = argument.startswith("=") or (joined and joined[-1].endswith("="))
+        if continues and joined:
+            joined[-1] += argument
+        else:
+            joined.append(argument)
+    return joined

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cldm.checkpoint.control import add_control
 from cldm.data.fill import generate_fill
@@ -50,11 +51,17 @@ def test_sampling_snippet(tmp_path, weights):
         ({"sd_locked": False}, ("control_model.", "model.diffusion_model.out")),
     ],
 )
-def test_plain_data_parallel_training(tmp_path, switches, trained):
-    done = run("train_on_two_processes.py", tmp_path, json.dumps(switches))
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, switches, trained):
+    for processes in (2, 1):
+        done = run("train_on_two_processes.py", tmp_path, json.dumps(switches), processes)
+        assert done.returncode == 0, done.stderr[-2000:]
+        if processes == 2:
+            one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one == other and all(any(key.startswith(start) for key in one["changed"]) for start in trained)
     assert all(key.startswith(trained) for key in one["changed"])
     unused = [key for key in one["changed"] if key.startswith("control_model.zero_convs")]
     assert bool(unused) != switches.get("only_mid_control", False)
+    two, single = (torch.load(tmp_path / f"trained-{n}.pt", weights_only=True) for n in (2, 1))
+    assert two.keys() == single.keys()
+    for key, value in two.items():
+        torch.testing.assert_close(value, single[key], rtol=1e-4, atol=2e-6, msg=key)
