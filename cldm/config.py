@@ -91,7 +91,7 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     """Arguments with what a shell has split at spaces around `=` put together again: `steps = 30` is `steps=30`."""
     joined: list[str] = []
     for argument in arguments:
-        continues = argument.startswith("=") or (joined and joined[-1].endswith("="))
+        continues = argument.startswith("=") or (joined and joined[-1].endswith("=") and "=" not in argument)
         if continues and joined:
             joined[-1] += argument
         else:
