@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -179,6 +180,8 @@ def measure(plan: Plan) -> Report:
 def _give_fake_memory(model: nn.Module) -> None:
     """Replace what lies on the meta device by tensors of the CPU, within FakeTensorMode."""
     for module in model.modules():
+        if isinstance(module, pl.LightningModule):
+            module._device = torch.device("cpu")  # what it says of itself; moving it would not work with fake tensors
         for name, value in module._parameters.items():
             if value is not None:
                 module._parameters[name] = nn.Parameter(
