@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -111,7 +112,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Report:
-    """Bytes by part when a training step needs most, and the most that making the model needed."""
+    """Bytes by part when a training step needs most, and those of the model as it is made, before anything is converted or freed."""
 
     peak: Mapping[str, int] = field(default_factory=dict)
     creation: int = 0
@@ -160,8 +161,11 @@ def measure(plan: Plan) -> Report:
     if plan.frozen_precision not in PRECISIONS:
         raise ConfigError(f"frozen_precision must be one of {', '.join(PRECISIONS)}, found {plan.frozen_precision!r}")
     # The CPU stands for the GPU: backward passes of fake CUDA tensors need CUDA. (The schedule comes from NumPy and is not fake.)
+    model = create_model(
+        plan.config, device="meta"
+    )  # initial values of fake tensors would take a minute and mean nothing
     with FakeTensorMode(allow_non_fake_inputs=True), StorageTracker() as tracker:
-        model = create_model(plan.config)
+        _give_fake_memory(model)
         creation = tracker.peak.total()
         model.sd_locked = plan.sd_locked
         model.only_mid_control = plan.only_mid_control
@@ -171,6 +175,21 @@ def measure(plan: Plan) -> Report:
             release_encoders(model)
         model.train()
         return Report(dict(_measure_steps(model, plan, tracker)), creation)
+
+
+def _give_fake_memory(model: nn.Module) -> None:
+    """Replace what lies on the meta device by tensors of the CPU, within FakeTensorMode."""
+    for module in model.modules():
+        if isinstance(module, pl.LightningModule):
+            module._device = torch.device("cpu")  # what it says of itself; moving it would not work with fake tensors
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(
+                    torch.empty_like(value, device="cpu"), requires_grad=value.requires_grad
+                )
+        for name, value in module._buffers.items():
+            if value is not None and value.is_meta:
+                module._buffers[name] = torch.empty_like(value, device="cpu")
 
 
 def _measure_steps(model: nn.Module, plan: Plan, tracker: StorageTracker) -> Counter[str]:
