@@ -16,27 +16,34 @@ same command is given again, and ends with the same weights as one that was not.
 import logging
 import sys
 import time
+from pathlib import Path
 
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
-from torch.utils.data import Subset
 
 from cldm.checkpoint.control import add_control
-from cldm.checkpoint.writing import write_checkpoint
 from cldm.cldm import ControlLDM
 from cldm.command import MISTAKES, run_command
 from cldm.config import resolve
 from cldm.data.fill import generate_fill
+from cldm.data.shards import find_shards
+from cldm.evaluation import Sampling
 from cldm.files import locked
 from cldm.model import create_model
 from cldm.settings import explain
-from cldm.training.batches import RunBatches
-from cldm.training.checkpoints import SaveCheckpoints
-from cldm.training.engine import SeedSteps, ShowProgress, StopOnSignal, fit, make_loader, make_trainer, run_options
+from cldm.training.cache import CachedPairs, make_cache, release_encoders
+from cldm.training.checkpoints import ExportControl, SaveCheckpoints, load_trained, write_trained
+from cldm.training.curves import Curves
+from cldm.training.data import TrainingData, check_once, hold_out
+from cldm.training.dynamics import Dynamics
+from cldm.training.engine import SeedSteps, ShowProgress, StopOnSignal, fit, make_trainer, run_options
 from cldm.training.folder import RunFolder
 from cldm.training.health import SkipBadSteps, TrainingError
+from cldm.training.held_out import HeldOut
+from cldm.training.metrics import run_loggers
 from cldm.training.optim import optimizer_config, scheduler_config
 from cldm.training.phases import plan_phases
+from cldm.training.precision import allow_tf32, cast_frozen, set_recompute, use_channels_last
 from cldm.training.settings import TINY_DATA, Settings, parse_settings
 from ldm.util import ConfigError
 from tutorial_dataset import MyDataset
@@ -45,7 +52,7 @@ HOW_TO_GO_ON = "the same command goes on from there"
 
 
 def train(s: Settings) -> None:
-    """Data, model, score before, training, score after: read it from top to bottom."""
+    """Data, model, training, result: read it from top to bottom."""
     run = RunFolder(s.out)
     with run.in_use():
         goes_on = run.begin(s)
@@ -55,14 +62,16 @@ def train(s: Settings) -> None:
             )
             return
         started = time.time()
+        is_first = rank_zero_only.rank == 0
+        options = run_options(s.steps, s.accumulate, s.precision, s.strategy, s.devices * s.num_nodes, s.clip)
+        options |= {"accelerator": s.accelerator, "devices": s.devices, "num_nodes": s.num_nodes}
+        device = make_trainer(**options).strategy.root_device
 
         # Data: pairs to train on, and the last few held out.
         if s.data == TINY_DATA:
             with locked(s.data):  # of several processes one makes it
                 generate_fill(s.data, count=2000 + 64, size=64, seed=s.seed, palette="clear")
-        dataset = MyDataset(s.data)
-        sizes = dataset.sizes()
-        train_on, held_out = split(len(dataset), s)
+        data = open_data(s, run)
 
         # Model: the configuration, filled from weights with control.
         weights = resolve(s.weights) if s.weights else run.path / "control_ini.safetensors"
@@ -72,45 +81,79 @@ def train(s: Settings) -> None:
                     add_control(resolve(s.base), weights, s.config, overwrite=True)
         base = run.identify(weights)
         model = create_model(s.config, weights=weights)
+        phases = plan_phases(s.steps, s.only_mid_control, s.sd_locked, s.reconnect_at, s.unlock_at, s.unlock)
+        prepare(model, s, device)
+        phases[-1].apply(model)  # which trains the most: what it locks is never trained
+        cast_frozen(model, s.frozen_precision or {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(s.precision, "fp32"))
+
+        # What is looked at: the held-out hints, before, meanwhile and after.
+        sampling = Sampling(s.sample_steps, s.guidance_scale, s.seed, s.pictures_at_once)
+        held_out = HeldOut(data, sampling, s.precision, weights, s.condition)
+        if s.pictures_before and run.step == 0 and is_first:
+            before, scores = held_out.sample(model.to(device), "before training")
+            run.note_before(before, scores)
+        if s.cache:
+            use_cache(data, model.to(device), s)
 
         # Training, in phases that differ in what is trained.
-        for phase in plan_phases(s.steps, s.only_mid_control, s.sd_locked, s.reconnect_at, s.unlock_at, s.unlock):
+        for phase in phases:
             if phase.last <= run.step:
                 continue
             logging.info("steps %d to %d train %s", run.step + 1, phase.last, phase)
             phase.apply(model)
             if s.ema:
                 model.average_weights(s.ema)
-            stop = StopOnSignal()
-            health = SkipBadSteps(last_good=lambda: run.checkpoint)
-            save = SaveCheckpoints(run.checkpoints, s.save_every, s.keep, base, is_good=health.is_good)
+            stop, health = StopOnSignal(), SkipBadSteps(last_good=lambda: run.checkpoint)
+            instruments = held_out.instruments(run.path, s.log_every, s.pictures, device)
+            save = SaveCheckpoints(run.checkpoints, s.save_every, s.keep, base, health.is_good)
+            export = ExportControl(run.path / "exports", s.export_every)
             trainer = make_trainer(
-                **run_options(phase.last, s.accumulate, s.precision, s.strategy, s.devices * s.num_nodes, s.clip),
-                accelerator=s.accelerator,
-                devices=s.devices,
-                num_nodes=s.num_nodes,
-                callbacks=[SeedSteps(s.seed), health, ShowProgress(), stop, save],
-                logger=False,
+                **options | {"max_steps": phase.last},
+                callbacks=[
+                    *(SeedSteps(s.seed), health, Dynamics(), *instruments, Curves(run.path, s.log_every)),
+                    *(ShowProgress(), export, stop, save),
+                ],
+                logger=run_loggers(run.path),
+                log_every_n_steps=sys.maxsize,  # the instruments do it
             )
-            configure(model, s, trainer.strategy.root_device)
-            batches = RunBatches(
-                sizes[: len(train_on)],
-                s.batch_size,
-                phase.last * s.accumulate,
-                s.seed,
-                trainer.global_rank,
-                trainer.world_size,
-                start=run.step * s.accumulate,
-            )
-            loader = make_loader(
-                Subset(dataset, train_on), batches, s.workers, pin_memory=trainer.accelerator.name() == "cuda"
-            )
+            batch_size = at_most(s.batch_size, data, trainer.world_size)
+            micro_batches = run.step * s.accumulate, phase.last * s.accumulate
+            loader = data.loader(trainer, batch_size, *micro_batches, s.seed, s.workers)
             fit(trainer, model, loader, run.checkpoint, stop, HOW_TO_GO_ON)
-        write_checkpoint(run.result, model.state_dict(), overwrite=True)
-        run.finish({"steps": s.steps, "minutes": (time.time() - started) / 60})
+
+        # Result.
+        if is_first:
+            finish(run, model.to(device), held_out, base, weights, s)
+            logging.info("%.1f minutes in all. What was made:", (time.time() - started) / 60)
+            for name, what in {
+                "result.png": "prompt, hint, target, and pictures before and after training",
+                "curves.png": "loss, control gain, norms and score by step; metrics.csv has the numbers",
+                "pictures": "pictures of held-out hints while training",
+                "model.safetensors": "the trained model",
+                "checkpoints": "to go on training with more steps",
+            }.items():
+                if (run.path / name).exists():
+                    logging.info("  %-40s %s", run.path / name, what)
 
 
-def configure(model: ControlLDM, s: Settings, device: torch.device) -> None:
+def open_data(s: Settings, run: RunFolder) -> TrainingData:
+    """The pairs in a folder, or in shards; those that cannot be used are found now."""
+    shards = find_shards(s.data)
+    if shards:
+        if s.cache:
+            raise ConfigError("cache=true needs pairs in a folder, and shards are streamed; leave cache away")
+        logging.info(
+            "shards are streamed: none of their samples are held out, the pictures show samples that are trained on"
+        )
+        return TrainingData.from_shards(shards)
+    pairs = check_once(MyDataset(s.data, leave_out=s.broken == "leave_out"), s.broken, run.path / "data.json")
+    data = TrainingData(pairs, hold_out(len(pairs), s.held_out))
+    few = "" if data.held_out else "; with so few the pictures show pairs that are trained on"
+    logging.info("%d pairs to train on, %d held out%s", data.trained, data.held_out, few)
+    return data
+
+
+def prepare(model: ControlLDM, s: Settings, device: torch.device) -> None:
     """Hand the model what the settings say about its training."""
     model.learning_rate = s.learning_rate
     model.unlock_learning_rate = s.unlock_learning_rate or None
@@ -122,12 +165,47 @@ def configure(model: ControlLDM, s: Settings, device: torch.device) -> None:
         model.ucg_training = {model.cond_stage_key: {"p": s.empty_prompts, "val": ""}}
     if s.sample_steps > model.num_timesteps:
         raise ConfigError(f"sample_steps must be at most {model.num_timesteps}, found {s.sample_steps}")
+    allow_tf32(s.tf32)
+    set_recompute(model, s.recompute)
+    if s.channels_last:
+        use_channels_last(model)
+    if s.compile:
+        model.control_model.compile()
+        model.model.diffusion_model.compile()
 
 
-def split(count: int, s: Settings) -> tuple[range, range]:
-    """Pairs to train on, and pairs held out."""
-    held_out = min(64, count // 10) if s.held_out is None else s.held_out
-    return range(count - held_out), range(count - held_out, count)
+def use_cache(data: TrainingData, model: ControlLDM, s: Settings) -> None:
+    """Train from what the encoders make of pictures and prompts, kept beside the data, and without the encoders in memory."""
+    folder = Path(s.data)
+    cache = make_cache(model, data.pairs, folder.with_name(folder.name + ".cache"), s.precision)
+    data.pairs = CachedPairs(data.pairs, cache)
+    if s.empty_prompts:
+        model.ucg_training = {"context": {"p": s.empty_prompts, "val": cache.empty_context}}
+    release_encoders(model)
+
+
+def at_most(batch_size: int, data: TrainingData, processes: int) -> int:
+    """The batch size, or what one process can have of a small set."""
+    most = max(data.trained // processes, 1)
+    if data.shards or batch_size <= most:
+        return batch_size
+    logging.info("batch_size %d is more than the pairs there are; batches hold %d", batch_size, most)
+    return most
+
+
+def finish(
+    run: RunFolder, model: ControlLDM, held_out: HeldOut, base: dict[str, str], weights: Path, s: Settings
+) -> None:
+    """Write the trained model, and the picture that shows what it has learned."""
+    if s.ema and not model.use_ema:
+        model.average_weights(s.ema)
+    load_trained(model, run.checkpoint, base)
+    with model.ema_scope():
+        after, scores = held_out.sample(model, f"after {run.step} steps")
+        before, scores_before = run.noted_before()
+        held_out.save(run.path / "result.png", [after] if before is None else [before, after])
+        write_trained(run.result, model, weights)
+    run.finish({"steps": run.step, "before": scores_before, "after": scores})
 
 
 def main(argv: list[str] | None = None) -> int:

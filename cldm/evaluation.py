@@ -15,7 +15,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from cldm.cldm import ControlLDM
@@ -24,7 +23,6 @@ from cldm.data.pairs import Pair, read_rgb
 from cldm.data.score import FillScore, fill_geometry, parse_prompt, score_fill
 from cldm.pictures import grid, save_png, to_uint8
 from cldm.pipeline import ControlPipeline
-from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import ConfigError, log_txt_as_img
 
 # Pictures uint8 (N, H, W, 3) -> scores by the names under which they are logged.
@@ -50,23 +48,11 @@ class Sampling:
     batch_size: int = 16
 
 
-class HalvesApart(DDIMSampler):
-    """DDIM that evaluates the halves of the guidance one after the other, which takes half the memory."""
-
-    def guided_output(self, x: Tensor, t: Tensor, c: Any, scale: float, uncond: Any) -> Tensor:
-        """uncond + scale * (cond - uncond), x (N, C, h, w), t (N,) -> (N, C, h, w)."""
-        output = self.model.apply_model(x, t, c)
-        if uncond is None or scale == 1.0:
-            return output
-        without = self.model.apply_model(x, t, uncond)
-        return without + scale * (output - without)
-
-
 def generate(
     model: ControlLDM, hints: np.ndarray, prompts: Sequence[str], sampling: Sampling, progress: bool = False
 ) -> np.ndarray:
     """Pictures uint8 (N, H, W, 3) for hints uint8 (N, H, W, 3); leaves the global random state as it was."""
-    pipeline = ControlPipeline(model, HalvesApart)
+    pipeline = ControlPipeline(model)
     height, width = hints.shape[1:3]
     pictures = []
     with tqdm(total=len(hints), desc="sampling", unit="picture", disable=not progress) as bar:

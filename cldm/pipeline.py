@@ -11,17 +11,18 @@ Shapes: N pictures, H W pixels, h w the latent.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cldm.cldm import ControlLDM, ControlNet
+from cldm.cldm import ControlLDM
+from cldm.guidance import Control, strength_scales
 from cldm.pictures import to_uint8
-from ldm.models.diffusion.ddim import DDIMSampler, join_conditioning
+from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampler import Sampler
 
 ADDED_PROMPT = "best quality, extremely detailed"
 NEGATIVE_PROMPT = (
@@ -30,50 +31,7 @@ NEGATIVE_PROMPT = (
 )
 
 
-def strength_scales(strength: float = 1.0, guess_mode: bool = False, count: int = 13) -> list[float]:
-    """One factor for each control output: all `strength`, or in guess mode weaker towards the first, strength * 0.825^(12 - i)."""
-    return [strength * (0.825 ** float(count - 1 - i) if guess_mode else 1.0) for i in range(count)]
-
-
-class BatchedGuidance(DDIMSampler):
-    """DDIM that evaluates both halves of the guidance in one UNet call, and the ControlNet only for a half that has a hint.
-
-    As the first base class, beside another sampler, it gives that sampler the same guidance.
-    """
-
-    def guided_output(self, x: Tensor, t: Tensor, c: Any, scale: float, uncond: Any) -> Tensor:
-        """uncond + scale * (cond - uncond), x (N, C, h, w), t (N,) -> (N, C, h, w)."""
-        if uncond is None or scale == 1.0 or _has_hint(uncond) or not _has_hint(c):
-            return super().guided_output(x, t, c, scale, uncond)
-        if type(self.model).apply_model is not ControlLDM.apply_model:  # what it does with a hint is its own business
-            out_uncond, out_cond = self.model.apply_model(x, t, uncond), self.model.apply_model(x, t, c)
-            return out_uncond + scale * (out_cond - out_uncond)
-        context = torch.cat(list(c["c_crossattn"]), dim=1)
-        control = self.model.control(x, t, c, context)
-        output = self.model.model.diffusion_model(
-            x=torch.cat([x, x]),
-            timesteps=torch.cat([t, t]),
-            context=join_conditioning(torch.cat(list(uncond["c_crossattn"]), dim=1), context),
-            control=[torch.cat([torch.zeros_like(k), k]) for k in control],
-            only_mid_control=self.model.only_mid_control,
-        )
-        out_uncond, out_cond = output.chunk(2)
-        return out_uncond + scale * (out_cond - out_uncond)
-
-
-class _PLMS(BatchedGuidance, PLMSSampler):
-    pass
-
-
-class _DPMSolver(BatchedGuidance, DPMSolverSampler):
-    pass
-
-
-SAMPLERS: dict[str, type[DDIMSampler]] = {"ddim": BatchedGuidance, "plms": _PLMS, "dpm_solver": _DPMSolver}
-
-
-def _has_hint(conditioning: Any) -> bool:
-    return conditioning.get("c_guided_hint") is not None or conditioning.get("c_concat") is not None
+SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 
 
 class ControlPipeline:
@@ -87,7 +45,7 @@ class ControlPipeline:
         ValueError: there is no sampler of that name.
     """
 
-    def __init__(self, model: ControlLDM, sampler: str | type[DDIMSampler] = "ddim") -> None:
+    def __init__(self, model: ControlLDM, sampler: str | type[Sampler] = "ddim") -> None:
         if isinstance(sampler, str) and sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}; known are {', '.join(SAMPLERS)}")
         self.model = model
@@ -146,38 +104,27 @@ class ControlPipeline:
                 f"height and width must be multiples of 64, found {height} and {width}; annotator.util.resize_image makes them so"
             )
 
-        cond: dict[str, Any] = {"c_crossattn": [model.get_learned_conditioning(prompts)], "c_concat": None}
-        uncond: dict[str, Any] = {"c_crossattn": [model.get_learned_conditioning(negatives)], "c_concat": None}
-        if hint_tensor is not None:
-            steering: dict[str, Any] = {"c_concat": [hint_tensor]}
-            if type(model).apply_model is ControlLDM.apply_model and isinstance(model.control_model, ControlNet):
-                # The hint does not change with the timestep, so it is encoded once rather than in every step.
-                steering["c_guided_hint"] = model.control_model.encode_hint(hint_tensor)
-            cond |= steering
-            if not guess_mode:
-                uncond |= steering
-        scales = model.control_scales
+        cond = {"c_crossattn": [model.get_learned_conditioning(prompts)]}
+        uncond = None
+        if guidance_scale != 1.0:
+            uncond = {"c_crossattn": [model.get_learned_conditioning(negatives)]}
+        scales = strength_scales(strength, guess_mode, getattr(model.control_model, "output_count", 13))
+        controls = [] if hint_tensor is None else [Control(hint_tensor, scales=scales, conditional_only=guess_mode)]
         was_training = model.training
         model.eval()
-        model.control_scales = strength_scales(
-            strength, guess_mode, getattr(model.control_model, "output_count", len(scales))
-        )
         try:
             with seeded(seed, model.device):
                 latents, _ = self.sampler(model).sample(
                     steps,
                     len(prompts),
                     (model.channels, height // 8, width // 8),
-                    cond,
+                    guidance=model.make_guidance(cond, uncond, guidance_scale, controls),
                     eta=eta,
                     x_T=x_T,
                     callback=callback,
                     verbose=progress,
-                    unconditional_guidance_scale=guidance_scale,
-                    unconditional_conditioning=uncond if guidance_scale != 1.0 else None,
                 )
         finally:
-            model.control_scales = scales
             model.train(was_training)
         return to_uint8(model.decode_first_stage(latents))
 

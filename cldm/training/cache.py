@@ -17,13 +17,12 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from cldm.data.checking import hint_item_of, name_of
 from cldm.data.pairs import DataError
-from cldm.files import write_whole
+from cldm.files import locked, write_whole
 from cldm.model import load_weights
 from cldm.training.precision import forward_context
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -54,7 +53,6 @@ class _Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.lock = FileLock(folder / ".lock")
         self._places: dict[str, Path] = {}
         self._read: set[Path] = set()
         self._open: dict[Path, Any] = {}
@@ -92,19 +90,17 @@ class _Store:
     @contextmanager
     def being_made(self) -> Iterator[None]:
         """Hold the folder for writing; another process that holds it is waited for. Its entries are known afterwards."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("another process is filling %s; waiting for it", self.folder)
-            self.lock.acquire()
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.folder, wait=False))
+            except BlockingIOError:
+                logger.info("another process is filling %s; waiting for it", self.folder)
+                stack.enter_context(locked(self.folder))
+            self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".*.tmp"):  # of a killed process: nobody else writes here now
                 left.unlink(missing_ok=True)
             self.refresh()
             yield
-        finally:
-            self.lock.release()
 
     def write(self, entries: Iterable[tuple[str, Tensor]]) -> None:
         """Store entries as they come, in files of moderate size."""

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import uuid
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
+from cldm.checkpoint.converting import open_weights
+from cldm.checkpoint.writing import write_checkpoint
 from ldm.util import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -134,6 +137,41 @@ class SaveCheckpoints(pl.Callback):
         check_base(checkpoint, self.base)
         _restore_position(checkpoint, checkpoint["global_step"] * trainer.accumulate_grad_batches)
         _restore_optimizer(checkpoint, pl_module)
+
+
+class ExportControl(pl.Callback):
+    """Writes the ControlNet alone every so many steps, as `control-step-00001000.safetensors`; all of these files are kept.
+
+    Args:
+        folder: where the files go.
+        every: optimizer steps between two of them; 0 for none.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        super().__init__()
+        self.folder = folder
+        self.every = every
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if not self.every or (batch_idx + 1) % trainer.accumulate_grad_batches or step % self.every:
+            return
+        if trainer.is_global_zero:
+            with pl_module.ema_scope():
+                entries = {f"control_model.{k}": v.cpu() for k, v in pl_module.control_model.state_dict().items()}
+            path = self.folder / f"control-step-{step:08}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(path, entries, overwrite=True, progress=False)
+
+
+def write_trained(path: Path, model: pl.LightningModule, weights: Path) -> None:
+    """Write the whole model: what was trained as the model has it, all else as the file has it that the model was filled from."""
+    trained = trained_names(model) | {name for name in model.state_dict() if name.startswith("control_model.")}
+    with open_weights(weights) as (entries, _):
+        own = {name: value.cpu() for name, value in model.state_dict().items() if name in trained}
+        write_checkpoint(path, ChainMap(own, entries), overwrite=True)
 
 
 def load_trained(model: pl.LightningModule, path: Path, base: Mapping[str, str]) -> None:

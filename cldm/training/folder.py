@@ -1,10 +1,13 @@
 """The folder of a run: the settings that it was begun with, its checkpoints, and one process that works in it at a time."""
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from cldm.files import locked, sha256_of, write_whole
@@ -40,9 +43,23 @@ class RunFolder:
         noted = noted_settings(self.path / "result.json") or {}
         return self.step >= steps and noted.get("steps") == self.step and self.result.is_file()
 
-    def finish(self, numbers: dict[str, float | int]) -> None:
+    def finish(self, numbers: dict[str, Any]) -> None:
         """Note the results of the run's last step, `steps` among them; the last thing that a run does."""
         write_whole(self.path / "result.json", json.dumps(numbers, indent=1).encode())
+
+    def note_before(self, pictures: np.ndarray, scores: dict[str, float]) -> None:
+        """Keep pictures (N, H, W, 3) that were made before the first step, and their scores, until the run ends."""
+        file = io.BytesIO()
+        np.savez(file, pictures=pictures, scores=json.dumps(scores))
+        write_whole(self.path / "before.npz", file.getvalue())
+
+    def noted_before(self) -> tuple[np.ndarray | None, dict[str, float]]:
+        """What `note_before` kept; (None, {}) if nothing."""
+        path = self.path / "before.npz"
+        if not path.is_file():
+            return None, {}
+        with np.load(path) as kept:
+            return kept["pictures"], json.loads(str(kept["scores"]))
 
     @property
     def step(self) -> int:

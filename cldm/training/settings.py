@@ -75,10 +75,12 @@ class Settings:
     workers: int = setting(0, "processes that load data")
     # What the run shows and keeps
     log_every: int = setting(50, "steps between pictures, scores and measurements of the control gain")
-    pictures: int = setting(4, "pictures each time; 0 for none")
-    pictures_at_once: int = setting(4, "of them sampled together; fewer need less memory")
-    score: int = setting(16, "held-out hints that are sampled and scored each time; 0 for none")
-    score_before: bool = setting(True, "sample and score the held-out hints before the first step too")
+    pictures: int = setting(16, "held-out hints that are sampled and scored each time; 0 for none")
+    pictures_at_once: int = setting(16, "of them sampled together; fewer need less memory")
+    pictures_before: bool = setting(True, "sample and score the held-out hints before the first step too")
+    condition: str = setting(
+        "", "what the hints are (canny, hed, ...): its detector scores the pictures; circles need no name"
+    )
     sample_steps: int = setting(20, "DDIM steps of the pictures")
     guidance_scale: float = setting(3.0, "of the pictures")
     save_every: int = setting(250, "steps between checkpoints")
@@ -93,7 +95,7 @@ class Settings:
 # Where, how long, how often, on what machine, in how much memory: a run may go on with another value.
 MAY_CHANGE = frozenset(
     "preset out steps precision frozen_precision recompute cache compile channels_last tf32 accelerator strategy workers broken "
-    "log_every pictures pictures_at_once score score_before sample_steps guidance_scale save_every keep export_every".split()
+    "log_every pictures pictures_at_once pictures_before condition sample_steps guidance_scale save_every keep export_every".split()
 )
 # These may change if the number of pairs in a step, which is their product, does not.
 PAIRS_OF_A_STEP = ("batch_size", "accumulate", "devices", "num_nodes")
@@ -123,7 +125,7 @@ def check(s: Settings) -> None:
     """
     counts = "steps batch_size accumulate devices num_nodes log_every pictures_at_once save_every keep sample_steps"
     check_counts(s, counts.split())
-    for name in ("warmup", "reconnect_at", "unlock_at", "workers", "pictures", "score", "export_every", "held_out"):
+    for name in ("warmup", "reconnect_at", "unlock_at", "workers", "pictures", "export_every", "held_out"):
         if (getattr(s, name) or 0) < 0:
             raise ConfigError(f"{name} must not be negative, found {getattr(s, name)}")
     for name in ("clip", "min_snr", "noise_offset", "unlock_learning_rate"):

@@ -211,7 +211,9 @@ class SpatialTransformer(nn.Module):
         tokens = self.norm(x)
         if not self.use_linear:
             tokens = self.proj_in(tokens)
-        # Tokens one after the other in memory, and the map as it came: else every norm and sum copies or strides.
+        # Tokens one after the other in memory, and the map as it came: else every norm and sum copies or strides. A map with
+        # its channels last is both at once.
+        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         tokens = rearrange(tokens, "b c h w -> b (h w) c").contiguous()
         if self.use_linear:
             tokens = self.proj_in(tokens)
@@ -219,5 +221,7 @@ class SpatialTransformer(nn.Module):
             tokens = block(tokens, block_context)  # (B, H*W, D)
         if self.use_linear:
             tokens = self.proj_out(tokens)
-        tokens = rearrange(tokens, "b (h w) c -> b c h w", h=height).contiguous()
+        tokens = rearrange(tokens, "b (h w) c -> b c h w", h=height)
+        if not channels_last:
+            tokens = tokens.contiguous()
         return x + (tokens if self.use_linear else self.proj_out(tokens))

@@ -1,11 +1,10 @@
-"""A training step and a sampling step, timed side by side with diffusers doing the same work on the same random weights.
+"""A sampling step, timed side by side with diffusers doing the same work on the same random weights. (bench_training: training.)
 
     python -m tests.benchmarks.bench_diffusers --size mid --device cpu --threads 2
 
 Both sides run in turn in one process, and the ratio is taken pair by pair, so that a machine whose speed drifts does not
-matter; peak memory is measured in a process of its own for each side. Training: AdamW on the ControlNet, the UNet locked,
-recomputation off on both sides (or on, with --recompute). Sampling: guidance with the hint in both halves, as diffusers'
-pipeline does it, one batch. At full size training needs about 24 GB of memory, sampling 12.
+matter; peak memory is measured in a process of its own for each side. Guidance with the hint in both halves, as diffusers'
+pipeline does it, one batch. Full size needs about 12 GB of memory.
 """
 
 import argparse
@@ -17,14 +16,12 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cldm.checkpoint.diffusers_config import controlnet_config, unet_config
 from cldm.checkpoint.lazy import lazy_entries
 from cldm.checkpoint.names import NETWORKS
 from cldm.cldm import ControlLDM
-from cldm.pipeline import BatchedGuidance
 from ldm.util import instantiate_from_config
 from tests.benchmarks.memory import peak_memory
 
@@ -34,7 +31,7 @@ SIZES = {  # model channels, latent height and width, batch, heads, context widt
     "full": (320, 64, 1, 8, 768),
 }
 
-STEPS = ("sampling", "training")
+STEPS = ("sampling",)
 
 
 def build_ours(size: str, recompute: bool) -> ControlLDM:
@@ -90,35 +87,19 @@ class Inputs:
 
 
 def our_steps(model: ControlLDM, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
-    model.learning_rate = 1e-5
-    optimizer = model.configure_optimizers()
     cond = {"c_crossattn": [inputs.text], "c_concat": [inputs.hint]}
 
-    def train() -> Tensor:
-        model.train()
-        loss = F.mse_loss(model.apply_model(inputs.x, inputs.t, cond), inputs.noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    sampler = BatchedGuidance(model)
-    guided: dict[str, Tensor] = {}
+    guidance = model.make_guidance(cond, {**cond, "c_crossattn": [inputs.empty]}, 9.0)  # once a run, as samplers do
 
     @torch.no_grad()
     def sample() -> Tensor:
         model.eval()
-        if not guided:  # once a run, as the pipeline does
-            guided["hint"] = model.control_model.encode_hint(inputs.hint)
-        c = {"c_crossattn": [inputs.text], "c_guided_hint": guided["hint"]}
-        return sampler.guided_output(inputs.x, inputs.t, c, 9.0, {**c, "c_crossattn": [inputs.empty]})
+        return guidance(inputs.x, inputs.t)
 
-    return {"training step": train, "sampling step": sample}
+    return {"sampling step": sample}
 
 
 def their_steps(unet: nn.Module, control: nn.Module, inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
-    optimizer = torch.optim.AdamW(control.parameters(), lr=1e-5)
-
     def predict(x: Tensor, t: Tensor, text: Tensor, hint: Tensor) -> Tensor:
         down, mid = control(x, t, encoder_hidden_states=text, controlnet_cond=hint, return_dict=False)
         return unet(
@@ -129,14 +110,6 @@ def their_steps(unet: nn.Module, control: nn.Module, inputs: Inputs) -> dict[str
             mid_block_additional_residual=mid,
             return_dict=False,
         )[0]
-
-    def train() -> Tensor:
-        control.train()
-        loss = F.mse_loss(predict(inputs.x, inputs.t, inputs.text, inputs.hint), inputs.noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
 
     @torch.no_grad()
     def sample() -> Tensor:
@@ -153,7 +126,7 @@ def their_steps(unet: nn.Module, control: nn.Module, inputs: Inputs) -> dict[str
         out_uncond, out_cond = predict(*both).chunk(2)
         return out_uncond + 9.0 * (out_cond - out_uncond)
 
-    return {"training step": train, "sampling step": sample}
+    return {"sampling step": sample}
 
 
 def prepare(

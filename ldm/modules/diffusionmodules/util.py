@@ -1,20 +1,21 @@
 """Helpers of the diffusion networks: layers by dimension, the timestep embedding, recomputation, schedule look-ups."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-# The schedule's functions live in one place; these names are public here for the code that looks for them in this module.
+# Schedule and noise have homes of their own; these names are public here for the code that looks for them in this module.
+from ldm.models.diffusion.noise import noise_like
 from ldm.models.diffusion.schedule import (
     extract_into_tensor,
     make_beta_schedule,
     make_ddim_sampling_parameters,
     make_ddim_timesteps,
-    noise_like,
 )
 
 __all__ = [
@@ -34,6 +35,10 @@ __all__ = [
     "timestep_embedding",
     "zero_module",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_HALF = ({torch.bfloat16}, {torch.float16})
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -129,3 +134,19 @@ def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable
     if flag and torch.is_grad_enabled():
         return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
     return func(*inputs)
+
+
+def in_own_precision(forward: F) -> F:
+    """For the `forward` of a network: one whose weights are all in half precision computes in it, also inside autocast.
+
+    Autocast would convert the input of every norm to float32 and back, which costs time and, in training, memory.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type) or {p.dtype for p in self.parameters()} not in _HALF:
+            return forward(self, x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(self, x, *args, **kwargs)
+
+    return wrapped

@@ -33,7 +33,7 @@ def make_data(folder: Path, count: int = 24) -> Path:
 def arguments(data: Path, out: Path, **changes: object) -> list[str]:
     """Of tutorial_train.py, for a run of a few seconds."""
     settings = {"data": data, "out": out, "held_out": 8, "batch_size": 2, "steps": 8, "log_every": 3, "save_every": 3,
-                "sample_steps": 2, "pictures": 2, "score": 2, "score_before": False, "accelerator": "cpu", **changes}  # fmt: skip
+                "sample_steps": 2, "pictures": 2, "pictures_before": False, "accelerator": "cpu", **changes}  # fmt: skip
     return [f"{k}={v}" for k, v in settings.items()]
 
 
@@ -130,7 +130,7 @@ def main() -> int:
         root = Path(folder)
         data = make_data(root / "data")
         alone, killed = root / "alone", root / "killed"
-        changes = {"steps": options.steps, "save_every": 1, "ema": 0.9, "empty_prompts": 0.5, "score": 0, "pictures": 0}
+        changes = {"steps": options.steps, "save_every": 1, "ema": 0.9, "empty_prompts": 0.5, "pictures": 0}
         assert run(arguments(data, alone, **changes), root / "alone.log") == 0
         met = kill_until_done(
             arguments(data, killed, **changes), killed, root / "killed.log", options.kills, options.seconds

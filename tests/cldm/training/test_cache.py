@@ -20,7 +20,6 @@ from cldm.model import create_model
 from cldm.training import cache as caching
 from cldm.training.cache import CachedPairs, encoders, make_cache, release_encoders
 from cldm.training.precision import forward_context
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import ConfigError
 
 BASE = "cldm_tiny.safetensors"
@@ -56,11 +55,6 @@ def count_encoded(model, monkeypatch):
     return pictures, prompts
 
 
-def loss_of(model, z, text, batch):
-    hint = batch["hint"].permute(0, 3, 1, 2).float()
-    return model(z, {"c_crossattn": [text], "c_concat": [hint]})[0]
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_losses_are_those_without_the_cache(model, data, weights, tmp_path, precision):
     dataset = PairDataset(data)
@@ -73,12 +67,11 @@ def test_losses_are_those_without_the_cache(model, data, weights, tmp_path, prec
     release_encoders(model)
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert not any(k.startswith(("first_stage", "cond_stage")) for k, _ in model.named_parameters())
-    for batch in DataLoader(pairs, 4, num_workers=2):
+    for batch in DataLoader(pairs, 4, num_workers=2 if precision == "32-true" else 0):
         assert "jpg" not in batch
         torch.manual_seed(3)
         with forward_context(precision, "cpu"):
-            z = DiagonalGaussianDistribution(batch["moments"]).sample() * model.scale_factor
-            cached.append(loss_of(model, z, batch["context"], batch).item())
+            cached.append(model.shared_step(batch)[0].item())
     # Exact in half precision; in float32 a convolution's last bit depends on how many pictures it sees at once.
     assert cached == (plain if precision != "32-true" else pytest.approx(plain, rel=1e-6))
 
@@ -90,8 +83,7 @@ def test_losses_are_bit_for_bit_equal_where_the_encoder_sees_the_same_pictures_a
         torch.manual_seed(3)
         plain = model.shared_step(batch)[0]
         torch.manual_seed(3)
-        z = DiagonalGaussianDistribution(stored["moments"]).sample() * model.scale_factor
-        assert torch.equal(plain, loss_of(model, z, stored["context"], stored))
+        assert torch.equal(plain, model.shared_step(stored)[0])
 
 
 def test_encoders_come_back_for_pictures(model, data, weights):
@@ -210,15 +202,13 @@ def test_what_a_killed_process_wrote_stays_and_two_share_the_rest(model, data, w
     kept = entries_in(tmp_path)
     assert 3 <= kept < 10
     # Two at the same time finish it: every target is there once.
-    spawn = multiprocessing.get_context("spawn")
-    both = [spawn.Process(target=fill_cache, args=(weights, data, tmp_path)) for _ in range(2)]
-    for one in both:
-        one.start()
-    for one in both:
-        one.join(120)
-        assert one.exitcode == 0
-    assert entries_in(tmp_path) == 10
-    assert not list(tmp_path.rglob("*.tmp"))
+    other = multiprocessing.get_context("spawn").Process(target=fill_cache, args=(weights, data, tmp_path, True))
+    other.start()
+    while entries_in(tmp_path) == kept and other.is_alive():
+        time.sleep(0.05)
     pictures, _ = count_encoded(model, monkeypatch)
-    make_cache(model, PairDataset(data), tmp_path, progress=False)
-    assert not pictures
+    pairs = CachedPairs(PairDataset(data), make_cache(model, PairDataset(data), tmp_path, progress=False))
+    assert not pictures and len([pairs[i]["moments"] for i in range(10)]) == 10
+    other.join(120)
+    assert other.exitcode == 0 and entries_in(tmp_path) == 10
+    assert not list(tmp_path.rglob("*.tmp"))

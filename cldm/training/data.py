@@ -1,0 +1,163 @@
+"""The pairs of a run: those that it trains on, in the order of its steps, and those that are held out to look at."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from cldm.data.checking import ReplaceBroken, Selected, checked, name_of
+from cldm.data.pairs import DataError
+from cldm.data.shards import ShardStream, decode, read_samples
+from cldm.files import locked, write_whole
+from cldm.training.batches import RunBatches
+from cldm.training.engine import make_loader
+from ldm.util import ConfigError
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 64  # by default, and at most a tenth
+
+
+class Named(Dataset):
+    """A data set whose items say under `name` what messages call them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], "name": name_of(self.dataset, index)}
+
+
+class FirstSamples(Dataset):
+    """The first samples of shards that can be used."""
+
+    def __init__(self, shards: Sequence[str], count: int = HELD_OUT) -> None:
+        self.items: list[dict[str, Any]] = []
+        for sample in read_samples(shards):
+            try:
+                self.items.append(decode(sample))
+            except DataError:
+                continue
+            if len(self.items) == count:
+                break
+        if not self.items:
+            raise DataError(f"there is no usable sample in {', '.join(shards[:3])}")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.items[index]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [tuple(item["jpg"].shape[:2]) for item in self.items]
+
+
+@dataclass
+class TrainingData:
+    """Pairs by index: the first ones are trained on, the last ones held out.
+
+    Attributes:
+        pairs: all that can be used.
+        held_out: how many are held out.
+        shards: trained on instead, as a stream; `pairs` are then their first ones, to look at.
+    """
+
+    pairs: Dataset
+    held_out: int
+    shards: Sequence[str] = ()
+
+    @classmethod
+    def from_shards(cls, shards: Sequence[str]) -> "TrainingData":
+        """Data that are streamed from WebDataset shards; none are held out."""
+        return cls(FirstSamples(shards), 0, tuple(shards))
+
+    @property
+    def trained(self) -> int:
+        """Number of pairs that are trained on."""
+        return len(self.pairs) - self.held_out
+
+    def shown(self) -> Selected:
+        """The pairs to look at: those held out that have the size of the first of them or, with none held out, trained ones."""
+        first = self.trained if self.held_out else 0
+        sizes = self.pairs.sizes()
+        return Selected(self.pairs, [i for i in range(first, len(sizes)) if sizes[i] == sizes[first]])
+
+    def loader(
+        self, trainer: pl.Trainer, batch_size: int, start: int, total: int, seed: int, workers: int
+    ) -> DataLoader:
+        """The run's micro-batches `start` to `total`, for this process."""
+        pin_memory = trainer.strategy.root_device.type == "cuda"
+        if self.shards:
+            stream = ShardStream(self.shards, batch_size, seed, trainer.global_rank, trainer.world_size, start)
+            return DataLoader(stream, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+        sizes = self.pairs.sizes()[: self.trained]
+        batches = RunBatches(sizes, batch_size, total, seed, trainer.global_rank, trainer.world_size, start)
+        data = ReplaceBroken(Selected(self.pairs, range(self.trained)), sizes)
+        return make_loader(Named(data), batches, workers, pin_memory)
+
+    def batch(self, count: int) -> dict[str, Any]:
+        """The first few of the pairs to look at, as a batch."""
+        shown = self.shown()
+        return default_collate([shown[i] for i in range(min(count, len(shown)))])
+
+
+def hold_out(count: int, wanted: int | None) -> int:
+    """How many of `count` pairs are held out: as many as wanted; by default 64, and at most a tenth of a small set.
+
+    Raises:
+        ConfigError: none would be left to train on.
+    """
+    if wanted is None:
+        return min(HELD_OUT, count // 10)
+    if wanted >= count:
+        raise ConfigError(
+            f"held_out={wanted} leaves none of the {count} pairs to train on; leave held_out away, or set it lower"
+        )
+    return wanted
+
+
+def check_once(dataset: Dataset, broken: str, note: Path) -> Dataset:
+    """The data set without what is broken; what was found is noted, so that a run that goes on need not look again.
+
+    Args:
+        broken: "stop" at broken pairs, or "leave_out".
+        note: the file to note it in. Of several processes one looks, while the others wait.
+
+    Raises:
+        DataError: pairs are broken, and `broken` is "stop".
+    """
+    names = [name_of(dataset, i) for i in range(len(dataset))]
+    with locked(note):
+        try:
+            known = json.loads(note.read_text(encoding="utf-8"))
+            if known["names"] == names:
+                return dataset if not known["left_out"] else _without(dataset, set(known["left_out"]))
+        except (OSError, ValueError, KeyError, TypeError):  # not noted yet
+            pass
+        usable = checked(dataset, broken)
+        kept = set(usable.indices) if usable is not dataset else set(range(len(dataset)))
+        left_out = [i for i in range(len(dataset)) if i not in kept]
+        write_whole(note, json.dumps({"names": names, "left_out": left_out}).encode())
+        return usable
+
+
+def _without(dataset: Dataset, left_out: set[int]) -> Selected:
+    return Selected(dataset, [i for i in range(len(dataset)) if i not in left_out])
+
+
+def pictures_of(dataset: Dataset, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Hints and targets of the first few pairs as uint8 (N, H, W, 3), and their prompts."""
+    items: list[Mapping[str, Any]] = [dataset[i] for i in range(min(count, len(dataset)))]
+    hints = np.stack([np.rint(np.asarray(item["hint"]) * 255).astype(np.uint8) for item in items])
+    targets = np.stack([np.rint(np.asarray(item["jpg"]) * 127.5 + 127.5).astype(np.uint8) for item in items])
+    return hints, targets, [item["txt"] for item in items]

@@ -1,0 +1,113 @@
+"""The held-out pairs of a run: sampled before, while and after it trains, scored, and shown in one picture."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cldm.cldm import ControlLDM
+from cldm.data.pairs import Pair
+from cldm.evaluation import Fidelity, Sampling, Score, fill_samples, fill_score, generate, save_comparison
+from cldm.training.cache import encoders
+from cldm.training.data import HELD_OUT, TrainingData, pictures_of
+from cldm.training.gain import ControlGain
+from cldm.training.instrument import Instrument
+from cldm.training.pictures import HeldOutPictures
+from cldm.training.precision import forward_context
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 8  # columns of a comparison
+
+
+@dataclass
+class HeldOut:
+    """Pairs to look at, and how.
+
+    Args:
+        data: the run's pairs.
+        sampling: how pictures are made of the hints.
+        precision: of the training, as Lightning names it.
+        weights: the file that the model was filled from; from it come its encoders where training has freed them.
+        condition: what the hints are, so that its detector can score pictures; "" for circles to fill, which are recognised, or
+            for no score.
+
+    Raises:
+        ConfigError, ValueError: there is no score for the condition, or its detector's weights are missing.
+    """
+
+    data: TrainingData
+    sampling: Sampling
+    precision: str
+    weights: Path
+    condition: str = ""
+
+    def __post_init__(self) -> None:
+        shown = self.data.shown()
+        # Circles are scored all: of a few the score is chance. Pictures of other kinds cost more to make.
+        pairs = [p for p in getattr(shown, "pairs", []) if isinstance(p, Pair)][:HELD_OUT]
+        circles = fill_samples(pairs) if pairs and not self.condition else None
+        self.hints, self.targets, self.prompts = pictures_of(shown, len(circles) if circles else SHOWN)
+        self._circles = circles
+        self._scores: dict[int, Score | None] = {}
+
+    def score_of(self, count: int, device: torch.device) -> Score | None:
+        """Scores pictures of the first `count` hints."""
+        if self._circles:
+            return fill_score(self._circles[:count])
+        if self.condition:
+            return Fidelity(self.condition, self.hints[:count], self.targets[:count], device=device)
+        return None
+
+    def sample(self, model: ControlLDM, when: str) -> tuple[np.ndarray, dict[str, float]]:
+        """Pictures of all hints, uint8 (N, H, W, 3), and their scores, which are logged with the words `when`."""
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            model.eval()
+            with torch.no_grad(), forward_context(self.precision, model.device), encoders(model, self.weights):
+                pictures = generate(model, self.hints, self.prompts, self.sampling)
+        finally:
+            for module, training in modes:
+                module.training = training
+        score = self.score_of(len(self.hints), model.device)
+        scores = score(pictures) if score else {}
+        if scores:
+            logger.info("%s: %s", when, describe(scores, len(pictures)))
+        return pictures, scores
+
+    def instruments(self, folder: Path, every: int, count: int, device: torch.device) -> list[Instrument]:
+        """What looks at these pairs while training: the control gain, and pictures of the first `count` hints."""
+        gain = ControlGain(self.data.batch(SHOWN))
+        count = min(count, len(self.hints))
+        if not count:
+            return [gain]
+        pictures = HeldOutPictures(
+            self.hints[:count],
+            self.targets[:count],
+            self.prompts[:count],
+            every,
+            self.sampling,
+            self.score_of(count, device),
+            folder / "pictures",
+            encoders=partial(encoders, weights=self.weights),
+        )
+        return [gain, pictures]
+
+    def save(self, path: Path, versions: Sequence[np.ndarray]) -> None:
+        """A picture with a column for each of the first hints: prompt, hint, target, and what each version made of it."""
+        save_comparison(
+            path, self.hints[:SHOWN], self.targets[:SHOWN], self.prompts[:SHOWN], [v[:SHOWN] for v in versions]
+        )
+
+
+def describe(scores: dict[str, float], count: int) -> str:
+    """Scores in words, for the console."""
+    if "fill/iou" in scores:
+        return (
+            f"mean IoU {scores['fill/iou']:.3f}, both colours right in {scores['fill/colours']:.0%} of {count} pictures"
+        )
+    return ", ".join(f"{name} {value:.3f}" for name, value in scores.items()) + f" of {count} pictures"

@@ -1,0 +1,276 @@
+"""How much memory a training step takes, computed without a GPU and without that memory.
+
+    python -m cldm.training.memory                          the table of presets, for SD 1.5 at 512 pixels
+    python -m cldm.training.memory preset=8gb batch_size=2  one computation with other settings
+
+A full-size model is made of fake tensors, which have a shape, a type and a device but no content, and the step runs with them:
+creation, forward, backward, the optimizer's step, and a second time with the optimizer's state there. A dispatch mode sees every
+tensor that is made and counts the storages that live. What comes out is what tensors take. The driver, CUDA's libraries and the
+gaps between allocations come on top: about 0.5 to 1 GiB on a GPU.
+"""
+
+import argparse
+import logging
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cldm.command import run_command
+from cldm.config import override
+from cldm.model import create_model
+from cldm.settings import explain, setting
+from cldm.training.cache import release_encoders
+from cldm.training.precision import PRECISIONS, cast_frozen, forward_context, set_recompute
+from cldm.training.presets import PRESETS
+from ldm.util import ConfigError
+
+GIB = 2**30
+PARTS = ("frozen weights", "trained weights", "gradients", "optimizer", "activations")
+_OTHER = PARTS[-1]
+
+
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of all storages that live, by part, while it is entered.
+
+    Attributes:
+        live: bytes by part, now.
+        peak: the same at the moment at which their sum was largest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._parts: dict[int, tuple[str, int]] = {}  # part and bytes, by storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._parts:
+            self._parts[key] = (_OTHER, storage.nbytes())
+            self.live[_OTHER] += storage.nbytes()
+            weakref.finalize(storage, self._forget, key).atexit = False
+            if self.live.total() > self.peak.total():
+                self.peak = self.live.copy()
+
+    def _forget(self, key: int) -> None:
+        part, size = self._parts.pop(key)
+        self.live[part] -= size
+
+    def assign(self, part: str, tensors: Iterable[Tensor | None]) -> None:
+        """From now on count what these tensors hold under `part`."""
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            self._see(tensor)
+            key = tensor.untyped_storage()._cdata
+            before, size = self._parts[key]
+            self._parts[key] = (part, size)
+            self.live[before] -= size
+            self.live[part] += size
+
+    def restart_peak(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.live.copy()
+
+
+@dataclass
+class Plan:
+    """What the memory of a step depends on; names and meaning are those of the training settings."""
+
+    config: str = setting("cldm_v15", "a packaged configuration or a YAML file")
+    size: int = setting(512, "pixels a side, a multiple of 64")
+    preset: str = setting("", f"settings to start from: {', '.join(PRESETS)}")
+    batch_size: int = setting(1, "pairs a batch")
+    precision: str = setting("bf16-mixed", "or 32-true, 16-mixed")
+    frozen_precision: str = setting("bf16", "of weights that are not trained: fp32, bf16 or fp16")
+    recompute: str = setting(
+        "all", "blocks that compute activations again instead of keeping them: none, trained or all"
+    )
+    cache: bool = setting(True, "latents and text come from the cache; autoencoder and text encoder are not in memory")
+    optimizer: str = setting("adamw", "or adamw8bit")
+    sd_locked: bool = setting(True, "false also trains the UNet's decoder")
+    only_mid_control: bool = setting(False, "use the control's middle output alone")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Bytes by part when a training step needs most, and the most that making the model needed."""
+
+    peak: Mapping[str, int] = field(default_factory=dict)
+    creation: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.peak.values())
+
+
+class EightBitAdam(torch.optim.Optimizer):
+    """The memory of bitsandbytes' AdamW8bit, whose kernels cannot run on fake tensors: the same state, and no update."""
+
+    SMALLEST = 4096  # elements; smaller parameters keep float32 state
+    BLOCK = 256  # elements that share a scale
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[parameter]
+            if state:
+                continue
+            small = parameter.numel() < self.SMALLEST
+            for name in ("state1", "state2"):
+                state[name] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
+                if not small:
+                    state[f"scale of {name}"] = parameter.new_zeros(
+                        -(-parameter.numel() // self.BLOCK), dtype=torch.float32
+                    )
+
+
+def measure(plan: Plan) -> Report:
+    """The memory of a training step as `plan` describes it.
+
+    Raises:
+        ConfigError: a setting out of its range.
+    """
+    if plan.size < 64 or plan.size % 64:
+        raise ConfigError(f"size must be a multiple of 64, found {plan.size}")
+    if plan.batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, found {plan.batch_size}")
+    if plan.optimizer not in ("adamw", "adamw8bit"):
+        raise ConfigError(f"optimizer must be adamw or adamw8bit, found {plan.optimizer!r}")
+    if plan.frozen_precision not in PRECISIONS:
+        raise ConfigError(f"frozen_precision must be one of {', '.join(PRECISIONS)}, found {plan.frozen_precision!r}")
+    # The CPU stands for the GPU: backward passes of fake CUDA tensors need CUDA. (The schedule comes from NumPy and is not fake.)
+    with FakeTensorMode(allow_non_fake_inputs=True), StorageTracker() as tracker:
+        model = create_model(plan.config)
+        creation = tracker.peak.total()
+        model.sd_locked = plan.sd_locked
+        model.only_mid_control = plan.only_mid_control
+        cast_frozen(model, plan.frozen_precision)
+        set_recompute(model, plan.recompute)
+        if plan.cache:
+            release_encoders(model)
+        model.train()
+        return Report(dict(_measure_steps(model, plan, tracker)), creation)
+
+
+def _measure_steps(model: nn.Module, plan: Plan, tracker: StorageTracker) -> Counter[str]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tracker.assign("frozen weights", (p for p in model.parameters() if not p.requires_grad))
+    tracker.assign("frozen weights", model.buffers())
+    tracker.assign("trained weights", trained)
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign("gradients", [p.grad]))
+    if plan.optimizer == "adamw8bit":
+        optimizer: torch.optim.Optimizer = EightBitAdam(trained)
+    else:  # one parameter after the other, which is what the fused kernel on a GPU takes, and less than the default there
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, foreach=False)
+    tracker.restart_peak()
+    for _ in range(2):
+        batch = _batch(model, plan)
+        with forward_context(plan.precision, "cpu"):
+            loss, _ = model.shared_step(batch)
+        loss.backward()
+        optimizer.step()
+        tracker.assign("optimizer", (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)))
+        optimizer.zero_grad(set_to_none=True)
+        del batch, loss
+    return tracker.peak
+
+
+def _batch(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    count, side = plan.batch_size, plan.size
+    batch: dict[str, Any] = {"hint": torch.rand(count, side, side, model.control_model.hint_channels)}
+    if plan.cache:
+        width = model.control_model.input_blocks[1][1].transformer_blocks[0].attn2.to_k.in_features
+        latent = side // 8
+        return {**batch, "moments": torch.randn(count, 8, latent, latent), "context": torch.randn(count, 77, width)}
+    return {**batch, "jpg": torch.rand(count, side, side, 3), "txt": ["a text"] * count}
+
+
+def plan_of(preset: str, **changes: Any) -> Plan:
+    """The plan of a preset.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, found {preset!r}")
+    known = {key: value for key, value in PRESETS[preset].items() if key in Plan.__dataclass_fields__}
+    return Plan(**{**known, "preset": preset, **changes})
+
+
+def limit_of(preset: str) -> int:
+    """The bytes that a preset may need as computed: 10% below its name (8gb: 7.2 * 10**9)."""
+    return int(preset.removesuffix("gb")) * 10**9 * 9 // 10
+
+
+def table(rows: Sequence[tuple[Plan, Report]]) -> str:
+    """Plans and what they take, in GiB, as a Markdown table."""
+    head = ["preset", "batch", "precision", "frozen", "recompute", "cache", "optimizer", *PARTS, "peak (GiB)"]
+    lines = [head, ["---"] * len(head)]
+    for plan, report in rows:
+        lines.append([
+            plan.preset or "-", str(plan.batch_size), plan.precision, plan.frozen_precision, plan.recompute,
+            "yes" if plan.cache else "no", plan.optimizer, *(f"{report.peak.get(part, 0) / GIB:.2f}" for part in PARTS),
+            f"{report.total / GIB:.2f}",
+        ])  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m cldm.training.memory",
+        description=__doc__,
+        epilog="settings:\n" + explain(Plan),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="compute one plan instead of the presets")
+    arguments = parser.parse_args(argv).settings
+
+    def work() -> int:
+        logging.getLogger("ldm").setLevel(logging.ERROR)
+        if not arguments:
+            rows = []
+            for preset in PRESETS:
+                rows.append((plan_of(preset), measure(plan_of(preset))))
+                print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
+        else:
+            plan = override(Plan(), arguments)
+            if plan.preset:
+                start = [f"{k}={v}" for k, v in vars(plan_of(plan.preset)).items()]
+                plan = override(Plan(), [*start, *arguments])
+            rows = [(plan, measure(plan))]
+        print(table(rows))
+        over = [plan.preset for plan, report in rows if plan.preset and report.total > limit_of(plan.preset)]
+        if over:
+            print(f"more than 90% of its name: {', '.join(over)}")
+        return 1 if over else 0
+
+    return run_command(parser.prog, work, interrupted="interrupted")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
