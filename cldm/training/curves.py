@@ -93,9 +93,10 @@ def curves_png(rows: Rows, title: str = "") -> bytes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     if took_hold is not None and panels:
+        late = took_hold > 0.6 * max(row["step"] for row in rows)  # then there is more room to its left
         axes[0].annotate(
-            f"control took hold at step {took_hold}", (took_hold, 1.0), (4, -3), xycoords=("data", "axes fraction"),
-            textcoords="offset points", va="top", fontsize=8, color="0.3",
+            f"control took hold at step {took_hold}", (took_hold, 1.0), (-4 if late else 4, -3), fontsize=8, color="0.3",
+            xycoords=("data", "axes fraction"), textcoords="offset points", va="top", ha="right" if late else "left",
         )  # fmt: skip
     axes[-1].set_xlabel("optimizer steps")
     axes[-1].set_xlim(left=0)
