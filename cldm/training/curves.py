@@ -16,12 +16,11 @@ import pytorch_lightning as pl
 from cldm.command import run_command
 from cldm.files import write_whole
 from cldm.terminal import show
-from cldm.training.instrument import Instrument
+from cldm.training.instrument import LEVELS, Instrument
 from cldm.training.metrics import FILENAME, read_metrics
 from ldm.util import ConfigError
 
 PICTURE = "curves.png"
-_LEVEL_NAMES = ("little noise", "", "", "much noise")
 _SCORES = ("fill/", "fidelity/")
 
 Rows = Sequence[dict[str, float]]
@@ -78,7 +77,7 @@ def curves_png(rows: Rows, title: str = "") -> bytes:
         )
         if any(name.startswith(wanted) for name in columns)
     ]
-    figure = Figure(figsize=(9, 0.8 + sum(height for _, height in panels or [(None, 2.0)])), layout="constrained")
+    figure = Figure(figsize=(11, 0.8 + sum(height for _, height in panels or [(None, 2.0)])), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
         max(len(panels), 1), 1, sharex=True, squeeze=False, height_ratios=[height for _, height in panels] or None
@@ -94,9 +93,10 @@ def curves_png(rows: Rows, title: str = "") -> bytes:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
     if took_hold is not None and panels:
+        late = took_hold > 0.6 * max(row["step"] for row in rows)  # then there is more room to its left
         axes[0].annotate(
-            f"control took hold at step {took_hold}", (took_hold, 1.0), (4, -3), xycoords=("data", "axes fraction"),
-            textcoords="offset points", va="top", fontsize=8, color="0.3",
+            f"control took hold at step {took_hold}", (took_hold, 1.0), (-4 if late else 4, -3), fontsize=8, color="0.3",
+            xycoords=("data", "axes fraction"), textcoords="offset points", va="top", ha="right" if late else "left",
         )  # fmt: skip
     axes[-1].set_xlabel("optimizer steps")
     axes[-1].set_xlim(left=0)
@@ -128,22 +128,20 @@ def _draw_loss(axis: Any, rows: Rows) -> None:
     window = max(len(values) // 20, 3)
     axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="loss")
     axis.plot(steps, smoothed(values, window), color="tab:blue", linewidth=1.8, label="loss, smoothed")
-    for level, shade in enumerate((0.95, 0.7, 0.5, 0.3)):
+    for level in range(LEVELS):
         steps, values = _series(rows, f"train/loss_noise_{level}")
         if values:
-            name = f"noise level {level + 1} of 4" + (f" ({_LEVEL_NAMES[level]})" if _LEVEL_NAMES[level] else "")
-            axis.plot(steps, smoothed(values, window), color=_colour("Oranges", shade), linewidth=1, label=name)
+            axis.plot(steps, smoothed(values, window), linewidth=1, **_level_style(level))
     axis.set_ylabel("training loss")
     axis.set_yscale("log")
 
 
 def _draw_gain(axis: Any, rows: Rows) -> None:
     axis.axhline(0, color="0.6", linewidth=0.8)
-    for level, shade in enumerate((0.95, 0.7, 0.5, 0.3)):
+    for level in range(LEVELS):
         steps, values = _series(rows, f"gain/noise_{level}")
         if values:
-            name = f"noise level {level + 1} of 4" + (f" ({_LEVEL_NAMES[level]})" if _LEVEL_NAMES[level] else "")
-            axis.plot(steps, values, color=_colour("Oranges", shade), linewidth=1, label=name)
+            axis.plot(steps, values, linewidth=1, **_level_style(level))
     axis.plot(*_series(rows, "gain/mean"), color="tab:green", linewidth=1.8, label="against no hint")
     steps, values = _series(rows, "gain/over_other_hint")
     if values:
@@ -167,6 +165,13 @@ def _draw_scores(axis: Any, rows: Rows) -> None:
     for name in sorted({name for row in rows for name in row if name.startswith(_SCORES)}):
         axis.plot(*_series(rows, name), marker="o", markersize=3, linewidth=1.5, label=name)
     axis.set_ylabel("score of held-out hints")
+
+
+def _level_style(level: int) -> dict[str, Any]:
+    """Colour and name of a noise level's curve, from dark (little noise) to light."""
+    what = {0: " (little noise)", LEVELS - 1: " (much noise)"}.get(level, "")
+    shade = 0.95 - 0.65 * level / (LEVELS - 1)
+    return {"color": _colour("Oranges", shade), "label": f"noise level {level + 1} of {LEVELS}{what}"}
 
 
 def _colour(palette: str, place: float) -> Any:

@@ -8,10 +8,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from cldm.training.instrument import Instrument, log_metrics, seconds_in_instruments, whole_weights
+from cldm.training.instrument import LEVELS, Instrument, log_metrics, seconds_in_instruments, whole_weights
 from cldm.training.metrics import continue_loggers
-
-LEVELS = 4  # quarters of the noise levels, from little noise to much
 
 
 class Dynamics(Instrument):

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from cldm.cldm import ControlLDM
-from cldm.training.instrument import Instrument, aside, log_metrics, takes_part, to_device
+from cldm.training.instrument import LEVELS, Instrument, aside, log_metrics, takes_part, to_device
 
 logger = logging.getLogger(__name__)
 
-LEVELS = 4  # quarters of the noise levels, from little noise to much
 EVALUATIONS = 16  # pairs times timesteps, at least
 _LARGEST_EVERY = 1000
 

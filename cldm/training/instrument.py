@@ -12,6 +12,8 @@ from pytorch_lightning.strategies import FSDPStrategy
 
 from cldm.pipeline import seeded
 
+LEVELS = 4  # quarters of the noise schedule for which numbers are told apart, from little noise to much
+
 # Seconds that measurements took, by trainer; the speed of the training leaves them out.
 _seconds: WeakKeyDictionary[pl.Trainer, float] = WeakKeyDictionary()
 
