@@ -25,7 +25,7 @@ from cldm.guidance import (
 from ldm.models.diffusion.ddpm import LatentDiffusion, drawn_prompts
 from ldm.models.diffusion.guidance import Guidance, Scale, make_guidance
 from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetEncoder, UNetModel
-from ldm.modules.diffusionmodules.util import conv_nd, zero_module
+from ldm.modules.diffusionmodules.util import conv_nd, repeat_rows, zero_module
 from ldm.util import ConfigError, images_to_nchw, instantiate_from_config
 
 # Output channels and strides of the hint encoder's convolutions before the last: 8 times smaller in all, as the latent is.
@@ -127,7 +127,7 @@ class ControlNet(UNetEncoder):
                 f"{guided_hint.shape[0]} hints for {x.shape[0]} latents; give one for all, or one for each"
             )
         hidden = self.input_blocks[0](x.to(dtype), emb, context)  # (B, model_channels, h, w)
-        hidden = add_rows(hidden, guided_hint) if len(guided_hint) > 1 else hidden + guided_hint
+        hidden = add_rows(hidden, guided_hint)
         outputs = [self.zero_convs[0](hidden, emb, context)]
         for block, zero_conv in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
             hidden = block(hidden, emb, context)  # (B, C_i, h_i, w_i)
@@ -152,6 +152,7 @@ class ControlledUnetModel(UNetModel):
         """x (B, in_channels, h, w), timesteps (B,), context (B, M, context_dim) -> (B, out_channels, h, w).
 
         Args:
+            x: noisy latents; or half of them, where both halves are equal.
             control: the ControlNet's K outputs, or None. (The list is left as it is; the reference empties it.)
             only_mid_control: add only the last of them, which may then be the only one.
             **kwargs: `y`, class labels; others are accepted for compatibility.
@@ -166,7 +167,8 @@ class ControlledUnetModel(UNetModel):
             hidden = add_rows(hidden, control[-1])
             if not only_mid_control:
                 skips = [add_rows(skip, c) for skip, c in zip(skips, control[:-1], strict=True)]
-        return self.decode(hidden, skips, emb, context).to(x.dtype)
+        output = self.decode(hidden, skips, emb, context).to(x.dtype)
+        return repeat_rows(output, len(timesteps))  # where nothing looks at a context
 
 
 def _check_alike(control_model: ControlNet, unet: ControlledUnetModel) -> None:

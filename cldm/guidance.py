@@ -61,8 +61,8 @@ class Control:
             raise ValueError(f"a hint must have shape (B, C, H, W), found {tuple(self.hint.shape)}")
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(f"start and end must satisfy 0 <= start < end <= 1, found {self.start} and {self.end}")
-        factors = self.scales if isinstance(self.scales, Sequence) else [1.0 if self.scales is None else self.scales]
-        for factor in factors:
+        scales = 1.0 if self.scales is None else self.scales
+        for factor in [scales] if isinstance(scales, (int, float)) else scales:
             if not math.isfinite(factor):
                 raise ValueError(f"the scales of a control must be finite numbers, found {factor}")
 
@@ -121,7 +121,7 @@ class ControlCall:
         elif equal_halves and can_repeat_latents(self.network):
             x = x.chunk(2)[0]
         outputs = self.network(x=x, timesteps=t, context=context, **self.hint)
-        scales = self.scales if isinstance(self.scales, Sequence) else [self.scales] * len(outputs)
+        scales = [self.scales] * len(outputs) if isinstance(self.scales, (int, float)) else list(self.scales)
         # More scales than outputs are usual: everyone writes 13, and smaller networks have fewer.
         if len(scales) < len(outputs):
             raise ValueError(f"control_scales has {len(scales)} entries for {len(outputs)} outputs")
@@ -154,51 +154,51 @@ def sum_of_outputs(
 
 
 class _EncodedControl:
-    """A Control during a run: its hint is encoded once, at the first step that needs it."""
+    """A Control during a run of `batch` pictures: its hint is encoded once, at the first step that needs it."""
 
-    def __init__(self, control: Control, model: "ControlLDM", equal_halves: bool) -> None:
+    def __init__(self, control: Control, model: "ControlLDM", batch: int, equal_halves: bool) -> None:
         networks = model.control_networks()
         if not 0 <= control.network < len(networks):
             raise ValueError(f"there is no ControlNet {control.network}: this model has {len(networks)}")
+        for hint in (control.hint, control.uncond_hint):
+            if hint is not None and len(hint) not in (1, batch):
+                raise ValueError(f"{len(hint)} hints for {batch} pictures; give one for all, or one for each")
         self.control = control
         self.model = model
         self.network = networks[control.network]
+        self.batch = batch
         self.takes_guided = takes_guided_hint(self.network)
         self.equal_halves = equal_halves and can_repeat_latents(self.network)
-        self._prepared: dict[str, Mapping[str, Tensor | None]] = {}
+        self._hints: dict[str, Tensor] = {}
 
     def call(self, rows: str, device: torch.device) -> ControlCall:
         """What to call for the conditional half (`cond`), for the other (`uncond`), or for both in one batch (`both`)."""
-        conditional_only = self.control.conditional_only
-        if rows == "both" and conditional_only:
-            rows = "cond"
-            second_half = True
-        else:
-            second_half = False
-        if rows not in self._prepared:
-            self._prepared[rows] = self._prepare(rows, device)
+        second_half = rows == "both" and self.control.conditional_only
+        hint = self._hint("cond" if second_half else rows, device)
         scales = self.model.control_scales if self.control.scales is None else self.control.scales
-        pooled = self.model.pools_control(self.control.network)
         return ControlCall(
-            self.network, self._prepared[rows], scales, pooled, self.control.resolution_weights, second_half
+            self.network,
+            {"hint": None, "guided_hint": hint} if self.takes_guided else {"hint": hint},
+            scales,
+            self.model.pools_control(self.control.network),
+            self.control.resolution_weights,
+            second_half,
         )
 
-    def _prepare(self, rows: str, device: torch.device) -> Mapping[str, Tensor | None]:
-        if rows == "both":
-            name = "guided_hint" if self.takes_guided else "hint"
-            uncond, cond = (self._of(half, device)[name] for half in ("uncond", "cond"))
-            one_for_both = uncond is cond and (len(cond) == 1 or self.equal_halves)
-            return {"hint": None, name: cond if one_for_both else torch.cat([uncond, cond])}
-        return self._of(rows, device)
-
-    def _of(self, half: str, device: torch.device) -> Mapping[str, Tensor | None]:
-        if half == "uncond" and self.control.uncond_hint is None:
-            half = "cond"
-        if half not in self._prepared:
-            hint = (self.control.hint if half == "cond" else self.control.uncond_hint).to(device)
-            encoded = {"hint": None, "guided_hint": self.network.encode_hint(hint)} if self.takes_guided else None
-            self._prepared[half] = encoded or {"hint": hint}
-        return self._prepared[half]
+    def _hint(self, rows: str, device: torch.device) -> Tensor:
+        """The hint for these rows, encoded if the network takes it so."""
+        if rows == "uncond" and self.control.uncond_hint is None:
+            rows = "cond"
+        if rows not in self._hints:
+            if rows == "both":
+                uncond, cond = self._hint("uncond", device), self._hint("cond", device)
+                hint = cond if uncond is cond and self.equal_halves else torch.cat([uncond, cond])
+            else:
+                hint = (self.control.hint if rows == "cond" else self.control.uncond_hint).to(device)
+                hint = self.network.encode_hint(hint) if self.takes_guided else hint
+                hint = hint.expand(self.batch, -1, -1, -1)
+            self._hints[rows] = hint
+        return self._hints[rows]
 
 
 class ControlGuidance:
@@ -231,11 +231,8 @@ class ControlGuidance:
                     f"the unconditional half has {len(self.contexts['uncond'])} texts, the conditional one {len(self.contexts['cond'])}"
                 )
         batch = len(self.contexts["cond"])
-        for hint in (h for c in controls for h in (c.hint, c.uncond_hint) if h is not None):
-            if len(hint) not in (1, batch):
-                raise ValueError(f"{len(hint)} hints for {batch} pictures; give one for all, or one for each")
         self.equal_halves = can_repeat_latents(model.model.diffusion_model)
-        self.controls = [_EncodedControl(control, model, self.equal_halves) for control in controls]
+        self.controls = [_EncodedControl(control, model, batch, self.equal_halves) for control in controls]
 
     def __call__(self, x: Tensor, t: Tensor, step: int = 0, steps: int = 1) -> Tensor:
         acting = [c for c in self.controls if c.control.acts(step, steps)]
@@ -250,7 +247,11 @@ class ControlGuidance:
 
     def _output(self, rows: str, x: Tensor, t: Tensor, acting: Sequence[_EncodedControl]) -> Tensor:
         calls = [control.call(rows, x.device) for control in acting]
-        cond = {"c_crossattn": [self.contexts[rows]], "c_control": calls, "equal_halves": rows == "both" and self.equal_halves}
+        cond = {
+            "c_crossattn": [self.contexts[rows]],
+            "c_control": calls,
+            "equal_halves": rows == "both" and self.equal_halves,
+        }
         return self.model.apply_model(x, t, cond)
 
 
@@ -298,7 +299,7 @@ def _scales(model: "ControlLDM", scales: float | Sequence[float] | None) -> Iter
     """Inside it `control_scales` are these; None leaves them."""
     own = model.control_scales
     if scales is not None:
-        model.control_scales = list(scales) if isinstance(scales, Sequence) else [scales] * len(own)
+        model.control_scales = [scales] * len(own) if isinstance(scales, (int, float)) else list(scales)
     try:
         yield
     finally:
