@@ -55,7 +55,7 @@ def train(s: Settings) -> None:
     """Data, model, training, result: read it from top to bottom."""
     run = RunFolder(s.out)
     with run.in_use():
-        goes_on = run.begin(s)
+        run.begin(s)
         if run.is_finished(s.steps):
             logging.info(
                 "this run has had its %d steps; its result is %s. A larger steps=... trains on", run.step, run.result
@@ -74,17 +74,19 @@ def train(s: Settings) -> None:
         data = open_data(s, run)
 
         # Model: the configuration, filled from weights with control.
-        weights = resolve(s.weights) if s.weights else run.path / "control_ini.safetensors"
-        if not s.weights:
-            with locked(weights):
-                if not (goes_on and weights.is_file()):
-                    add_control(resolve(s.base), weights, s.config, overwrite=True)
-        base = run.identify(weights)
+        if s.weights:
+            weights = resolve(s.weights)
+        else:
+            base = resolve(s.base)
+            weights = run.initial_weights(
+                base, s.config, lambda path: add_control(base, path, s.config, overwrite=True)
+            )
+        identity = run.identify(weights)
         model = create_model(s.config, weights=weights)
         phases = plan_phases(s.steps, s.only_mid_control, s.sd_locked, s.reconnect_at, s.unlock_at, s.unlock)
         prepare(model, s, device)
         phases[-1].apply(model)  # which trains the most: what it locks is never trained
-        cast_frozen(model, s.frozen_precision or {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(s.precision, "fp32"))
+        cast_frozen(model, frozen_precision(s))
 
         # What is looked at: the held-out hints, before, meanwhile and after.
         sampling = Sampling(s.sample_steps, s.guidance_scale, s.seed, s.pictures_at_once)
@@ -105,7 +107,7 @@ def train(s: Settings) -> None:
                 model.average_weights(s.ema)
             stop, health = StopOnSignal(), SkipBadSteps(last_good=lambda: run.checkpoint)
             instruments = held_out.instruments(run.path, s.log_every, s.pictures, device)
-            save = SaveCheckpoints(run.checkpoints, s.save_every, s.keep, base, health.is_good)
+            save = SaveCheckpoints(run.checkpoints, s.save_every, s.keep, identity, health.is_good)
             export = ExportControl(run.path / "exports", s.export_every)
             trainer = make_trainer(
                 **options | {"max_steps": phase.last},
@@ -122,8 +124,11 @@ def train(s: Settings) -> None:
             fit(trainer, model, loader, run.checkpoint, stop, HOW_TO_GO_ON)
 
         # Result.
+        if s.strategy == "fsdp":  # no process has all weights any more
+            model = create_model(s.config, weights=weights)
+            phases[-1].apply(model)
         if is_first:
-            finish(run, model.to(device), held_out, base, weights, s)
+            finish(run, model.to(device), held_out, identity, weights, s)
             logging.info("%.1f minutes in all. What was made:", (time.time() - started) / 60)
             for name, what in {
                 "result.png": "prompt, hint, target, and pictures before and after training",
@@ -174,6 +179,13 @@ def prepare(model: ControlLDM, s: Settings, device: torch.device) -> None:
         model.model.diffusion_model.compile()
 
 
+def frozen_precision(s: Settings) -> str:
+    """In what precision weights are kept that are not trained."""
+    if s.frozen_precision or s.strategy == "fsdp":  # which joins weights, so that they must be of one precision
+        return s.frozen_precision or "fp32"
+    return {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(s.precision, "fp32")
+
+
 def use_cache(data: TrainingData, model: ControlLDM, s: Settings) -> None:
     """Train from what the encoders make of pictures and prompts, kept beside the data, and without the encoders in memory."""
     folder = Path(s.data)
@@ -194,12 +206,12 @@ def at_most(batch_size: int, data: TrainingData, processes: int) -> int:
 
 
 def finish(
-    run: RunFolder, model: ControlLDM, held_out: HeldOut, base: dict[str, str], weights: Path, s: Settings
+    run: RunFolder, model: ControlLDM, held_out: HeldOut, identity: dict[str, str], weights: Path, s: Settings
 ) -> None:
     """Write the trained model, and the picture that shows what it has learned."""
     if s.ema and not model.use_ema:
         model.average_weights(s.ema)
-    load_trained(model, run.checkpoint, base)
+    load_trained(model, run.checkpoint, identity)
     with model.ema_scope():
         after, scores = held_out.sample(model, f"after {run.step} steps")
         before, scores_before = run.noted_before()

@@ -55,7 +55,7 @@ def generate(
     pipeline = ControlPipeline(model)
     height, width = hints.shape[1:3]
     pictures = []
-    with tqdm(total=len(hints), desc="sampling", unit="picture", disable=not progress) as bar:
+    with tqdm(total=len(hints), desc="sampling", unit="picture", disable=None if progress else True) as bar:
         for start in range(0, len(hints), sampling.batch_size):
             numbers = range(start, min(start + sampling.batch_size, len(hints)))
             noise = [

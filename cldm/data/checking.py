@@ -65,7 +65,7 @@ def check_dataset(dataset: Dataset, workers: int | None = None, progress: bool =
     # Threads: decoding runs outside Python's lock. In portions, so that an interruption does not wait for all of them.
     portion = 256
     with (
-        tqdm(total=len(dataset), desc="checking data", unit="pair", disable=not progress) as bar,
+        tqdm(total=len(dataset), desc="checking data", unit="pair", disable=None if progress else True) as bar,
         ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
     ):
         for start in range(0, len(dataset), portion):

@@ -196,7 +196,9 @@ def generate_fill(
     ]
     # Threads, not processes: drawing and encoding run outside Python's lock, and processes would each import torch first.
     with (
-        tqdm(total=count, initial=count - len(todo), unit="pair", desc=str(folder), disable=not progress) as bar,
+        tqdm(
+            total=count, initial=count - len(todo), unit="pair", desc=str(folder), disable=None if progress else True
+        ) as bar,
         ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
     ):
         # In portions, so that an interruption does not wait for all that was queued.

@@ -286,7 +286,10 @@ def check_shards(shards: Sequence[str], workers: int | None = None, progress: bo
 
     count, problems = 0, []
     numbered = enumerate(read_samples(shards))
-    with tqdm(desc="checking shards", unit="sample", disable=not progress) as bar, ThreadPoolExecutor(workers) as pool:
+    with (
+        tqdm(desc="checking shards", unit="sample", disable=None if progress else True) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         while portion := list(itertools.islice(numbered, 64)):  # what is held in memory
             for found in pool.map(check, portion):
                 bar.update()

@@ -232,7 +232,7 @@ def make_cache(
 
 
 def _bar(todo: Sequence[Any] | dict[str, Any], what: str, unit: str, progress: bool) -> tqdm:
-    return tqdm(total=len(todo), desc=f"caching {what}", unit=unit, disable=not progress or not todo)
+    return tqdm(total=len(todo), desc=f"caching {what}", unit=unit, disable=None if progress and todo else True)
 
 
 def _missing_targets(dataset: Dataset, latents: _Store) -> dict[str, int]:

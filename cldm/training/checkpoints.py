@@ -186,8 +186,8 @@ def load_trained(model: pl.LightningModule, path: Path, base: Mapping[str, str])
 
 
 def trained_names(model: pl.LightningModule) -> set[str]:
-    """Names of the parameters that are trained."""
-    return {name for name, p in model.named_parameters() if p.requires_grad}
+    """Names of the parameters that are trained, as the state dict has them."""
+    return {name.replace("_fsdp_wrapped_module.", "") for name, p in model.named_parameters() if p.requires_grad}
 
 
 def names_in_optimizer(model: pl.LightningModule, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -211,6 +211,8 @@ def _restore_position(checkpoint: dict[str, Any], batches: int) -> None:
 def _restore_optimizer(checkpoint: dict[str, Any], model: pl.LightningModule) -> None:
     """Give each parameter that is trained now the optimizer's memory of it; those trained from here on have none yet."""
     saved = checkpoint["optimizer_states"][0]
+    if any(isinstance(key, str) for key in saved["state"]):  # of FSDP, whose states have names
+        return
     by_name = {name: saved["state"][i] for i, name in enumerate(checkpoint["optimizer_names"]) if i in saved["state"]}
     optimizer = model.configure_optimizers()
     optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer

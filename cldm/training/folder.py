@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,23 +117,36 @@ class RunFolder:
             ) from error
 
     def identify(self, weights: Path) -> dict[str, str]:
-        """Name and SHA-256 of a weights file or folder. The hash is noted, as long as the file's size and time stay the same."""
+        """Name and SHA-256 of a weights file or folder. A file's hash is noted, as long as its size and time stay the same."""
         note = self.path / "weights.json"
-        state = {"path": str(weights.resolve())}
-        if weights.is_file():
-            state |= {"size": weights.stat().st_size, "modified": weights.stat().st_mtime_ns}
-        try:
-            known = json.loads(note.read_text(encoding="utf-8"))
-            if weights.is_file() and known["state"] == state:
-                return {"name": weights.name, "sha256": known["sha256"]}
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # not noted yet, or not readable: the note is only a shortcut
-            pass
+        noted = _read_object(note)
+        state = {"size": weights.stat().st_size, "modified": weights.stat().st_mtime_ns} if weights.is_file() else {}
+        known = noted.get(str(weights.resolve()))
+        if state and isinstance(known, dict) and {k: known.get(k) for k in state} == state and "sha256" in known:
+            return {"name": weights.name, "sha256": known["sha256"]}
         digest = sha256_of(weights)
-        if rank_zero_only.rank == 0:
-            write_whole(note, json.dumps({"state": state, "sha256": digest}, indent=1).encode())
+        if state and rank_zero_only.rank == 0:
+            noted[str(weights.resolve())] = state | {"sha256": digest}
+            write_whole(note, json.dumps(noted, indent=1).encode())
         return {"name": weights.name, "sha256": digest}
+
+    def initial_weights(self, base: Path, config: str, make: Callable[[Path], object]) -> Path:
+        """The weights that the run begins with, made from a base at its first start; of several processes one makes them."""
+        path = self.path / "control_ini.safetensors"
+        note = path.with_suffix(".json")
+        wanted = {"base": self.identify(base), "config": config}
+        with locked(path):
+            if not (path.is_file() and _read_object(note) == wanted):
+                note.unlink(missing_ok=True)
+                make(path)
+                write_whole(note, json.dumps(wanted, indent=1).encode())
+        return path
+
+
+def _read_object(note: Path) -> dict[str, Any]:
+    """What a note holds; nothing if it is missing or unreadable: it only saves work."""
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -163,6 +163,10 @@ def check(s: Settings) -> None:
         raise ConfigError(
             "reconnect_at connects all outputs after so many steps; only_mid_control=true never does. Leave one out"
         )
+    if s.strategy == "fsdp" and (s.ema or s.export_every or s.reconnect_at or s.unlock_at):
+        raise ConfigError(
+            "strategy=fsdp goes with none of ema, export_every, reconnect_at and unlock_at; leave them out, or use ddp"
+        )
     if not 0 <= s.seed < 2**32:
         raise ConfigError(f"seed must be between 0 and 2**32 - 1, found {s.seed}")
 
