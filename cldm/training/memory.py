@@ -122,14 +122,19 @@ class Report:
         return sum(self.peak.values())
 
 
-class EightBitAdam(torch.optim.Optimizer):
-    """The memory of bitsandbytes' AdamW8bit, whose kernels cannot run on fake tensors: the same state, and no update."""
+class AdamMemory(torch.optim.Optimizer):
+    """The memory of AdamW's fused step: the same state, and no update. Its kernels work in place and cannot run on fake tensors.
+
+    Args:
+        eight_bit: the state of bitsandbytes' AdamW8bit rather than float32.
+    """
 
     SMALLEST = 4096  # elements; smaller parameters keep float32 state
     BLOCK = 256  # elements that share a scale
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], eight_bit: bool = False) -> None:
         super().__init__(parameters, {})
+        self.eight_bit = eight_bit
 
     @torch.no_grad()
     def step(self) -> None:
@@ -137,13 +142,12 @@ class EightBitAdam(torch.optim.Optimizer):
             state = self.state[parameter]
             if state:
                 continue
-            small = parameter.numel() < self.SMALLEST
-            for name in ("state1", "state2"):
-                state[name] = torch.zeros_like(parameter, dtype=torch.float32 if small else torch.uint8)
-                if not small:
-                    state[f"scale of {name}"] = parameter.new_zeros(
-                        -(-parameter.numel() // self.BLOCK), dtype=torch.float32
-                    )
+            large = self.eight_bit and parameter.numel() >= self.SMALLEST
+            for name in ("first moment", "second moment"):
+                state[name] = torch.zeros_like(parameter, dtype=torch.uint8 if large else torch.float32)
+                if large:
+                    blocks = -(-parameter.numel() // self.BLOCK)
+                    state[f"scale of {name}"] = torch.zeros(blocks, device=parameter.device)
 
 
 def measure(plan: Plan) -> Report:
@@ -199,10 +203,7 @@ def _measure_steps(model: nn.Module, plan: Plan, tracker: StorageTracker) -> Cou
     tracker.assign("trained weights", trained)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign("gradients", [p.grad]))
-    if plan.optimizer == "adamw8bit":
-        optimizer: torch.optim.Optimizer = EightBitAdam(trained)
-    else:  # one parameter after the other, which is what the fused kernel on a GPU takes, and less than the default there
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, foreach=False)
+    optimizer = AdamMemory(trained, eight_bit=plan.optimizer == "adamw8bit")
     tracker.restart_peak()
     for _ in range(2):
         batch = _batch(model, plan)

@@ -34,7 +34,7 @@ from cldm.cldm import ControlLDM
 from cldm.data.fill import generate_fill
 from cldm.data.pairs import PairDataset
 from cldm.training.cache import CachedPairs, make_cache, release_encoders
-from cldm.training.memory import GIB, StorageTracker
+from cldm.training.memory import GIB, AdamMemory, StorageTracker
 from cldm.training.precision import (
     allow_tf32,
     cast_frozen,
@@ -363,7 +363,7 @@ def computed_memory(options: Options, batch: int) -> int:
         model = build_ours(options.size, recompute=False).train()
         cast_frozen(model, options.frozen)
         set_recompute(model, options.recompute)
-        optimizer = torch.optim.AdamW(model.trained_parameters(), lr=1e-5, foreach=False)
+        optimizer = AdamMemory(model.trained_parameters())
         tracker.restart_peak()
         for _ in range(2):
             with forward_context(LIGHTNING[options.precision], "cpu"):
