@@ -49,7 +49,7 @@ def test_a_run_that_goes_on_has_each_step_once(tmp_path, torn):
     resumed.log_metrics({"a": 21, "c": 1}, step=20)
     resumed.log_metrics({"a": 31}, step=30)
     assert [(row["step"], row["a"], row["b"], row["c"]) for row in rows_of(log.path)] == [
-        ("0", "0.0", "-0.0", ""), ("10", "10.0", "-10.0", ""), ("20", "21.0", "", "1.0"), ("30", "31.0", "", ""),
+        ("0", "0.0", "0.0", ""), ("10", "10.0", "-10.0", ""), ("20", "21.0", "", "1.0"), ("30", "31.0", "", ""),
     ]  # fmt: skip
 
 
