@@ -57,7 +57,10 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add numbers to the row of a step, which is the number of optimizer steps done."""
-        numbers = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        # A run is one epoch of Lightning's, whose averages over it tell nothing.
+        numbers = {k: float(v) for k, v in metrics.items() if k != "epoch" and not k.endswith("_epoch")}
+        if not numbers:
+            return
         # What a model hands to `self.log` comes with the epoch, under the number of steps before this one.
         step = int(step or 0) + ("epoch" in metrics)
         new = [name for name in numbers if name not in self._columns]
