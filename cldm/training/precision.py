@@ -59,8 +59,8 @@ def set_recompute(model: nn.Module, blocks: bool | str) -> None:
     Args:
         model: a ControlLDM, or any module with residual and transformer blocks.
         blocks: `all` (or True): every block; `none` (or False); `trained`: only blocks with trained weights. A locked block
-            keeps less than half of what a trained one keeps (no inputs of its convolutions and linear layers), so that with
-            small batches `trained` costs little memory and saves the second run through the locked decoder.
+            keeps less than a trained one (no inputs of its convolutions and linear layers), and the second run through the
+            locked decoder is saved.
 
     Raises:
         ConfigError: something else.
@@ -82,7 +82,7 @@ def _recomputing(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def allow_tf32(on: bool = True) -> None:
-    """Let CUDA multiply float32 matrices in TF32 (10 bits of mantissa): several times as fast, and no matter for training.
+    """Let CUDA multiply float32 matrices in TF32, with 10 bits of mantissa, which is faster.
 
     A setting of the whole process. It changes nothing on a CPU, nor for half precision.
     """
@@ -93,6 +93,6 @@ def allow_tf32(on: bool = True) -> None:
 def use_channels_last(model: nn.Module) -> None:
     """Lay the convolutions' weights out with the channels last, in place; feature maps follow them.
 
-    Faster for half precision on CUDA, whose convolutions want this layout; on a CPU it is measured slower or equal.
+    Meant for half precision on CUDA, whose convolutions want this layout.
     """
     model.to(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
 """Settings by the memory of a GPU, for SD 1.5 at 512 pixels; `python -m cldm.training.memory` computes what they take.
 
-Each entry names settings of `tutorial_train.py`. Computed memory is at least 10% below the preset's name, which leaves room for
-what the GPU's driver and libraries take.
+Each entry names settings of `tutorial_train.py`. Computed memory must be at least 10% below the preset's name, which leaves room
+for what the GPU's driver and libraries take; the command fails where it is not.
 """
 
 from typing import Any
