@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cldm.data.checking import check_batch
 from cldm.guidance import (
     Control,
     ControlCall,
@@ -245,6 +246,7 @@ class ControlLDM(LatentDiffusion):
         self.unlock_learning_rate: float | None = (
             None  # of the UNet's weights, where it is another than the ControlNet's
         )
+        self._saw_a_batch = False
         self._sd_locked = True
         self._unlock = "decoder"
         self.only_mid_control = only_mid_control
@@ -339,9 +341,13 @@ class ControlLDM(LatentDiffusion):
 
         Raises:
             KeyError: the batch lacks an entry.
+            DataError: pictures of another type, layout or range than training needs.
         """
         if self.control_key not in batch:
             raise KeyError(f"the batch has no {self.control_key!r}; it has {', '.join(map(repr, batch))}")
+        # On an accelerator, looking at values would wait for it in each step: the first batch must do.
+        check_batch(batch, self.first_stage_key, self.control_key, values=None if self._saw_a_batch else True)
+        self._saw_a_batch = True
         if "moments" in batch:
             posterior = DiagonalGaussianDistribution(batch["moments"][:bs].to(self.device))
             z, c = self.get_first_stage_encoding(posterior).detach(), batch["context"][:bs].to(self.device)
