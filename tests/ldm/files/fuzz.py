@@ -1,4 +1,4 @@
-"""Reading files with random damage: `python -m tests.checkpoint.fuzz --count 20000`.
+"""Reading files with random damage: `python -m tests.ldm.files.fuzz --count 20000`.
 
 Every mutated file must read, or be refused by a `CheckpointError` that names it; quickly, in little memory, and without
 anything being imported, executed or started, for which the interpreter's audit events are watched.
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from cldm.checkpoint import CheckpointError, open_checkpoint
+from ldm.files import CheckpointError, open_weights
 
 _FORBIDDEN_EVENTS = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "ctypes.", "pickle.", "shutil.")
 _MAX_SECONDS = 5.0
@@ -197,10 +197,8 @@ def fuzz(count: int, seed: int = 0) -> Result:
             path.write_bytes(content)
             start = time.perf_counter()
             try:
-                with _watched(), open_checkpoint(path) as checkpoint:
-                    total = sum(tensor.nbytes for tensor in checkpoint.values())
-                    for key in checkpoint:
-                        checkpoint.map(key)
+                with _watched(), open_weights(path) as file:
+                    total = sum(tensor.read().nbytes for tensor in file.values())
                 read += 1
                 assert total <= 4 * len(content) + 2**20, f"file {number} of seed {seed} grew to {total:,} bytes"
             except CheckpointError as error:
@@ -217,7 +215,7 @@ def fuzz(count: int, seed: int = 0) -> Result:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.checkpoint.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.ldm.files.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=20_000, help="mutated files to read (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: %(default)s)")
     arguments = parser.parse_args(argv)

@@ -21,9 +21,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cldm.checkpoint import CheckpointError, open_checkpoint, read_state_dict, unpickling
-from cldm.checkpoint.unpickling import unpickle
-from tests.checkpoint.forging import (
+from ldm.files import CheckpointError, open_weights, pickles, read_state_dict
+from tests.ldm.files.forging import (
     dictionary,
     number,
     program,
@@ -34,7 +33,7 @@ from tests.checkpoint.forging import (
     torch_legacy,
     torch_zip,
 )
-from tests.checkpoint.fuzz import fuzz
+from tests.ldm.files.fuzz import fuzz
 
 FORGERS = [torch_zip, torch_legacy]
 FORMATS = ["torch-zip", "torch-legacy"]
@@ -166,9 +165,9 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, name: str, place: str) -> N
         path = tmp_path / f"{format}.ckpt"
         torch.save(put(make(mark)), path, _use_new_zipfile_serialization=format == "torch-zip")
         if usable:
-            with open_checkpoint(path) as checkpoint:
-                assert torch.equal(checkpoint["good"], torch.ones(2)) and list(checkpoint) == ["good"]
-                assert any(named in foreign for foreign in checkpoint.foreign)
+            with open_weights(path) as file:
+                assert torch.equal(file["good"].read(), torch.ones(2)) and list(file) == ["good"]
+                assert any(named in foreign for foreign in file.foreign)
         else:
             message = refused(path)
             assert named in message or "a list" in message or "holds no tensors" in message, message
@@ -202,8 +201,8 @@ def test_nothing_is_imported_or_looked_up(tmp_path: Path, monkeypatch: pytest.Mo
     }
     for way, instructions in ways.items():
         path = torch_zip(tmp_path / "w.pth", program(dictionary(state_dict=dictionary(w=tensor()), extra=instructions)))
-        with open_checkpoint(path) as checkpoint:
-            assert list(checkpoint) == ["w"] and any("acts_on_import" in n for n in checkpoint.foreign), way
+        with open_weights(path) as file:
+            assert list(file) == ["w"] and any("acts_on_import" in n for n in file.foreign), way
         assert not (tmp_path / "mark").exists(), way
 
 
@@ -331,7 +330,7 @@ def test_exponential_containers(tmp_path: Path, forge: Callable[..., Path], make
             assert read_state_dict(path).keys() == {"w"}
         path = forge(tmp_path / "w.pth", program(dictionary(w=tensor(), extra=b"}" + laughs + b"Ns")))
         refused(path, "key of type")  # hashing it would take for ever
-        refused(forge(tmp_path / "w.pth", program(laughs)), "not a dictionary|dictionary key|holds no tensors")
+        refused(forge(tmp_path / "w.pth", program(laughs)), "dictionary of tensors|dictionary key|holds no tensors")
 
 
 def test_deep_nesting(tmp_path: Path) -> None:
@@ -355,7 +354,7 @@ def test_copies_of_large_containers_are_counted(tmp_path: Path) -> None:
 
 
 def test_an_endless_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpickling, "MAX_INSTRUCTIONS", 2**15)
+    monkeypatch.setattr(pickles, "MAX_INSTRUCTIONS", 2**15)
     for instruction in (b"N", b"}", b"(", b"]", b")"):
         path = torch_zip(tmp_path / "w.pth", program(instruction * 2**20))
         with cheap(memory=2**23):
@@ -367,7 +366,7 @@ def test_colliding_keys() -> None:
     count = 20_000
     pickled = program(b"}(" + b"".join(number((2**61 - 1) * i) + b"N" for i in range(1, count)) + b"u")
     with cheap(memory=2**24):
-        made, _ = unpickle(io.BytesIO(pickled))
+        made = pickles.Unpickler().load(io.BytesIO(pickled))
     assert len(made) == count - 1 and not any(type(key) is int and key > 2**60 for key in made)
 
 
@@ -393,7 +392,7 @@ def test_zip_members_with_odd_names_are_only_names(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == [path]
     for key in ("../../../../etc/passwd", "/etc/passwd", "0\0", "0/", ""):
         path = torch_zip(tmp_path / "w.pth", program(dictionary(w=tensor(held=storage(key)))))
-        refused(path, "missing from the archive")
+        refused(path, "missing from the file")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -405,7 +404,7 @@ def test_zip_archives_that_are_not_weights(tmp_path: Path) -> None:
     refused(torch_zip(path, _weights(), extra={"other/data.pkl": b""}), "torch.save did not write")
     refused(torch_zip(path, _weights(), compression=zipfile.ZIP_DEFLATED), "compressed")
     refused(torch_zip(path, _weights(), storages={"0": bytes(12)}), "smaller than the pickle says")
-    refused(torch_zip(path, _weights(), storages={"1": bytes(16)}), "missing from the archive")
+    refused(torch_zip(path, _weights(), storages={"1": bytes(16)}), "missing from the file")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model.safetensors", b"x")
     refused(path, "'model.safetensors'.*unpack")
@@ -529,9 +528,7 @@ def test_safetensors_header_lengths_that_lie(tmp_path: Path, length: int) -> Non
         ("Страница не найдена".encode() * 90, "text file"),
         (bytes(5000), "nothing but zeros"),
         (b"\x1f\x8b\x08\x00" + bytes(20), "gzip"),
-        (b"GGUF" + bytes(20), "GGUF"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(20), "PNG"),
-        (b"PK\x05\x06" + bytes(18), "zip"),
+        (b"GGUF" + bytes(20), "it begins with b'GGUF'"),
         (bytes(257) + b"ustar" + bytes(200), "tar"),
         (b"\x07\xff\x01" * 100, "neither a safetensors file nor one of torch.save"),
         (b"\x80\x04", "pickle"),
@@ -565,7 +562,7 @@ def test_truncated_files(tmp_path: Path, format: str) -> None:
 
 
 def test_fuzz_sample() -> None:
-    """A sample of what `python -m tests.checkpoint.fuzz --count 20000` does at length."""
+    """A sample of what `python -m tests.ldm.files.fuzz --count 20000` does at length."""
     result = fuzz(count=800, seed=2)
     assert result.refused > 200 and result.read > 50
 
