@@ -25,16 +25,16 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, RandomSampler, Subset
 
-from cldm.checkpoint.control import add_control
-from cldm.checkpoint.writing import write_checkpoint
+from cldm.checkpoint import add_control
 from cldm.command import run_command
-from cldm.config import override, resolve
+from cldm.config import override
 from cldm.data.batches import SameSizeBatches
 from cldm.data.fill import generate_fill
 from cldm.evaluation import FillProgress, Sampling, evaluate_fill, fill_samples, generate, save_comparison
 from cldm.logger import ImageLogger
 from cldm.model import create_model
 from cldm.settings import check_counts, explain, is_continued, make_trainer, setting, write_settings
+from ldm.files import write_weights
 from ldm.util import ConfigError
 from tutorial_dataset import MyDataset
 
@@ -100,7 +100,7 @@ def train(s: Settings) -> None:
     weights = s.weights or str(out / "control_ini.safetensors")
     if not s.weights and not (goes_on and Path(weights).is_file()):
         out.mkdir(parents=True, exist_ok=True)
-        add_control(resolve(s.base), weights, s.config, overwrite=True)
+        add_control(s.base, weights, s.config, overwrite=True)
     model = create_model(s.config, weights=weights)
     model.learning_rate = s.learning_rate
     model.sd_locked = s.sd_locked
@@ -148,7 +148,7 @@ def train(s: Settings) -> None:
     if trainer.is_global_zero:
         model.to(trainer.strategy.root_device)
         after = held_out.sample_and_score(model, sampling, f"after {trainer.global_step} steps")
-        write_checkpoint(out / "model.safetensors", model.state_dict(), overwrite=True)
+        write_weights(out / "model.safetensors", model.state_dict(), overwrite=True)
         held_out.picture(out / "result.png", [before, after])
         logging.info("%.1f minutes in all. What was made:", (time.time() - started) / 60)
         for name, what in {

@@ -14,8 +14,9 @@ WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _WEIGHT_NAME = re.compile(
     rf"(?:{'|'.join(WEIGHT_STEMS)})(\.\w+)?\.(?:safetensors|bin)(?:\.index(\.\w+)?\.json)?"
 )  # fmt: skip
-# In a wheel the packaged weights lie inside this package's parent; in a checkout, in `models` beside it.
-_PACKAGED = (Path(__file__).parents[1] / "resources", Path(__file__).parents[2] / "models")
+# Packaged weights lie with the configurations that they belong to: in a checkout in `models`, in a wheel within `cldm`.
+_ROOT = Path(__file__).parents[2]
+_PACKAGED = (_ROOT / "models", _ROOT / "cldm" / "resources" / "models")
 
 
 def locate(path: str | Path) -> Path:

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cldm.checkpoint.diffusers_config import controlnet_config, unet_config
-from cldm.checkpoint.lazy import lazy_entries
 from cldm.checkpoint.names import NETWORKS
 from cldm.cldm import ControlLDM
 from cldm.pipeline import BatchedGuidance
+from ldm.files import LazyTensor
 from ldm.util import instantiate_from_config
 from tests.benchmarks.memory import peak_memory
 
@@ -62,8 +62,8 @@ def build_theirs(ours: ControlLDM, size: str, recompute: bool) -> tuple[nn.Modul
     channels, _, _, heads, context = SIZES[size]
     options = {"num_heads": heads, "context_dim": context, "use_spatial_transformer": True, "transformer_depth": 1}
     params = {"unet_config": {"params": options}, "control_stage_config": {"params": options}, "image_size": 64}
-    unet_entries = lazy_entries(ours.model.diffusion_model.state_dict())
-    control_entries = lazy_entries(ours.control_model.state_dict())
+    unet_entries = {k: LazyTensor.of(v) for k, v in ours.model.diffusion_model.state_dict().items()}
+    control_entries = {k: LazyTensor.of(v) for k, v in ours.control_model.state_dict().items()}
     unet = UNet2DConditionModel.from_config(unet_config(unet_entries, params, "eps"))
     control = ControlNetModel.from_config(controlnet_config(control_entries, params, False))
     if ours.device.type != "meta":

@@ -9,11 +9,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cldm.checkpoint.converting import convert
-from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.writing import write_checkpoint
+from cldm.checkpoint import CheckpointError, convert
 from cldm.config import load_config, override
 from cldm.model import create_model, load_control, load_state_dict, load_weights
+from ldm.files import write_weights
 from ldm.util import ConfigError
 from tests.cldm.tiny import tiny_config, tiny_model
 from tutorial_train import Settings
@@ -27,8 +26,8 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model = tiny_model("sd2")
     OmegaConf.save({"model": tiny_config("sd2")}, folder / "small.yaml")
-    write_checkpoint(folder / "full.safetensors", model.state_dict(), progress=False)
-    write_checkpoint(folder / "half.ckpt", model.state_dict(), dtype=torch.float16, progress=False)
+    write_weights(folder / "full.safetensors", model.state_dict(), progress=False)
+    write_weights(folder / "half.ckpt", model.state_dict(), dtype=torch.float16, progress=False)
     return model, folder
 
 
@@ -58,7 +57,7 @@ def test_half_precision_files_fill_single_precision_models(saved):
 def test_published_files_lack_logvar(saved, tmp_path):
     model, folder = saved
     entries = {k: v for k, v in model.state_dict().items() if k != "logvar"}
-    write_checkpoint(tmp_path / "published.safetensors", entries, progress=False)
+    write_weights(tmp_path / "published.safetensors", entries, progress=False)
     loaded = create_model(folder / "small.yaml", weights=tmp_path / "published.safetensors")
     assert torch.equal(loaded.logvar, torch.zeros(1000))
 
@@ -67,7 +66,7 @@ def test_published_files_lack_logvar(saved, tmp_path):
 def test_a_controlnet_alone(saved, tmp_path, prefix):
     model, folder = saved
     entries = {prefix + k: v + 1 for k, v in model.control_model.state_dict().items()}
-    write_checkpoint(tmp_path / "control.safetensors", entries, progress=False)
+    write_weights(tmp_path / "control.safetensors", entries, progress=False)
     loaded = create_model(folder / "small.yaml", weights=folder / "full.safetensors")
     report = load_control(loaded, tmp_path / "control.safetensors")
     assert len(report.loaded) == len(entries) and not report.ignored
@@ -100,7 +99,7 @@ def test_a_controlnet_of_every_layout_loads_onto_a_model(saved, tmp_path, to):
 
 def test_a_pipeline_of_diffusers_fills_a_model_and_gives_its_state_dict(tmp_path):
     tiny = create_model("cldm_tiny")
-    write_checkpoint(tmp_path / "full.safetensors", tiny.state_dict(), progress=False)
+    write_weights(tmp_path / "full.safetensors", tiny.state_dict(), progress=False)
     convert(tmp_path / "full.safetensors", tmp_path / "pipeline", "diffusers-pipeline", progress=False)
     loaded = create_model("cldm_tiny", weights=tmp_path / "pipeline")
     read = load_state_dict(tmp_path / "pipeline")
@@ -112,14 +111,14 @@ def test_a_pipeline_of_diffusers_fills_a_model_and_gives_its_state_dict(tmp_path
 def test_an_incomplete_file_is_never_silent(tmp_path, caplog):
     state_dict = create_model("cldm_tiny").state_dict()
     del state_dict["model.diffusion_model.out.2.bias"]
-    write_checkpoint(tmp_path / "cut.safetensors", state_dict, progress=False)
+    write_weights(tmp_path / "cut.safetensors", state_dict, progress=False)
     load_state_dict(tmp_path / "cut.safetensors")
     assert "1 entries are missing (model.diffusion_model.out.2.bias)" in caplog.text
 
 
 def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
     model, folder = saved
-    write_checkpoint(tmp_path / "base.safetensors", model.model.state_dict(prefix="model."), progress=False)
+    write_weights(tmp_path / "base.safetensors", model.model.state_dict(prefix="model."), progress=False)
     with pytest.raises(CheckpointError, match="entries are missing"):
         create_model(folder / "small.yaml", weights=tmp_path / "base.safetensors")
     with pytest.raises(CheckpointError, match="holds no ControlNet"):
@@ -132,7 +131,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
         load_weights(other, folder / "full.safetensors")
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     no_control = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
-    write_checkpoint(tmp_path / "plain.safetensors", no_control, progress=False)
+    write_weights(tmp_path / "plain.safetensors", no_control, progress=False)
     with pytest.raises(CheckpointError, match="tool_add_control"):
         create_model(folder / "small.yaml", weights=tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="nowhere"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cldm.checkpoint.control import add_control
+from cldm.checkpoint import add_control
 from cldm.data.fill import generate_fill
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tool_train_tiny
-from cldm.checkpoint.reading import read_state_dict
+from ldm.files import read_state_dict
 
 
 def arguments(tmp_path, **changes):

@@ -12,9 +12,9 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 import tool_train_tiny
 import tutorial_dataset
 import tutorial_train
-from cldm.checkpoint.reading import read_state_dict
 from cldm.cldm import ControlLDM
 from cldm.data.fill import generate_fill
+from ldm.files import read_state_dict
 
 
 @pytest.fixture(scope="module")
