@@ -11,14 +11,7 @@ from typing import Any
 
 import torch
 
-from cldm.checkpoint.diffusers_config import (
-    controlnet_config,
-    model_index,
-    text_config,
-    tokenizer_files,
-    unet_config,
-    vae_config,
-)
+from cldm.checkpoint import diffusers_config as theirs
 from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.names import (
     CONTROL_PREFIX,
@@ -88,24 +81,24 @@ class Target:
 
     Attributes:
         help: what it is, for people.
-        build: the tensors of one file, or the content of a folder's files by name.
+        file: makes the tensors of a file; None if it is always a folder.
+        folder: makes the content of a folder's files by name; None if it is always a file.
         control_alone: whether it is made of the ControlNet, and leaves the base out.
-        folder: whether OUTPUT is a folder; None where its suffix decides.
     """
 
     help: str
-    build: Callable[[ModelWeights, Options, bool], dict[str, Any]]
+    file: Callable[[ModelWeights, Options], Tensors] | None = None
+    folder: Callable[[ModelWeights, Options], dict[str, Any]] | None = None
     control_alone: bool = False
-    folder: bool | None = False
 
 
-def _build_full(model: ModelWeights, options: Options, _folder: bool) -> Tensors:
+def _build_full(model: ModelWeights, options: Options) -> Tensors:
     if not model.has(CONTROL_PREFIX):
         model.notes.append(f"{model.path} holds no ControlNet, so this is a base model; tool_add_control.py adds one")
     return _whole(model, options)
 
 
-def _build_base(model: ModelWeights, options: Options, _folder: bool) -> Tensors:
+def _build_base(model: ModelWeights, options: Options) -> Tensors:
     return _whole(_without_control(model), options)
 
 
@@ -130,15 +123,15 @@ def _whole(model: ModelWeights, options: Options) -> Tensors:
     return completed(model, made, options.unet_source(model), options.config)
 
 
-def _build_control(model: ModelWeights, _options: Options, _folder: bool) -> Tensors:
+def _build_control(model: ModelWeights, _: Options) -> Tensors:
     return with_prefix(model.part(CONTROL_PREFIX), CONTROL_PREFIX)
 
 
-def _build_plain(model: ModelWeights, _options: Options, _folder: bool) -> Tensors:
+def _build_plain(model: ModelWeights, _: Options) -> Tensors:
     return model.part(CONTROL_PREFIX)
 
 
-def _build_difference(model: ModelWeights, options: Options, _folder: bool) -> Tensors:
+def _build_difference(model: ModelWeights, options: Options) -> Tensors:
     unet = (options.base or model).part(UNET_PREFIX)
     if not unet:
         raise CheckpointError("holds no base model to take the difference to; name one with --base", model.path)
@@ -146,15 +139,17 @@ def _build_difference(model: ModelWeights, options: Options, _folder: bool) -> T
     return {**difference, DIFFERENCE: LazyTensor.of(torch.ones(1))}
 
 
-def _build_controlnet(model: ModelWeights, options: Options, folder: bool) -> dict[str, Any]:
+def _build_controlnet(model: ModelWeights, options: Options) -> dict[str, Any]:
     control = model.part(CONTROL_PREFIX)
-    converted, _ = NETWORKS["controlnet"].to_diffusers(control)
-    if not folder:
-        return converted
-    return {"config.json": controlnet_config(control, options.params(model), options.pooling), _UNET_FILE: converted}
+    config = theirs.controlnet_config(control, options.params(model), options.pooling)
+    return {"config.json": config, _UNET_FILE: NETWORKS["controlnet"].to_diffusers(control)[0]}
 
 
-def _build_pipeline(model: ModelWeights, options: Options, _folder: bool) -> dict[str, Any]:
+def _build_controlnet_file(model: ModelWeights, _: Options) -> Tensors:
+    return NETWORKS["controlnet"].to_diffusers(model.part(CONTROL_PREFIX))[0]
+
+
+def _build_pipeline(model: ModelWeights, options: Options) -> dict[str, Any]:
     params, source = options.params(model), options.unet_source(model)
     tensors = _whole(model, options)
     prediction = options.prediction or params.get("parameterization", "eps")
@@ -164,10 +159,13 @@ def _build_pipeline(model: ModelWeights, options: Options, _folder: bool) -> dic
         )
     parts = {name: part(tensors, network.prefix) for name, network in NETWORKS.items()}
     parts = {name: network for name, network in parts.items() if network}
-    configs = {"unet": unet_config(parts["unet"], params, prediction), "vae": vae_config(parts["vae"], params)}
+    configs = {
+        "unet": theirs.unet_config(parts["unet"], params, prediction),
+        "vae": theirs.vae_config(parts["vae"], params),
+    }
     if "controlnet" in parts:
-        configs["controlnet"] = controlnet_config(parts["controlnet"], params, options.pooling)
-    files: dict[str, Any] = {"model_index.json": model_index(parts)}
+        configs["controlnet"] = theirs.controlnet_config(parts["controlnet"], params, options.pooling)
+    files: dict[str, Any] = {"model_index.json": theirs.model_index(parts)}
     for name, network in parts.items():
         converted, unknown = NETWORKS[name].to_diffusers(network)
         _note_unknown(model, name, unknown)
@@ -175,9 +173,12 @@ def _build_pipeline(model: ModelWeights, options: Options, _folder: bool) -> dic
     text = part(tensors, TEXT_PREFIX)
     converted, unknown = text_to_diffusers(text)
     _note_unknown(model, "text_encoder", unknown)
-    files |= {"text_encoder/config.json": text_config(text, converted, params), f"text_encoder/{_TEXT_FILE}": converted}
+    files |= {
+        "text_encoder/config.json": theirs.text_config(text, converted, params),
+        f"text_encoder/{_TEXT_FILE}": converted,
+    }
     files["scheduler/scheduler_config.json"] = scheduler_config(schedule_params(params, source), prediction)
-    return files | with_prefix(tokenizer_files(is_open_clip(text)), "tokenizer/")
+    return files | with_prefix(theirs.tokenizer_files(is_open_clip(text)), "tokenizer/")
 
 
 def _note_unknown(model: ModelWeights, component: str, unknown: list[str]) -> None:
@@ -189,16 +190,20 @@ def _note_unknown(model: ModelWeights, component: str, unknown: list[str]) -> No
 TARGETS = {
     "full": Target("one file with base and ControlNet, for training and the scripts here", _build_full),
     "base": Target("one file with the base model alone", _build_base),
-    "control": Target("the ControlNet alone, keys with the prefix control_model.", _build_control, True),
-    "control-plain": Target("the ControlNet alone, keys without a prefix, for web UIs", _build_plain, True),
-    "difference": Target("the ControlNet less its base's encoder (rounded, not exact)", _build_difference, True),
+    "control": Target("the ControlNet alone, keys with the prefix control_model.", _build_control, control_alone=True),
+    "control-plain": Target(
+        "the ControlNet alone, keys without a prefix, for web UIs", _build_plain, control_alone=True
+    ),
+    "difference": Target(
+        "the ControlNet less its base's encoder (rounded, not exact)", _build_difference, control_alone=True
+    ),
     "diffusers": Target(
         "the ControlNet for ControlNetModel.from_pretrained; one file if OUTPUT ends in .safetensors or .bin",
+        _build_controlnet_file,
         _build_controlnet,
-        True,
-        None,
+        control_alone=True,
     ),
-    "diffusers-pipeline": Target("a pipeline folder of diffusers, ControlNet included", _build_pipeline, folder=True),
+    "diffusers-pipeline": Target("a pipeline folder of diffusers, ControlNet included", folder=_build_pipeline),
 }
 
 
@@ -250,7 +255,8 @@ def convert(
         raise CheckpointError(f"--with-base is for layouts that leave the base out, which {to!r} does not")
     if prediction not in (None, *PREDICTIONS):
         raise CheckpointError(f"unknown prediction {prediction!r}; known are {', '.join(PREDICTIONS)}")
-    folder = output.suffix.lower() not in SUFFIXES if target.folder is None else target.folder
+    folder = target.file is None or (target.folder is not None and output.suffix.lower() not in SUFFIXES)
+    build, build_base = (target.folder, _build_pipeline) if folder else (target.file, _build_base)
     inputs = [path for path in (source, base) if path is not None]
     check_output(output, overwrite, () if folder else None, inputs)
     with ExitStack() as opened:
@@ -270,13 +276,12 @@ def convert(
         for each in models:
             note_gaps(each)
         pooling = pooling and to != "base" and model.has(CONTROL_PREFIX)
-        outputs = [(output, target.build(model, options, folder), pooling)]
+        outputs = [(output, build(model, options), pooling)]
         if target.control_alone and model.has(UNET_PREFIX):
             beside = output.with_name(f"{output.name}_base" if folder else f"{output.stem}_base{output.suffix}")
             if _base_is_wanted(model, options.base, with_base, beside):
                 check_output(beside, overwrite, () if folder else None, inputs)
-                build = _build_pipeline if folder else _build_base
-                outputs.append((beside, build(_without_control(model), options, folder), False))
+                outputs.append((beside, build_base(_without_control(model), options), False))
         for path, content, pools in outputs:
             metadata = described(model.metadata, options.prediction, pools)
             if folder:

@@ -133,7 +133,7 @@ def _renamed(file: WeightsFile, layout: str, left_out: list[str]) -> Tensors:
     """The file's tensors under the keys of a full checkpoint; `left_out` receives the keys that have no place there."""
     if layout in CONTROL_LAYOUTS[:3]:
         prefix = CONTROL_PREFIX if any(key.startswith(CONTROL_PREFIX) for key in file) else ""
-        left_out += [key for key in file if not key.startswith(prefix)]
+        left_out += [key for key in file if not key.startswith(prefix) and key != DIFFERENCE]
         control = part(file.tensors, prefix)
         control.pop(DIFFERENCE, None)
         return with_prefix(control, CONTROL_PREFIX)

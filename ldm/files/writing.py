@@ -16,6 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -137,11 +138,12 @@ def check_output(
     path = Path(path)
     with about(path, "written"):
         place, folder = _place(path), files is not None
-        if not folder and path.suffix.lower() not in SUFFIXES:
-            raise CheckpointError(f"end its name in one of {', '.join(SUFFIXES)}, which chooses the format")
+        exists = place.exists()
         if not place.parent.is_dir():
             raise CheckpointError(f"its folder {str(path.parent)!r} does not exist; create it first")
-        if not place.exists():
+        if not folder and path.suffix.lower() not in SUFFIXES:
+            raise CheckpointError(f"end its name in one of {', '.join(SUFFIXES)}, which chooses the format")
+        if not exists:
             return
         for source in map(_place, map(locate, inputs)):
             if source == place or source in place.parents or place in source.parents or _same_file(source, place):
@@ -302,7 +304,8 @@ class _Pickler(pickle.Pickler):
 def _write_torch(file: BinaryIO, tensors: Tensors, advance: Callable[[int], Any]) -> None:
     """The zip archive of `torch.save`: a pickle that rebuilds a dict of tensors, and one stored member for each."""
     pickled = io.BytesIO()
-    _Pickler(pickled).dump(dict(tensors))
+    # Copies, since a pickle would store what stands under two keys once, and every key has a member of its own.
+    _Pickler(pickled).dump({key: replace(tensor) for key, tensor in tensors.items()})
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
         def member(name: str, size: int) -> Any:

@@ -49,7 +49,7 @@ def test_the_new_entries_of_stable_diffusion(config: str, count: int) -> None:
     sizes = {"logvar": 1, "zero_convs.": 24, "middle_block_out.": 2, "input_hint_block.": 16}
     for part, size in sizes.items():
         assert sum(part in key for key in added.new) == size
-    assert list(added.tensors) == list(expected)
+    assert added.tensors.keys() == expected.keys()
     assert len(published) + len(added.copied) + len(added.new) == len(expected)
 
 
@@ -147,8 +147,8 @@ def test_what_cannot_be_joined_is_refused(base: Path, full: dict[str, Tensor], t
     key = UNET + "out.2.weight"
     refused(r"out.2.weight' has shape \[5, ", {**plain, key: torch.zeros(5, *plain[key].shape[1:])})
     partial = saved(tmp_path / "partial.pt", without(only(full, CONTROL), CONTROL + "zero_convs.3"))
-    refused("partial.pt is incomplete: 'control_model.zero_convs.3", plain, control_from=partial)
-    refused("base.safetensors holds no ControlNet", plain, control_from=base)
+    refused("partial.pt: its ControlNet is incomplete: 'control_model.zero_convs.3", plain, control_from=partial)
+    refused("base.safetensors: holds no ControlNet", plain, control_from=base)
 
 
 def test_transfer(base: Path, full: dict[str, Tensor], other: dict[str, Tensor], tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_differences_are_near_exact_and_marked(base: Path, full: dict[str, Tenso
     source, difference = saved(tmp_path / "full.pt", full), tmp_path / "difference.safetensors"
     convert(source, difference, "difference", **QUIET)
     with open_weights(difference) as file:
-        assert "difference" in file and identify(file).layout == "difference"
+        assert "difference" in file and identify(difference).layout == "difference"
         key = "control_model.input_blocks.1.0.in_layers.2.weight"
         assert torch.equal(file[key].read(), full[key] - full[key.replace(CONTROL, UNET)])
         key = "control_model.zero_convs.0.0.weight"
@@ -336,6 +336,83 @@ def test_floats_of_one_byte_are_moved(full: dict[str, Tensor], base: Path, tmp_p
         if twin is not None:
             assert torch.equal(got[key], tensor.float())
             assert torch.equal(difference[key], tensor.float() - twin)
+
+
+def test_inputs_are_never_overwritten(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
+    before = base.read_bytes()
+    source = saved(tmp_path / "full.safetensors", full)
+    (tmp_path / "link.safetensors").symlink_to(base)
+    force = {"overwrite": True, **QUIET}
+    for output in (base, tmp_path / "link.safetensors"):
+        for work in (
+            lambda output=output: add_control(base, output, **force),
+            lambda output=output: convert(base, output, "full", **force),
+            lambda output=output: convert(source, output, "control", base=base, **force),
+            lambda output=output: add_control(source, output, control_from=base, **force),
+            lambda output=output: transfer_control(base, source, source, output, **force),
+        ):
+            with pytest.raises(CheckpointError, match="is also the input"):
+                work()
+    beside = saved(tmp_path / "out_base.safetensors", without(full, CONTROL))  # where a changed base would be written
+    with pytest.raises(CheckpointError, match="out_base.safetensors: is also the input"):
+        convert(source, tmp_path / "out.safetensors", "control", base=beside, with_base=True, **force)
+    assert base.read_bytes() == before and not (tmp_path / "out.safetensors").exists()
+    folder = tmp_path / "pipe"
+    convert(source, folder, "diffusers-pipeline", **QUIET)
+    with pytest.raises(CheckpointError, match="is also the input"):
+        convert(folder, folder, "diffusers-pipeline", **force)
+
+
+def test_an_export_into_an_exported_folder_keeps_what_people_added(full: dict[str, Tensor], tmp_path: Path) -> None:
+    source, folder = saved(tmp_path / "full.safetensors", full), tmp_path / "folder"
+    for to in ("diffusers", "diffusers-pipeline"):
+        convert(source, folder / to if folder.exists() else folder, to, overwrite=True, **QUIET)
+        out = folder / to if (folder / to).exists() else folder
+        for name in ("model_notes.md", "prompt.json"):
+            (out / name).write_text("mine")
+        convert(source, out, to, overwrite=True, **QUIET)
+        assert all((out / name).read_text() == "mine" for name in ("model_notes.md", "prompt.json"))
+
+
+def test_ema_needs_weights_that_are_averaged(full: dict[str, Tensor], tmp_path: Path) -> None:
+    scalars = {"model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(7)}
+    source = saved(tmp_path / "scalars.pt", {**without(full, CONTROL), **scalars})
+    with pytest.raises(CheckpointError, match="holds no EMA weights"):
+        convert(source, tmp_path / "out.pt", "base", ema=True, **QUIET)
+    assert not (tmp_path / "out.pt").exists()
+    key = CONTROL + "zero_convs.0.0.bias"
+    averaged = {"model_ema." + key.replace(".", ""): torch.full_like(full[key], 3.0)}
+    convert(saved(tmp_path / "control.pt", {**full, **averaged}), tmp_path / "out.pt", "control", ema=True, **QUIET)
+    assert torch.equal(read_state_dict(tmp_path / "out.pt")[key], averaged["model_ema." + key.replace(".", "")])
+
+
+@pytest.mark.parametrize("one", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("other", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_base_in_another_precision_is_the_same_base(
+    full: dict[str, Tensor], tmp_path: Path, one: torch.dtype, other: torch.dtype
+) -> None:
+    plain = {key: tensor / 100 if key.endswith("out.2.bias") else tensor for key, tensor in full.items()}
+    source, base = tmp_path / "full.safetensors", tmp_path / "base.safetensors"
+    write_weights(source, plain, dtype=one, **QUIET)
+    write_weights(base, without(plain, CONTROL), dtype=other, **QUIET)
+    lines = convert(source, tmp_path / "a.safetensors", "control", base=base, **QUIET)
+    assert any("is that of" in line for line in lines)
+    changed = {**plain, UNET + "out.2.weight": plain[UNET + "out.2.weight"] * 1.05}
+    write_weights(source, changed, dtype=one, overwrite=True, **QUIET)
+    lines = convert(source, tmp_path / "b.safetensors", "control", base=base, **QUIET)
+    assert any(line.startswith("1 entries of the UNet differ") for line in lines)
+
+
+def test_options_and_metadata_that_do_not_belong(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
+    source = tmp_path / "full.safetensors"
+    told = {"modelspec.hash_sha256": "0x1", "sshs_model_hash": "2", "modelspec.title": "mine", "ss_sd_model_hash": "3"}
+    write_weights(source, full, told, **QUIET)
+    with pytest.raises(CheckpointError, match="--with-base is for layouts"):
+        convert(source, tmp_path / "out.safetensors", "full", with_base=True, **QUIET)
+    convert(source, tmp_path / "out.safetensors", "control", **QUIET)
+    with open_weights(tmp_path / "out.safetensors") as file:  # the hash of the base that was trained on is still right
+        assert file.metadata.keys() >= {"modelspec.title", "ss_sd_model_hash"}
+        assert not any("hash" in key for key in file.metadata.keys() - {"ss_sd_model_hash"})
 
 
 # What a file says beside its weights: it follows the part of the model that it is about.

@@ -1,6 +1,7 @@
 """The three commands: thin, one clear line for a mistake, exit status 2."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,23 @@ def test_mistakes_get_one_line(
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_defect_keeps_its_traceback(files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a defect of this library, not a mistake of the user")
+
+    monkeypatch.setattr(tool_add_control, "add_control", broken)
+    with pytest.raises(ValueError, match="a defect"):
+        tool_add_control.main([files["base"], str(tmp_path / "out.safetensors")])
+
+
+def test_commands_to_copy_are_quoted(files: dict[str, str], tmp_path: Path) -> None:
+    odd = tmp_path / "x;touch hacked;.safetensors"
+    odd.write_bytes(Path(files["base"]).read_bytes())
+    line = next(line for line in identify(odd).suggestions if "tool_add_control.py" in line)
+    arguments = shlex.split(line.partition("python ")[2])
+    assert arguments == ["tool_add_control.py", str(odd), "OUTPUT"]
 
 
 @pytest.mark.parametrize("tool", [tool_add_control, tool_transfer_control, tool_convert_control])

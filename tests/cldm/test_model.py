@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cldm.checkpoint import CheckpointError, convert
+from cldm.checkpoint import CheckpointError, add_control, convert
 from cldm.config import load_config, override
 from cldm.model import create_model, load_control, load_state_dict, load_weights
 from ldm.files import write_weights
@@ -136,6 +136,73 @@ def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
         create_model(folder / "small.yaml", weights=tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="nowhere"):
         load_state_dict(tmp_path / "nowhere.ckpt")
+
+
+def test_what_a_file_tells_of_its_model_is_not_passed_over(saved, tmp_path, caplog):
+    model, folder = saved  # predicts v, does not average
+    control = {"control_model." + k: v for k, v in model.control_model.state_dict().items()}
+    shuffle, other = tmp_path / "shuffle.safetensors", tmp_path / "other.safetensors"
+    write_weights(shuffle, {**control, "beside": torch.ones(1)}, {"global_average_pooling": "true"}, progress=False)
+    write_weights(other, model.state_dict(), {"modelspec.prediction_type": "epsilon"}, progress=False)
+    loaded = create_model(folder / "small.yaml", weights=folder / "full.safetensors")
+    assert not loaded.global_average_pooling
+    report = load_control(loaded, shuffle)
+    assert loaded.global_average_pooling and report.ignored == ["beside"]
+    assert any("global_average_pooling is set to True" in note for note in report.notes)
+    assert any("1 entries" in note and "left out" in note for note in report.notes)
+    for load in (load_control, load_weights):
+        with pytest.raises(CheckpointError, match="predicts eps, and this one is configured to predict v: set"):
+            load(loaded, other)
+    with pytest.raises(CheckpointError, match="parameterization: eps"):
+        create_model(folder / "small.yaml", weights=other)
+    write_weights(other, model.state_dict(), {"modelspec.prediction_type": "v"}, overwrite=True, progress=False)
+    load_state_dict(other)
+    assert "parameterization: v" in caplog.text
+    assert create_model(folder / "small.yaml", weights=other).parameterization == "v"
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("dtype", [None, "float16", torch.bfloat16])
+def test_precision_and_device_of_a_new_model(saved, weights, dtype):
+    model, folder = saved
+    made = create_model(folder / "small.yaml", folder / "full.safetensors" if weights else None, "cpu", dtype)
+    wanted = {"float16": torch.float16, None: torch.float32}.get(dtype, dtype)
+    assert {p.dtype for p in made.parameters()} == {wanted}
+    own = {n: b for n, b in made.named_buffers() if "." not in n}
+    assert {b.dtype for b in own.values()} == {torch.float32} and torch.equal(own["betas"], model.betas)
+    if weights:
+        key = "control_model.zero_convs.0.0.weight"
+        assert torch.equal(made.state_dict()[key], model.state_dict()[key].to(wanted))
+    assert not any(t.is_meta for t in [*made.parameters(), *made.buffers()])
+
+
+def test_every_parameter_and_buffer_goes_to_the_device(saved):
+    _, folder = saved
+    made = create_model(folder / "small.yaml", device="meta")
+    assert all(t.is_meta for t in [*made.parameters(), *made.buffers()])
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = create_model("cldm_tiny", device="cuda")
+        assert {t.device.type for t in [*made.parameters(), *made.buffers()]} == {"cuda"}
+
+
+def test_a_missing_configuration_is_a_file_not_found_error(tmp_path):
+    for path in (tmp_path / "no.yaml", "cldm_v99"):
+        with pytest.raises(FileNotFoundError):
+            create_model(path)
+    with pytest.raises(FileNotFoundError):
+        create_model("cldm_tiny", weights=tmp_path / "no.ckpt")
+
+
+def test_packaged_weights_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    add_control("cldm_tiny.safetensors", "ini.safetensors", progress=False)
+    made = create_model("cldm_tiny", weights="ini.safetensors")
+    with pytest.raises(CheckpointError, match="holds no ControlNet: add one with tool_add_control.py"):
+        create_model("cldm_tiny", weights="cldm_tiny.safetensors")
+    tiny = load_state_dict("cldm_tiny.safetensors")["model.diffusion_model.out.2.bias"]
+    assert torch.equal(made.state_dict()["model.diffusion_model.out.2.bias"], tiny.float())
 
 
 def test_configurations_are_found_by_name_and_mistakes_named(tmp_path):

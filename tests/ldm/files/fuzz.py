@@ -11,6 +11,7 @@ import encodings.raw_unicode_escape  # noqa: F401
 import io
 import random
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -181,12 +182,17 @@ def _watched() -> Iterator[None]:
         _watching = False
 
 
+def _stop(*_: object) -> None:
+    raise TimeoutError(f"took more than {_MAX_SECONDS} s")
+
+
 def fuzz(count: int, seed: int = 0) -> Result:
     """Read `count` mutated files.
 
     Raises:
         AssertionError: one of them broke a promise; the message says how to get it back.
     """
+    signal.signal(signal.SIGALRM, _stop)
     read = refused = 0
     slowest = 0.0
     seeds = _seeds()
@@ -196,6 +202,7 @@ def fuzz(count: int, seed: int = 0) -> Result:
         for number, content in enumerate(_mutated(seeds, count, random.Random(seed))):
             path.write_bytes(content)
             start = time.perf_counter()
+            signal.setitimer(signal.ITIMER_REAL, _MAX_SECONDS)  # what hangs becomes a TimeoutError
             try:
                 with _watched(), open_weights(path) as file:
                     total = sum(tensor.read().nbytes for tensor in file.values())
@@ -206,6 +213,8 @@ def fuzz(count: int, seed: int = 0) -> Result:
                 assert str(path) in str(error), f"file {number} of seed {seed}: unnamed {error}"
             except Exception as error:
                 raise AssertionError(f"file {number} of seed {seed} raised {error!r}") from error
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             assert not _events, f"file {number} of seed {seed} did {_events}"
             slowest = max(slowest, time.perf_counter() - start)
             assert slowest < _MAX_SECONDS, f"file {number} of seed {seed} took {slowest:.1f} s"

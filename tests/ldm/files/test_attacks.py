@@ -6,14 +6,16 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import runpy
 import struct
 import subprocess
+import sys
 import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.files import CheckpointError, open_weights, pickles, read_state_dict
+from ldm.files import CheckpointError, MissingFileError, open_weights, pickles, read_state_dict
 from tests.ldm.files.forging import (
     dictionary,
     number,
@@ -361,6 +363,82 @@ def test_an_endless_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             refused(path, "more than 32,768 instructions")
 
 
+def _shared_list(size: int) -> bytes:
+    """`size` entries that share one list of `size` numbers."""
+    entries = b"".join(text(f"k{i}") + b"h\x00" for i in range(size))
+    return dictionary(w=tensor())[:-1] + text("l") + b"](" + b"N" * size + b"eq\x00" + entries + b"u"
+
+
+def _shared_key(size: int) -> bytes:
+    """Entries set again and again under two equal long keys, which are compared each time."""
+    long = text("x" * size)
+    keys = long + b"q\x010" + long + b"q\x020"
+    return b"}" + keys + b"h\x01Ns" + b"h\x02Ns" * size + text("w") + tensor() + b"s"
+
+
+def _shared_names(size: int) -> bytes:
+    """A global of a long name, named again and again."""
+    return b"}" + text("m" * size) + b"q\x010" + b"h\x01h\x01\x930" * size + text("w") + tensor() + b"s"
+
+
+@pytest.mark.parametrize("forge", FORGERS)
+@pytest.mark.parametrize("make", [_shared_list, _shared_key, _shared_names])
+def test_time_grows_with_the_size_alone(
+    tmp_path: Path, forge: Callable[..., Path], make: Callable[[int], bytes]
+) -> None:
+    """Twice the file may take about twice the time: what a file repeats is not walked or compared again."""
+
+    def seconds(size: int) -> float:
+        path = forge(tmp_path / "w.pth", program(make(size)))
+        start = time.process_time()
+        with suppress(CheckpointError):
+            read_state_dict(path)
+        return time.process_time() - start
+
+    seconds(100)
+    small, large = min(seconds(8_000) for _ in range(3)), seconds(64_000)
+    assert large < 30 * max(small, 0.01), f"{small:.3f} s, eight times the size {large:.3f} s"
+
+
+_MEASURE = """
+import resource, sys
+from ldm.files import CheckpointError, read_state_dict
+from tests.benchmarks.memory import peak_memory
+before = peak_memory()
+try:
+    read_state_dict(sys.argv[1])
+except CheckpointError:
+    pass
+print(peak_memory() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [b"}", b"(", b"]", b"}h\x00h\x00s", b"]h\x00a", b"h\x00)R", b"ca\nb\n", b"\x94", b"h\x02h\x03\x86h\x04Q", b"h\x05h\x06R"],
+    ids=range(10),
+)  # fmt: skip
+def test_memory_at_the_real_limit(tmp_path: Path, unit: bytes) -> None:
+    """Pickles that ask for as much as they may, read in a process of their own."""
+    head = (
+        b"Nq\x00"
+        + b"0"
+        + b"ca\nb\nq\x000"
+        + b"]("
+        + b"N" * 64
+        + b"eq\x01"
+        + b"Nq\x02Nq\x03"
+        + storage()[:-1]
+        + b"q\x04"
+    )
+    head += b"ctorch\nSize\nq\x05" + b"h\x01\x85q\x06"
+    count = pickles.MAX_INSTRUCTIONS // max(1, len(list(pickletools.genops(unit + b"."))) - 1)
+    path = torch_zip(tmp_path / "w.pth", program(head + unit * count))
+    command = [sys.executable, "-c", _MEASURE, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3], check=True)
+    assert int(done.stdout) < 2**28 + 4 * path.stat().st_size, f"{int(done.stdout):,} bytes"
+
+
 def test_colliding_keys() -> None:
     """Integers that all hash to zero would make a dictionary quadratic; they do not stay keys."""
     count = 20_000
@@ -412,6 +490,15 @@ def test_zip_archives_that_are_not_weights(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("archive/data/0", bytes(16))
     refused(path, "two members of one name")
+
+
+def test_members_are_read_from_the_file_that_was_opened(tmp_path: Path) -> None:
+    """Another file under the name, put there after the opening, is not looked at."""
+    path = torch_zip(tmp_path / "w.pth", _weights(), {"0": struct.pack("<4f", 1, 2, 3, 4)})
+    with open_weights(path) as file:
+        torch_zip(tmp_path / "other.pth", _weights(), {"0": bytes(16)})
+        os.replace(tmp_path / "other.pth", path)
+        assert torch.equal(file["w"].read(), torch.tensor([1.0, 2.0, 3.0, 4.0]))
 
 
 def test_zip_bomb(tmp_path: Path) -> None:
@@ -542,6 +629,8 @@ def test_files_that_are_no_weights(tmp_path: Path, content: bytes, match: str, s
 
 
 def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError):
+        open_weights(tmp_path / "absent.ckpt")
     refused(tmp_path / "absent.ckpt", "does not exist")
     os.mkfifo(tmp_path / "pipe.ckpt")
     refused(tmp_path / "pipe.ckpt", "not an ordinary file")

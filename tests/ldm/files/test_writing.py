@@ -270,5 +270,5 @@ def test_tensors_of_an_open_file_are_written_as_they_are_read(tmp_path: Path, su
     write_weights(tmp_path / "source.safetensors", weights, progress=False)
     more = {"new": torch.arange(5), "half": torch.ones(7, dtype=torch.float16)}
     with open_weights(tmp_path / "source.safetensors") as source:
-        write_weights(tmp_path / f"out{suffix}", {**source, **more}, progress=False)
-    assert_same(read_state_dict(tmp_path / f"out{suffix}"), {**weights, **more})
+        write_weights(tmp_path / f"out{suffix}", {**source, **more, "twice": source["w1"]}, progress=False)
+    assert_same(read_state_dict(tmp_path / f"out{suffix}"), {**weights, **more, "twice": weights["w1"]})
