@@ -8,6 +8,7 @@ draws the values of all that still lack them, the same as if they had been drawn
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -73,6 +74,16 @@ class DeferredParameter(nn.Parameter):
             if isinstance(parameter, DeferredParameter):  # still, after the others
                 parameter._deferral.draw()
         return func(*args, **kwargs)
+
+    # What `nn.Parameter` does for these asks for the class before it asks for the values.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        self._deferral.draw()
+        return copy.deepcopy(self, memo)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        self._deferral.draw()
+        return self.__reduce_ex__(protocol)
 
 
 def _become_ordinary(parameter: DeferredParameter) -> None:

@@ -37,6 +37,7 @@ from cldm.checkpoint.opening import (
 from cldm.checkpoint.recognising import DIFFERENCE, POOLING, PREDICTION_METADATA, SCHEDULE_KEYS
 from cldm.checkpoint.schedule import PREDICTIONS, scheduler_config
 from ldm.files import CheckpointError, LazyTensor, check_output, write_folder, write_weights
+from ldm.files.errors import about
 from ldm.files.locating import SUFFIXES
 from ldm.files.tensors import Tensors
 from ldm.files.writing import TORCH_SUFFIXES
@@ -276,7 +277,8 @@ def convert(
         for each in models:
             note_gaps(each)
         pooling = pooling and to != "base" and model.has(CONTROL_PREFIX)
-        outputs = [(output, build(model, options), pooling)]
+        with about(model.path):
+            outputs = [(output, build(model, options), pooling)]
         if target.control_alone and model.has(UNET_PREFIX):
             beside = output.with_name(f"{output.name}_base" if folder else f"{output.stem}_base{output.suffix}")
             if _base_is_wanted(model, options.base, with_base, beside):

@@ -52,6 +52,11 @@ def with_prefix(tensors: Tensors, prefix: str) -> Tensors:
     return {prefix + key: tensor for key, tensor in tensors.items()}
 
 
+def _pairs(table: str) -> Pairs:
+    """A table of module names, written as `ours theirs, ours theirs`."""
+    return [(ours, theirs) for ours, theirs in (row.split() for row in table.split(","))]
+
+
 def _renamed(tensors: Tensors, pairs: Pairs, reverse: bool = False) -> Converted:
     """Tensors under the names of the other side: a key changes by the longest module name that it begins with."""
     table = {there: here for here, there in pairs} if reverse else dict(pairs)
@@ -71,28 +76,19 @@ def _renamed(tensors: Tensors, pairs: Pairs, reverse: bool = False) -> Converted
 
 # UNet and ControlNet
 
-_RESNET = (
-    ("in_layers.0", "norm1"),
-    ("in_layers.2", "conv1"),
-    ("emb_layers.1", "time_emb_proj"),
-    ("out_layers.0", "norm2"),
-    ("out_layers.3", "conv2"),
-    ("skip_connection", "conv_shortcut"),
-)
+_RESNET = _pairs("""
+    in_layers.0 norm1, in_layers.2 conv1, emb_layers.1 time_emb_proj,
+    out_layers.0 norm2, out_layers.3 conv2, skip_connection conv_shortcut
+""")
 HINT_ENCODER = (
     ("input_hint_block.0", "controlnet_cond_embedding.conv_in"),
     *((f"input_hint_block.{2 * i + 2}", f"controlnet_cond_embedding.blocks.{i}") for i in range(6)),
     ("input_hint_block.14", "controlnet_cond_embedding.conv_out"),
 )
-_UNET_ENDS = (
-    ("time_embed.0", "time_embedding.linear_1"),
-    ("time_embed.2", "time_embedding.linear_2"),
-    ("input_blocks.0.0", "conv_in"),
-    ("middle_block.1", "mid_block.attentions.0"),
-    ("middle_block_out.0", "controlnet_mid_block"),
-    ("out.0", "conv_norm_out"),
-    ("out.2", "conv_out"),
-)
+_UNET_ENDS = _pairs("""
+    time_embed.0 time_embedding.linear_1, time_embed.2 time_embedding.linear_2, input_blocks.0.0 conv_in,
+    middle_block.1 mid_block.attentions.0, middle_block_out.0 controlnet_mid_block, out.0 conv_norm_out, out.2 conv_out
+""")
 
 
 def _unet_pairs(resnets: list[int], attended: Callable[[int, int], bool]) -> Pairs:
@@ -185,7 +181,7 @@ def _all_known(converted: Converted, where: str) -> Converted:
 
 # The VAE
 
-_VAE_ATTENTION = (("norm", "group_norm"), ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0"))
+_VAE_ATTENTION = _pairs("norm group_norm, q to_q, k to_k, v to_v, proj_out to_out.0")
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before 0.16
 
 
@@ -244,20 +240,14 @@ _CLIP_PREFIX = "transformer."  # below `cond_stage_model.`
 _TEXT_MODULE = "text_model."  # left out by transformers 5
 _TEXT_PARTS = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 _OPEN_CLIP_PREFIX = "model."
-_OPEN_CLIP_ENDS = (
-    ("token_embedding", "text_model.embeddings.token_embedding"),
-    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    ("ln_final", "text_model.final_layer_norm"),
-    ("text_projection", "text_projection.weight"),
-    ("logit_scale", "logit_scale"),
-)
-_OPEN_CLIP_LAYER = (
-    ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"),
-    ("attn.out_proj", "self_attn.out_proj"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
-)
+_OPEN_CLIP_ENDS = _pairs("""
+    token_embedding text_model.embeddings.token_embedding, ln_final text_model.final_layer_norm,
+    positional_embedding text_model.embeddings.position_embedding.weight,
+    text_projection text_projection.weight, logit_scale logit_scale
+""")
+_OPEN_CLIP_LAYER = _pairs("""
+    ln_1 layer_norm1, ln_2 layer_norm2, attn.out_proj self_attn.out_proj, mlp.c_fc mlp.fc1, mlp.c_proj mlp.fc2
+""")
 _JOINT = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 _SPLIT = re.compile(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 _PROJECTION = "text_projection.weight"

@@ -61,7 +61,7 @@ def _fetch(address: str) -> Path:
         raise CheckpointError("write hf://owner/name or hf://owner/name/file, with @revision after the name", address)
     repository, revision, inside = match[1], match[2], match[3] or ""
     import huggingface_hub as hub  # slow to import, and needed for such addresses alone
-    from huggingface_hub import errors
+    from huggingface_hub import utils as errors
 
     try:
         if inside.endswith(SUFFIXES):
@@ -81,6 +81,8 @@ def _fetch(address: str) -> Path:
             reason = f"the hub has no repository {repository!r}, or it needs a login (`hf auth login`)"
         elif isinstance(error, errors.EntryNotFoundError):
             reason = f"{repository!r} has no file {inside!r}"
+        elif not isinstance(error, errors.HfHubHTTPError | errors.HFValidationError):
+            reason = f"the hub cannot be reached ({reason})"
         raise CheckpointError(
             f"cannot be fetched: {reason}. Check the name, or download it elsewhere and give the path of the file",
             address,

@@ -75,6 +75,16 @@ class Storage:
 TensorMaker = Callable[[str, int, torch.dtype, tuple[int, ...], tuple[int, ...]], LazyTensor]
 
 
+_VALUES = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
+    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+)
+_NEW: dict[str, Callable[[], Any]] = {
+    **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_DICT": dict},
+    **{"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": lambda: Placeholder("set")},
+}
+
+
 class Unpickler:
     """Reads pickles into dicts, lists, tuples, plain values, `LazyTensor` and `Placeholder`.
 
@@ -126,30 +136,16 @@ class Unpickler:
         match name:
             case "PROTO" | "FRAME" | "STOP":
                 pass
-            case (
-                "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4" | "FLOAT" | "BINFLOAT" | "STRING"
-                | "BINSTRING" | "SHORT_BINSTRING" | "UNICODE" | "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8"
-                | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8" | "BYTEARRAY8"
-            ):  # fmt: skip
+            case _ if name in _VALUES:
                 stack.append(argument)
+            case _ if name in _NEW:
+                stack.append(_NEW[name]())
             case "PUT" | "BINPUT" | "LONG_BINPUT":
                 self._memo[argument] = stack[-1]
             case "MEMOIZE":
                 self._memo[len(self._memo)] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[argument])
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(name == "NEWTRUE")
-            case "EMPTY_DICT":
-                stack.append({})
-            case "EMPTY_LIST":
-                stack.append([])
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "EMPTY_SET":
-                stack.append(Placeholder("set"))
             case "MARK":
                 self._marks.append(stack)
                 self._stack = []

@@ -63,18 +63,9 @@ def write_weights(
         CheckpointError: the file exists, the suffix is unknown, the disk has too little space, a tensor cannot be
             stored in the format, or a value is too large for `dtype`. Nothing is left behind.
     """
-    path = Path(path)
     check_output(path, overwrite)
-    with about(path, "written"):
-        lazy = _checked(path, cast(tensors, dtype, keep), metadata or {})
-        place = _place(path)
-        _check_space(place, sum(tensor.nbytes for tensor in lazy.values()) + _SPARE)
-        with _temporary(place) as temporary:
-            _write_file(temporary, path.suffix, lazy, metadata, _bar(path, [lazy], progress))
-            if place.exists() and not overwrite:  # it may have appeared in the meantime
-                raise CheckpointError("was created by someone else while this was being written")
-            os.replace(temporary, place)
-    return path
+    _write(Path(path), {"": cast(tensors, dtype, keep)}, metadata or {}, overwrite, progress)
+    return Path(path)
 
 
 def write_folder(
@@ -96,30 +87,40 @@ def write_folder(
     Raises:
         CheckpointError: as `write_weights`.
     """
-    path = Path(path)
     check_output(path, overwrite, files=files)
+    contents = {
+        name: cast(content, dtype, keep)
+        if name.endswith(SUFFIXES)
+        else (content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode("utf-8")
+        for name, content in files.items()
+    }
+    _write(Path(path), contents, {}, overwrite, progress)
+    return Path(path)
+
+
+def _write(
+    path: Path, contents: dict[str, Tensors | bytes], metadata: Mapping[str, str], overwrite: bool, progress: bool
+) -> None:
+    """Write files below `path`, or itself where the name is ""; they take their places when all are complete."""
     with about(path, "written"):
-        contents = {
-            name: _checked(path / name, cast(content, dtype, keep))
-            if name.endswith(SUFFIXES)
-            else (content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode("utf-8")
-            for name, content in files.items()
-        }
-        weights = [content for content in contents.values() if isinstance(content, dict)]
         place = _place(path)
-        _check_space(place, sum(t.nbytes for tensors in weights for t in tensors.values()) + _SPARE * len(contents))
-        advance = _bar(path, weights, progress)
-        with _temporary(place) as temporary:
+        weights = {name: content for name, content in contents.items() if not isinstance(content, bytes)}
+        for name, tensors in weights.items():
+            _check_storable(path / name, tensors, metadata)
+        sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in weights.values()]
+        _check_space(place, sum(sizes) + _SPARE * len(contents))
+        with _temporary(place) as temporary, _bar(path.name, sum(sizes), progress) as bar:
             for name, content in contents.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                _write_file(temporary / name, Path(name).suffix, content, None, advance)
-            if not place.exists() or not any(place.iterdir()):
-                os.replace(temporary, place)
-                return path
-            for name in contents:
-                (place / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(temporary / name, place / name)
-    return path
+                _write_file(temporary / name, Path(name or path).suffix.lower(), content, metadata, bar.update)
+            if place.is_dir() and any(place.iterdir()):
+                for name in contents:
+                    (place / name).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(temporary / name, place / name)
+                return
+            if place.is_file() and not overwrite:  # it may have appeared in the meantime
+                raise CheckpointError("was created by someone else while this was being written")
+            os.replace(temporary, place)
 
 
 def check_output(
@@ -185,24 +186,21 @@ def _place(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _checked(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Tensors:
-    """The tensors, if the format that the path's suffix names can hold them all."""
+def _check_storable(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+    """Raise unless the format that the path's suffix names can hold all tensors, names and texts."""
     if not tensors:
         raise CheckpointError("there is nothing to write")
     torch_file = path.suffix.lower() in TORCH_SUFFIXES
     names = STORAGE_NAMES if torch_file else SAFETENSORS_NAMES
     for key, tensor in tensors.items():
         if tensor.dtype not in names or (key == METADATA and not torch_file):
-            raise CheckpointError(
-                f"{key!r} of {tensor.dtype} cannot be stored in a {path.suffix} file"
-                + "; write .safetensors" * torch_file
-            )
-    for text in (*tensors, *(metadata or {}), *(metadata or {}).values()):
+            advice = "; write .safetensors" if torch_file else ""
+            raise CheckpointError(f"{key!r} of {tensor.dtype} cannot be stored in a {path.suffix} file{advice}")
+    for text in (*tensors, *metadata, *metadata.values()):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise CheckpointError(f"{text[:100]!r} is not valid text and cannot be written") from error
-    return tensors
 
 
 def _check_space(place: Path, needed: int) -> None:
@@ -227,24 +225,22 @@ def _temporary(place: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _bar(path: Path, weights: Iterable[Tensors], progress: bool) -> Callable[[int], Any]:
-    """A progress bar over the bytes of all tensors, to be called with the number written."""
-    total = sum(tensor.nbytes for tensors in weights for tensor in tensors.values())
-    name = "".join(character if character.isprintable() else "?" for character in path.name)
+def _bar(name: str, total: int, progress: bool) -> tqdm:
+    shown = "".join(character if character.isprintable() else "?" for character in name)
     options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "dynamic_ncols": True}
-    return tqdm(desc=name, total=total, disable=not progress, **options).update
+    return tqdm(desc=shown, total=total, disable=not progress, **options)
 
 
 def _write_file(
-    path: Path, suffix: str, content: Tensors | bytes, metadata: Mapping[str, str] | None, advance: Callable[[int], Any]
+    path: Path, suffix: str, content: Tensors | bytes, metadata: Mapping[str, str], advance: Callable[[int], Any]
 ) -> None:
     with open(path, "xb") as file:
         if isinstance(content, bytes):
             file.write(content)
-        elif suffix.lower() in TORCH_SUFFIXES:
+        elif suffix in TORCH_SUFFIXES:
             _write_torch(file, content, advance)
         else:
-            _write_safetensors(file, content, {"format": "pt", **(metadata or {})}, advance)
+            _write_safetensors(file, content, {"format": "pt", **metadata}, advance)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,6 +1,7 @@
 """Initial values that are drawn when they are needed: never in vain, and the same as if drawn at once."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ TOUCHES = {
     "print": lambda m: repr(m.embedding),
     "numpy": lambda m: m.embedding.data.numpy(),
     "copy": lambda m: copy.deepcopy(m),
+    "pickle": lambda m: torch.save(m.embedding, io.BytesIO()),
     "copied from": lambda m: torch.empty(5, 8).copy_(m.embedding.detach()),
     "step": lambda m: (m(torch.ones(1, 3, 5, 5)).sum().backward(), torch.optim.SGD(m.parameters(), lr=0.0).step()),
 }
