@@ -59,6 +59,8 @@ def create_model(
         source, config = resolve(config_path, ".yaml"), load_config(config_path)
     section = model_section(config, source)
     place = torch.device(device if device is not None else "cpu")
+    if place.type == "cuda" and place.index is None:  # on fake tensors there need not be one
+        place = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
     if weights is None and place.type == "cpu":
         model = build_deferred(lambda: instantiate_from_config(section))
     else:

@@ -116,8 +116,8 @@ def _whole(model: ModelWeights, options: Options) -> Tensors:
         if model.has(prefix):
             continue
         if options.base is None or not options.base.has(prefix):
-            where = f"{model.path} and {options.base.path} have" if options.base else f"{model.path} has"
-            raise CheckpointError(f"{where} no {name}; name a base model that has one with --base")
+            beside = f", nor has {options.base.path}" if options.base else ""
+            raise CheckpointError(f"has no {name}{beside}; name a base model that has one with --base")
         check_same_kind(model, options.base)
         made |= with_prefix(options.base.part(prefix), prefix)
         model.notes.append(f"the {name} is that of {options.base.path}")

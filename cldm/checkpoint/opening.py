@@ -233,7 +233,7 @@ def check_same_kind(one: ModelWeights, other: ModelWeights) -> None:
         differing = differing or next(iter(first.keys() ^ second.keys()), None)
     if differing is not None or not shared:
         what = f"differ in {differing!r}" if shared else "have nothing in common"
-        raise CheckpointError(f"{one.path} and {other.path} are models of different kinds: they {what}")
+        raise CheckpointError(f"is a model of another kind than {other.path}: they {what}", one.path)
 
 
 # What a checkpoint holds beside the networks' weights, where a file of another layout leaves it out.

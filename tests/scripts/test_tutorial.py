@@ -98,12 +98,12 @@ def test_mistakes_can_be_corrected_and_defects_are_shown(data, tmp_path, capsys,
     def locked(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(out))
 
-    monkeypatch.setattr(tutorial_train, "write_checkpoint", locked)
+    monkeypatch.setattr(tutorial_train, "write_weights", locked)
     capsys.readouterr()
     assert tutorial_train.main(arguments(data, out, steps=1)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("tutorial_train.py: ") and "Permission denied" in error
-    monkeypatch.setattr(tutorial_train, "write_checkpoint", broken)
+    monkeypatch.setattr(tutorial_train, "write_weights", broken)
     with pytest.raises(ValueError, match="of torch"):
         tutorial_train.main(arguments(data, out, steps=1))
 
