@@ -10,9 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cldm.checkpoint.control import AddedControl, add_control
-from cldm.checkpoint.writing import FLOAT_DTYPES
+from cldm.checkpoint import AddedControl, add_control
+from cldm.checkpoint.names import CONTROL_PREFIX
 from cldm.command import run_tool
+from ldm.files.tensors import FLOAT_DTYPES
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,14 +32,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def summary(output: str, added: AddedControl) -> list[str]:
-    """What was done, with the new entries one a line."""
-    lines = [f"new: {key}" for key in added.new]
-    lines += added.notes
+    """What was done."""
+    lines = list(added.notes)
     if added.dropped:
         lines.append(f"left out: {len(added.dropped)} entries that the model does not have, first {added.dropped[0]}")
+    fresh = sum(key.startswith(CONTROL_PREFIX) for key in added.new)
     lines.append(
-        f"wrote {output}: {len(added.entries)} entries, of which {len(added.new)} are new; of the ControlNet, "
-        f"{len(added.copied)} are copied from the UNet and {len(added.kept)} kept as they were"
+        f"wrote {output}: {len(added.tensors)} entries. Of the ControlNet, {len(added.copied)} are copied from the UNet, "
+        f"{fresh} are new (zero convolutions and hint encoder) and {len(added.kept)} kept as they were"
     )
     return lines
 

@@ -9,9 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cldm.checkpoint.converting import TARGETS, convert
-from cldm.checkpoint.writing import FLOAT_DTYPES
+from cldm.checkpoint import TARGETS, convert
 from cldm.command import run_tool
+from ldm.files.tensors import FLOAT_DTYPES
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         "the base in INPUT differs (trained with sd_locked=False), it is written beside OUTPUT")  # fmt: skip
     parser.add_argument("--with-base", action="store_true", help="write INPUT's base model beside OUTPUT in any case")
     parser.add_argument("--config", help="configuration by name or path, for models of no known family")
-    parser.add_argument("--ema", action="store_true", help="take the UNet's averaged weights")
+    parser.add_argument("--ema", action="store_true", help="take the EMA weights")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of the weights; as they are by default")
     parser.add_argument("--global-average-pooling", action=argparse.BooleanOptionalAction,
                         help="the ControlNet averages its outputs (shuffle of ControlNet 1.1), whatever INPUT says")  # fmt: skip

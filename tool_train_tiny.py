@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from cldm.checkpoint.reading import read_state_dict
-from cldm.checkpoint.writing import check_target, write_checkpoint
+from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.command import run_command
 from cldm.config import load_config, override
 from cldm.data.fill import PALETTES, describe_fill, draw_fill
 from cldm.settings import check_counts, explain, is_continued, setting, write_settings
 from cldm.training.engine import make_trainer
+from ldm.files import check_output, read_state_dict, write_weights
 from ldm.util import ConfigError, instantiate_from_config
 
 # What may differ when a run goes on.
@@ -178,7 +178,7 @@ def cache_latents(autoencoder: pl.LightningModule, settings: Settings) -> tuple[
             posterior = autoencoder.encode(images.to(autoencoder.device))
             means.append(posterior.mean.cpu())
             stds.append(posterior.std.cpu())
-        write_checkpoint(path, {"mean": torch.cat(means), "std": torch.cat(stds)}, progress=False)
+        write_weights(path, {"mean": torch.cat(means), "std": torch.cat(stds)}, progress=False)
     cached = read_state_dict(path)
     prompts = [describe_fill(i, settings.seed, palette)[0] for i in numbers]
     return cached["mean"], cached["std"], prompts
@@ -238,7 +238,7 @@ def write_base(
         ),
         "license": "Apache-2.0",
     }
-    write_checkpoint(settings.out, entries, metadata=provenance, dtype=torch.float16, overwrite=True)
+    write_weights(settings.out, entries, provenance, torch.float16, keep=SCHEDULE_KEYS, overwrite=True)
 
 
 def train(settings: Settings) -> None:
@@ -259,7 +259,7 @@ def train(settings: Settings) -> None:
     if stages and not is_continued(work / "settings.json", settings, MAY_CHANGE):
         raise ConfigError(f"{work} holds stages of unknown settings; choose another folder with work=")
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_target(out, overwrite=True, folder=False)
+    check_output(out, overwrite=True)
     write_settings(work / "settings.json", settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)

@@ -11,9 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cldm.checkpoint.control import transfer_control
-from cldm.checkpoint.writing import FLOAT_DTYPES
+from cldm.checkpoint import transfer_control
 from cldm.command import run_tool
+from ldm.files.tensors import FLOAT_DTYPES
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

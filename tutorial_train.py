@@ -21,10 +21,9 @@ from pathlib import Path
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from cldm.checkpoint.control import add_control
+from cldm.checkpoint import add_control
 from cldm.cldm import ControlLDM
-from cldm.command import MISTAKES, run_command
-from cldm.config import resolve
+from cldm.command import run_command
 from cldm.data.fill import generate_fill
 from cldm.data.shards import find_shards
 from cldm.evaluation import Sampling
@@ -38,13 +37,14 @@ from cldm.training.data import TrainingData, check_once, hold_out
 from cldm.training.dynamics import Dynamics
 from cldm.training.engine import SeedSteps, ShowProgress, StopOnSignal, fit, make_trainer, run_options
 from cldm.training.folder import RunFolder
-from cldm.training.health import SkipBadSteps, TrainingError
+from cldm.training.health import SkipBadSteps
 from cldm.training.held_out import HeldOut
 from cldm.training.metrics import run_loggers
 from cldm.training.optim import optimizer_config, scheduler_config
 from cldm.training.phases import plan_phases
 from cldm.training.precision import allow_tf32, cast_frozen, set_recompute, use_channels_last
 from cldm.training.settings import TINY_DATA, Settings, parse_settings
+from ldm.files.locating import locate
 from ldm.util import ConfigError
 from tutorial_dataset import MyDataset
 
@@ -75,9 +75,9 @@ def train(s: Settings) -> None:
 
         # Model: the configuration, filled from weights with control.
         if s.weights:
-            weights = resolve(s.weights)
+            weights = locate(s.weights)
         else:
-            base = resolve(s.base)
+            base = locate(s.base)
             weights = run.initial_weights(
                 base, s.config, lambda path: add_control(base, path, s.config, overwrite=True)
             )
@@ -230,7 +230,6 @@ def main(argv: list[str] | None = None) -> int:
         "tutorial_train.py",
         lambda: train(parse_settings(arguments)),
         interrupted=f"interrupted before the training began; {HOW_TO_GO_ON}",
-        mistakes=(*MISTAKES, TrainingError),
     )
 
 

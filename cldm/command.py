@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from cldm.checkpoint.errors import CheckpointError
 from cldm.data.pairs import DataError
 from cldm.terminal import fail, show
+from ldm.files import CheckpointError
 from ldm.util import ConfigError
 
 # What the user can mend. Any other error is a defect, of this library or another one, and keeps its traceback.
@@ -31,19 +31,13 @@ class Stopped(BaseException):
         return 128 + self.number
 
 
-def run_command(
-    program: str,
-    work: Callable[[], int | None],
-    interrupted: str,
-    mistakes: tuple[type[Exception], ...] = MISTAKES,
-) -> int:
+def run_command(program: str, work: Callable[[], int | None], interrupted: str) -> int:
     """Do a script's work; a mistake of the user's becomes one line on stderr.
 
     Args:
         program: its name, before the line.
         work: returns the exit status; None stands for 0.
         interrupted: what to say after Ctrl-C or SIGTERM.
-        mistakes: errors that are the user's to mend.
 
     Returns:
         the exit status: the work's own, 2 for a mistake, 130 after Ctrl-C, 143 after SIGTERM.
@@ -51,7 +45,7 @@ def run_command(
     try:
         with _terminable():
             return work() or 0
-    except mistakes as error:
+    except MISTAKES as error:
         fail(error if str(error) else type(error).__name__, program)
         return 2
     except KeyboardInterrupt:
@@ -80,17 +74,9 @@ def _terminable() -> Iterator[None]:
 
 
 def run_tool(program: str, work: Callable[[], Iterable[str]]) -> int:
-    """Do the work of a tool that makes files of others, and show the lines that it returns.
-
-    Whatever a file can cause is the user's to mend here. Exit status as of `run_command`.
-    """
+    """Do the work of a tool that makes files of others, and show the lines that it returns; exit status as of `run_command`."""
     lines: list[str] = []
-    status = run_command(
-        program,
-        lambda: lines.extend(work()),
-        interrupted="interrupted; nothing was written",
-        mistakes=(ValueError, OSError),
-    )
+    status = run_command(program, lambda: lines.extend(work()), interrupted="interrupted; nothing was written")
     for line in lines:
         show(line)
     return status

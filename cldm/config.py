@@ -13,6 +13,11 @@ from ldm.util import ConfigError
 
 S = TypeVar("S")
 
+
+class MissingConfigError(ConfigError, FileNotFoundError):
+    """There is no such configuration."""
+
+
 # In a wheel the YAML files and the tiny base's weights lie inside this package; in a checkout, in `models` and `configs` beside it.
 _PACKAGED = Path(__file__).parent / "resources"
 _CHECKOUT = Path(__file__).parent.parent
@@ -37,7 +42,7 @@ def resolve(name: str | Path, suffix: str = "") -> Path:
                 return folder / candidate
     known = sorted(path.stem for folder in search_folders() for path in folder.glob(f"*{suffix}") if suffix)
     hint = f"; packaged are {', '.join(known)}" if known else ""
-    raise ConfigError(f"there is no file {str(name)!r}{hint}")
+    raise MissingConfigError(f"there is no file {str(name)!r}{hint}")
 
 
 def load_config(path: str | Path) -> DictConfig:

@@ -3,19 +3,20 @@
 import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cldm.checkpoint.converting import open_weights
-from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.layout import CONTROL_PREFIX, Report, identify
-from cldm.checkpoint.lazy import LazyEntries, lazy_entries
-from cldm.checkpoint.opening import open_model
+from cldm.checkpoint.names import CONTROL_PREFIX
+from cldm.checkpoint.opening import ModelWeights, completed, open_model
+from cldm.checkpoint.recognising import POOLING
 from cldm.config import load_config, model_section, resolve
+from ldm.deferred import build_deferred
+from ldm.files import CheckpointError, LazyTensor
+from ldm.files.tensors import Tensors, parse_dtype
 from ldm.util import ConfigError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
@@ -31,84 +32,112 @@ def get_state_dict(d: Mapping[str, Any]) -> Mapping[str, Any]:
     return d.get("state_dict", d)
 
 
-def load_state_dict(ckpt_path: str | Path, location: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """All tensors of a weights file or folder on `location`, under the keys that a model here has; nothing is executed.
-
-    A file with such keys, or with keys of no known layout, comes as it is. A ControlNet without prefix gets its
-    `control_model.`, and what diffusers wrote gets the names of this library. What a file lacks is logged as a warning.
-
-    Raises:
-        CheckpointError: the file is missing, broken, or holds something else than weights; or it is a difference, which
-            only `load_control` can add to its base.
-    """
-    with open_weights(ckpt_path) as (entries, checkpoint):
-        with ThreadPoolExecutor(_READERS) as pool:
-            state_dict = dict(zip(entries, pool.map(lambda key: entries[key].to(location), entries), strict=True))
-        report = identify(checkpoint)
-    logger.info("read %d entries from %s (%s, %s)", len(state_dict), ckpt_path, report.layout, report.family)
-    _warn_if_partial(report)
-    return state_dict
-
-
-def _warn_if_partial(report: Report) -> None:
-    if report.missing:
-        logger.warning(
-            "%s is an incomplete %s file of family %s: %d entries are missing (%s)",
-            report.path, report.layout, report.family, len(report.missing), abbreviate(report.missing),
-        )  # fmt: skip
-    if report.mismatched:
-        logger.warning("%s: %d entries are not of the shape that its family has (%s)",
-                       report.path, len(report.mismatched), abbreviate(report.mismatched))  # fmt: skip
-
-
 def create_model(
     config_path: str | Path | Mapping[str, Any],
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
     """The model that a configuration describes, on the CPU unless `device` says otherwise.
 
     Args:
         config_path: a YAML file, the name of a packaged one (`cldm_v15`, `cldm_v21`, `cldm_tiny`), or its content.
-        weights: a file or folder to fill it from, of any layout that has the whole model. The model then takes memory only
-            for what is read, so this is the quick way. What a file need not have (`logvar`) keeps its initial value;
-            anything else missing is an error.
-        device: of the parameters; `meta` makes a model without memory.
+        weights: a file or folder to fill it from, of any layout that has the whole model, or `hf://owner/name[/file]`. The
+            model then takes memory only for what is read. What a file need not have (`logvar`) keeps its initial value;
+            anything else missing is an error. Without `weights` all values are initial ones, drawn when they are first
+            needed (see `ldm.deferred`).
+        device: of all parameters and buffers; `meta` makes a model without memory.
+        dtype: of the weights, e.g. "float16"; float32 by default. The noise schedule stays float32.
 
     Raises:
         ConfigError: the configuration cannot be built.
-        CheckpointError: the weights cannot be read or do not fit.
+        CheckpointError: the weights cannot be read, do not fit, or say that they belong to another kind of model.
     """
     if isinstance(config_path, Mapping):
         source, config = "the configuration", config_path
     else:
         source, config = resolve(config_path, ".yaml"), load_config(config_path)
     section = model_section(config, source)
-    if weights is None:
-        with torch.device(device if device is not None else "cpu"):
-            return instantiate_from_config(section)
-    with torch.device("meta"):
-        model = instantiate_from_config(section)
-    load_weights(model, weights)
+    place = torch.device(device if device is not None else "cpu")
+    if place.type == "cuda" and place.index is None:  # on fake tensors there need not be one
+        place = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if weights is None and place.type == "cpu":
+        model = build_deferred(lambda: instantiate_from_config(section))
+    else:
+        with torch.device("meta" if weights is not None else place):
+            model = instantiate_from_config(section)
+    if dtype is not None:
+        for name, part in model.named_children():  # the schedule belongs to the model itself
+            if name != "model_ema":
+                part.to(parse_dtype(dtype))
+    if weights is not None:
+        _load(model, weights, OPTIONAL, place)
     # On the CPU too: this tells Lightning that the model is not on the meta device any more.
-    return model.to(device if device is not None else "cpu")
+    return model.to(place)
+
+
+def load_state_dict(ckpt_path: str | Path, location: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of a weights file or folder on `location`, under the keys that a model here has; nothing is executed.
+
+    Full checkpoints and files of unknown layout keep their keys, EMA entries included. A ControlNet without prefix gets
+    its `control_model.`, and what diffusers wrote gets the names of this library. What a file lacks, or what it says that
+    the configuration must say too, is logged as a warning.
+
+    Raises:
+        CheckpointError: the file is missing, broken, or holds something else than weights; or it is a difference, which
+            only `load_control` can add to its base.
+    """
+    with open_model(ckpt_path, any_layout=True) as opened:
+        tensors = _for_filling(opened)
+        with ThreadPoolExecutor(_READERS) as pool:
+            state_dict = dict(
+                zip(tensors, pool.map(lambda key: tensors[key].read().to(location), tensors), strict=True)
+            )
+    report = opened.report
+    logger.info("read %d entries from %s (%s, %s)", len(state_dict), ckpt_path, report.layout, report.family)
+    for keys, problem in ((report.missing, "are missing"), (report.mismatched, "have another shape than its family's")):
+        if keys:
+            logger.warning("%s: %d entries %s (%s)", report.path, len(keys), problem, abbreviate(keys))
+    if report.told.get("prediction", "eps") != "eps":
+        prediction = report.told["prediction"]
+        logger.warning(
+            "%s: its model predicts %s; configure it with `parameterization: %s`", report.path, prediction, prediction
+        )
+    if report.told.get(POOLING):
+        logger.warning("%s: its ControlNet averages its outputs; configure it with `%s: true`", report.path, POOLING)
+    return state_dict
+
+
+def _for_filling(opened: ModelWeights) -> Tensors:
+    """All tensors of a file, with those that a pipeline of diffusers leaves out."""
+    if opened.report.layout != "diffusers-pipeline":
+        return {**opened.tensors, **opened.ema}
+    return completed(opened, opened.tensors, opened, opened.report.config)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did, by key."""
+    """What a load did, by key.
+
+    Attributes:
+        loaded: keys that were in the file and in the model.
+        kept: keys of the model that the file does not have; their values stayed.
+        ignored: keys that are in the file, and were not loaded.
+        notes: what else deserves notice, a line each.
+    """
 
     loaded: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)  # the model's own value stayed
-    ignored: list[str] = field(default_factory=list)  # in the file, and nowhere in the model
+    kept: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} entries loaded"]
         if self.kept:
-            parts.append(f"{len(self.kept)} kept their initial values ({abbreviate(self.kept)})")
+            parts.append(f"{len(self.kept)} kept their values ({abbreviate(self.kept)})")
         if self.ignored:
             parts.append(f"{len(self.ignored)} of the file ignored ({abbreviate(self.ignored)})")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.notes])
 
 
 def abbreviate(keys: Iterable[str], most: int = 3) -> str:
@@ -120,77 +149,32 @@ def abbreviate(keys: Iterable[str], most: int = 3) -> str:
 def load_weights(model: nn.Module, path: str | Path, optional: Iterable[str] = OPTIONAL) -> LoadReport:
     """Fill `model` from a weights file or folder, tensor by tensor; parameters on the meta device get memory as they are read.
 
-    Values are converted to the type that the model's entry has (fp16 files become fp32 weights).
+    Values are converted to the dtype that the model's entry has (fp16 files become fp32 weights).
 
     Args:
         optional: prefixes of keys that the file may lack; they keep their initial values.
 
     Raises:
-        CheckpointError: entries are missing or of another shape. The model is unchanged then.
+        CheckpointError: entries are missing or of another shape, or the file says that it belongs to another kind of
+            model. The model is unchanged then.
     """
-    with open_weights(path) as (entries, _):
-        return _fill(model, entries, tuple(optional))
+    return _load(model, path, tuple(optional), torch.device("cpu"))
 
 
-def _fill(model: nn.Module, entries: LazyEntries, optional: tuple[str, ...]) -> LoadReport:
-    places = dict(model.state_dict(keep_vars=True))
-    missing = [key for key in places if key not in entries]
-    wrong = [key for key in places if key in entries and entries.info(key).shape != tuple(places[key].shape)]
-    needed = [key for key in missing if not key.startswith(optional)]
-    if needed or wrong:
-        raise CheckpointError(_misfit(model, entries, places, needed, wrong))
-    stranded = [key for key in missing if places[key].is_meta]
-    if stranded:
-        raise CheckpointError(
-            f"{entries.path}: {abbreviate(stranded)} are missing, and have no initial values in a model made without memory"
-        )
-    report = LoadReport([k for k in places if k in entries], missing, [k for k in entries if k not in places])
-
-    def read(key: str) -> Tensor | None:
-        if places[key].is_meta:
-            return entries[key].to(places[key].dtype)
-        with torch.no_grad():
-            entries.read_into(key, places[key])
-        return None
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        for key, value in zip(report.loaded, pool.map(read, report.loaded), strict=True):
-            if value is not None:
-                _give_memory(model, key, value)
-    logger.info("%s: %s", entries.path, report)
+def _load(model: nn.Module, path: str | Path, optional: tuple[str, ...], device: torch.device) -> LoadReport:
+    with open_model(path, any_layout=True) as opened:
+        scale, own = opened.report.told.get("scale_factor"), getattr(model, "scale_factor", None)
+        if scale is not None and isinstance(own, float) and abs(own - scale) > 1e-4 * scale:
+            raise CheckpointError(
+                f"its VAE scales latents by {scale}, this model by {own}; set `scale_factor: {scale}`",
+                opened.path,
+            )
+        _check_prediction(model, opened)
+        report = _fill(model, _for_filling(opened), opened.path, optional, device)
+        report.ignored.extend(opened.left_out)
+        report.notes.extend([*opened.notes, *_apply_pooling(model, opened)])
+    logger.info("%s: %s", path, report)
     return report
-
-
-def _give_memory(model: nn.Module, key: str, value: Tensor) -> None:
-    """Put a tensor in the place of an entry that lies on the meta device."""
-    owner_name, _, name = key.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if name in owner._parameters:
-        owner._parameters[name] = nn.Parameter(value, requires_grad=owner._parameters[name].requires_grad)
-    else:
-        owner._buffers[name] = value
-
-
-def _misfit(
-    model: nn.Module, entries: LazyEntries, places: Mapping[str, Tensor], missing: list[str], wrong: list[str]
-) -> str:
-    """What was found, what was expected, and which keys."""
-    lines = [f"{entries.path} does not fit {type(model).__name__}:"]
-    if wrong:
-        key = wrong[0]
-        lines.append(
-            f"{len(wrong)} entries have another shape, e.g. {key} is {list(entries.info(key).shape)} "
-            f"where {list(places[key].shape)} was expected;"
-        )
-    if missing:
-        lines.append(f"{len(missing)} entries are missing ({abbreviate(missing)});")
-    if missing and all(key.startswith("control_model.") for key in missing):
-        lines.append("it holds no ControlNet: add one with tool_add_control.py")
-    else:
-        lines.append(
-            f"it holds {len(entries)} entries ({abbreviate(entries, 2)}): choose the configuration that belongs to it"
-        )
-    return " ".join(lines)
 
 
 def load_control(model: nn.Module, path: str | Path) -> LoadReport:
@@ -198,7 +182,8 @@ def load_control(model: nn.Module, path: str | Path) -> LoadReport:
 
     It may be a full checkpoint, a ControlNet alone with or without prefix, of diffusers, or stored as the difference to
     its base, which is then added to the UNet that `model` has. The rest of the model stays as it is; what the file holds
-    beside a ControlNet is ignored, and reported so.
+    beside a ControlNet is ignored, and reported so. Where the file says whether its ControlNet averages its outputs (as
+    shuffle does), `model.global_average_pooling` follows.
 
     Raises:
         ConfigError: `model` has no ControlNet.
@@ -207,12 +192,17 @@ def load_control(model: nn.Module, path: str | Path) -> LoadReport:
     control = getattr(model, "control_model", None)
     if control is None:
         raise ConfigError(f"{type(model).__name__} has no ControlNet to load")
-    with open_model(path, lazy_entries(model.state_dict())) as opened:
+    base = {key: LazyTensor.of(tensor) for key, tensor in model.state_dict().items()}
+    with open_model(path, base) as opened:
         if not opened.has(CONTROL_PREFIX):
-            raise CheckpointError(f"{path} holds no ControlNet: it is a {opened.report.layout} file")
-        report = _fill(control, opened.state_dict(CONTROL_PREFIX), ())
-        beside = [key for key in opened.entries if not key.startswith(CONTROL_PREFIX)]
-    return replace(report, ignored=[*report.ignored, *beside])
+            raise CheckpointError(f"holds no ControlNet: it is a {opened.report.layout} file", opened.path)
+        _check_prediction(model, opened)
+        report = _fill(control, opened.part(CONTROL_PREFIX), opened.path, (), torch.device("cpu"))
+        beside = [key for key in (*opened.tensors, *opened.ema) if not key.startswith(CONTROL_PREFIX)]
+        report.ignored.extend([*beside, *opened.left_out])
+        report.notes.extend([*opened.notes, *_apply_pooling(model, opened)])
+    logger.info("%s: %s", path, report)
+    return report
 
 
 def add_control(model: nn.Module, path: str | Path, **changes: Any) -> int:
@@ -240,3 +230,75 @@ def add_control(model: nn.Module, path: str | Path, **changes: Any) -> int:
     finally:
         model.control_model, model.global_average_pooling = first, pooling
     return number
+
+
+def _check_prediction(model: nn.Module, opened: ModelWeights) -> None:
+    """Raise if a file says that its UNet predicts something else than the model is configured for."""
+    told, own = opened.report.told.get("prediction"), getattr(model, "parameterization", None)
+    if told is not None and own is not None and told != own:
+        raise CheckpointError(
+            f"belongs to a model that predicts {told}, and this one is configured to predict {own}: set "
+            f"`parameterization: {told}` in its configuration, or choose another file",
+            opened.path,
+        )
+
+
+def _apply_pooling(model: nn.Module, opened: ModelWeights) -> list[str]:
+    """Let the model average its ControlNet's outputs as a file's ControlNet needs it, if the file says so; and say so."""
+    told = opened.report.told.get(POOLING)
+    if told is None or not opened.has(CONTROL_PREFIX) or getattr(model, POOLING, told) == told:
+        return []
+    setattr(model, POOLING, told)
+    return [f"{POOLING} is set to {told}, as the file says"]
+
+
+def _fill(
+    model: nn.Module, tensors: Tensors, path: Path, optional: tuple[str, ...], device: torch.device
+) -> LoadReport:
+    """Fill a module; what lies on the meta device gets memory on `device`."""
+    places = dict(model.state_dict(keep_vars=True))
+    missing = [key for key in places if key not in tensors]
+    wrong = [key for key in places if key in tensors and tensors[key].shape != tuple(places[key].shape)]
+    needed = [key for key in missing if not key.startswith(optional) or places[key].is_meta]
+    if needed or wrong:
+        raise CheckpointError(_misfit(model, tensors, places, needed, wrong), path)
+    report = LoadReport([k for k in places if k in tensors], missing, [k for k in tensors if k not in places])
+
+    def read(key: str) -> None:
+        value, place = tensors[key].read(), places[key]
+        if not place.is_meta:
+            with torch.no_grad():
+                place.copy_(value)
+            return
+        owner, _, name = key.rpartition(".")
+        owner, value = model.get_submodule(owner), value.to(device, place.dtype)
+        if name in owner._parameters:
+            owner._parameters[name] = nn.Parameter(value, requires_grad=place.requires_grad)
+        else:
+            owner._buffers[name] = value
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(read, report.loaded))
+    return report
+
+
+def _misfit(
+    model: nn.Module, tensors: Tensors, places: Mapping[str, Tensor], missing: list[str], wrong: list[str]
+) -> str:
+    """What was found, what was expected, and which keys."""
+    lines = [f"does not fit {type(model).__name__}:"]
+    if wrong:
+        key = wrong[0]
+        lines.append(
+            f"{len(wrong)} entries have another shape, e.g. {key} is {list(tensors[key].shape)} "
+            f"where {list(places[key].shape)} was expected;"
+        )
+    if missing:
+        lines.append(f"{len(missing)} entries are missing ({abbreviate(missing)});")
+    if missing and all(key.startswith(CONTROL_PREFIX) for key in missing):
+        lines.append("it holds no ControlNet: add one with tool_add_control.py")
+    else:
+        lines.append(
+            f"it holds {len(tensors)} entries ({abbreviate(tensors, 2)}): choose the configuration that belongs to it"
+        )
+    return " ".join(lines)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -10,11 +10,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from ldm.util import ConfigError, instantiate_from_config
 
 
+@runtime_checkable
+class Schedule(Protocol):
+    """What a `scheduler_config` may name."""
+
+    def schedule(self, n: int) -> float:
+        """The factor of the base learning rate at step n."""
+
+
 def with_schedule(optimizer: Optimizer, scheduler_config: Mapping[str, Any] | None) -> Any:
     """What Lightning's `configure_optimizers` should return: the optimizer, with the configured schedule stepped every step."""
     if scheduler_config is None:
         return optimizer
-    schedule = instantiate_from_config(scheduler_config).schedule
+    schedule = instantiate_from_config(scheduler_config, Schedule).schedule
     return {
         "optimizer": optimizer,
         "lr_scheduler": {"scheduler": LambdaLR(optimizer, lr_lambda=schedule), "interval": "step"},

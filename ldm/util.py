@@ -44,7 +44,7 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     Raises:
         ConfigError: the module or the name in it does not exist.
     """
-    module_name, _, name = string.rpartition(".")
+    module_name, _, name = string.rpartition(".") if isinstance(string, str) else ("", "", "")
     if not module_name:
         raise ConfigError(f"target {string!r} is not a dotted path; write package.module.Name")
     try:
@@ -61,19 +61,29 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     return getattr(module, name)
 
 
-def instantiate_from_config(config: Mapping[str, Any] | str) -> Any:
+def instantiate_from_config(config: Mapping[str, Any] | str, kind: type = torch.nn.Module) -> Any:
     """Build the object that a mapping with `target` (dotted path) and optional `params` (keyword arguments) names.
 
     The strings `__is_first_stage__` and `__is_unconditional__` stand for "nothing to build" and give None.
 
+    Args:
+        kind: the target must be a class of this kind, which is checked before it is called: a configuration from anywhere
+            shall not call functions such as `os.system`. (The module that a target names is imported.)
+
     Raises:
-        ConfigError: no `target`, an unknown one, or a parameter that it does not take.
+        ConfigError: no `target`, an unknown one, one of another kind, or a parameter that it does not take.
     """
     if config in ("__is_first_stage__", "__is_unconditional__"):
         return None
     if not isinstance(config, Mapping) or "target" not in config:
         raise ConfigError(f"expected a mapping with the key `target`, found {config!r}")
     target = get_obj_from_str(config["target"])
+    if not (inspect.isclass(target) and issubclass(target, kind)):
+        what = f"a {target.__name__}" if inspect.isclass(target) else "no class"
+        raise ConfigError(
+            f"target {config['target']!r} is {what}, and a {kind.__module__.partition('.')[0]}.{kind.__name__} belongs there; "
+            "it was not called"
+        )
     params = config.get("params") or {}
     if not isinstance(params, Mapping):
         raise ConfigError(f"params of {config['target']} must be a mapping, found {params!r}")

@@ -1,29 +1,29 @@
-"""Weights files: read safely and lazily, recognised, converted and written."""
+"""What knows models about weight files: recognised, brought under this library's names, converted and written.
+
+    identify(path)            what is this file? -> `Report`                            recognising
+    open_model(path)          the one way in: its weights under our names, lazy         opening, with names and schedule
+    convert(...)              the one way out: written in any layout of `TARGETS`       converting, with diffusers_config
+    add_control(...), transfer_control(...)                                             control
+
+Reading and writing the files themselves is `ldm.files`; filling a model is `cldm.model`. On the command line:
+`python -m cldm.checkpoint FILE` and the `tool_*_control.py` scripts.
+"""
 
 from cldm.checkpoint.control import AddedControl, add_control, transfer_control
-from cldm.checkpoint.converting import TARGETS, convert, open_weights
-from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.layout import Report, identify
-from cldm.checkpoint.opening import Model, open_model
-from cldm.checkpoint.reading import Checkpoint, TensorInfo, open_checkpoint, read_state_dict
-from cldm.checkpoint.writing import write_checkpoint, write_folder
+from cldm.checkpoint.converting import TARGETS, convert
+from cldm.checkpoint.opening import ModelWeights, identify, open_model
+from cldm.checkpoint.recognising import Report
+from ldm.files import CheckpointError
 
 __all__ = [
     "TARGETS",
     "AddedControl",
-    "Checkpoint",
     "CheckpointError",
-    "Model",
+    "ModelWeights",
     "Report",
-    "TensorInfo",
     "add_control",
     "convert",
     "identify",
-    "open_checkpoint",
     "open_model",
-    "open_weights",
-    "read_state_dict",
     "transfer_control",
-    "write_checkpoint",
-    "write_folder",
 ]

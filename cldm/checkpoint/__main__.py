@@ -7,9 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.layout import Report, identify
+from cldm.checkpoint.opening import identify
+from cldm.checkpoint.recognising import Report
 from cldm.terminal import fail, show
+from ldm.files import CheckpointError
 
 _LAYOUTS = {
     "full": "full: base model and ControlNet",

@@ -1,102 +1,52 @@
-"""From any layout to any other: every file is brought under this library's names first (`opening`), and written from there.
-
-`TARGETS` is the table of what can be written; a further layout is a further row. Entries stay lazy throughout, so neither the
-file nor the model is ever in memory whole.
-"""
+"""The one way out: a model's weights written in any layout, tensor by tensor. `TARGETS` is the table of what can be written."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cldm.checkpoint.diffusers_config import (
-    controlnet_config,
-    model_index,
-    text_config,
-    tokenizer_files,
-    unet_config,
-    vae_config,
-)
-from cldm.checkpoint.errors import CheckpointError
+from cldm.checkpoint import diffusers_config as theirs
 from cldm.checkpoint.expected import expected_entries
-from cldm.checkpoint.layout import (
+from cldm.checkpoint.names import (
     CONTROL_PREFIX,
-    DIFFERENCE,
-    SCHEDULE_KEYS,
+    NETWORKS,
     TEXT_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
-    layout_of,
+    is_open_clip,
+    part,
+    text_to_diffusers,
+    with_prefix,
 )
-from cldm.checkpoint.lazy import Entries, LazyEntries, LazyTensor, constant, lazy_entries
-from cldm.checkpoint.names import NETWORKS, is_open_clip, text_to_diffusers
 from cldm.checkpoint.opening import (
-    Model,
-    below,
-    check_family,
-    is_readable,
-    note_gaps,
-    note_unknown,
-    open_model,
-    under,
-    with_twins,
-)
-from cldm.checkpoint.properties import (
-    POOLING_NOTE,
-    described,
+    ModelWeights,
+    check_same_kind,
+    combined,
+    completed,
     model_params,
-    pools,
-    told_prediction,
-    told_schedule,
-    unconverted,
-    unsaid,
+    note_gaps,
+    open_model,
+    schedule_params,
 )
-from cldm.checkpoint.reading import Checkpoint, open_checkpoint
+from cldm.checkpoint.recognising import DIFFERENCE, POOLING, PREDICTION_METADATA, SCHEDULE_KEYS
 from cldm.checkpoint.schedule import PREDICTIONS, scheduler_config
-from cldm.checkpoint.writing import Output, check_target, is_weights_file, write_all
+from ldm.files import CheckpointError, LazyTensor, check_output, write_folder, write_weights
+from ldm.files.errors import about
+from ldm.files.locating import SUFFIXES
+from ldm.files.tensors import Tensors
+from ldm.files.writing import TORCH_SUFFIXES
 
-logger = logging.getLogger(__name__)
-
-_BASE_PARTS = {"UNet": UNET_PREFIX, "VAE": VAE_PREFIX, "text encoder": TEXT_PREFIX}
 _UNET_FILE = "diffusion_pytorch_model.safetensors"
 _TEXT_FILE = "model.safetensors"
-
-
-@contextmanager
-def open_weights(path: str | Path) -> Iterator[tuple[LazyEntries, Checkpoint]]:
-    """Open a weights file or folder to fill a model from: its entries under the keys that a model here has.
-
-    Whole checkpoints and what is of no known layout come entry by entry as they are, averages included. A ControlNet
-    alone gets its prefix; what diffusers wrote gets this library's names, and what its layout does not keep.
-
-    Yields:
-        the entries, and the checkpoint that they come from.
-
-    Raises:
-        CheckpointError: as `open_model`.
-    """
-    with ExitStack() as opened:
-        checkpoint = opened.enter_context(open_checkpoint(path))
-        layout = layout_of(checkpoint)
-        if layout in ("full", "base", "control") or not is_readable(layout):
-            yield LazyEntries(lazy_entries(checkpoint), path), checkpoint
-            return
-        model = opened.enter_context(open_model(path))
-        config = model.report.config
-        if layout == "diffusers-pipeline" and config is not None:
-            model.entries = {**unconverted(model, model.entries, model, config), **model.entries}
-        for note in model.notes:
-            logger.info("%s", note)
-        yield model.state_dict(), checkpoint
-
-
-# Writing: one function a target, from a model to the content of a file, or of a folder's files.
+_STALE = re.compile(
+    r"sshs_.*|modelspec\.hash.*|(model_)?hash|sha256|md5"
+)  # metadata about the bytes of the file they were in
 
 
 @dataclass(frozen=True)
@@ -110,18 +60,18 @@ class Options:
         prediction: "eps", "v" or "x0", where it was told.
     """
 
-    base: Model | None
+    base: ModelWeights | None
     config: str | None
     pooling: bool
     prediction: str | None
 
-    def params(self, model: Model) -> Mapping[str, Any]:
+    def params(self, model: ModelWeights) -> Mapping[str, Any]:
         """The parameters of the configuration."""
         if self.config is None:
-            raise CheckpointError(f"{model.path}: of no known family; name its configuration with --config")
+            raise CheckpointError("of no known family; name its configuration with --config", model.path)
         return model_params(self.config)
 
-    def unet_source(self, model: Model) -> Model:
+    def unet_source(self, model: ModelWeights) -> ModelWeights:
         """The model whose UNet the result has, and so its noise schedule and what it predicts."""
         return self.base if self.base is not None and not model.has(UNET_PREFIX) else model
 
@@ -132,116 +82,129 @@ class Target:
 
     Attributes:
         help: what it is, for people.
-        needs: prefix of the entries that it is made of; "" if it takes what there is.
-        build: the entries of one file, or of a folder its files by name.
-        folder: whether OUTPUT is a folder; None where its suffix decides.
+        file: makes the tensors of a file; None if it is always a folder.
+        folder: makes the content of a folder's files by name; None if it is always a file.
+        control_alone: whether it is made of the ControlNet, and leaves the base out.
     """
 
     help: str
-    needs: str
-    build: Callable[[Model, Options, bool], dict[str, Any]]
-    folder: bool | None = False
+    file: Callable[[ModelWeights, Options], Tensors] | None = None
+    folder: Callable[[ModelWeights, Options], dict[str, Any]] | None = None
+    control_alone: bool = False
 
 
-def _build_full(model: Model, options: Options, _folder: bool) -> Entries:
+def _build_full(model: ModelWeights, options: Options) -> Tensors:
     if not model.has(CONTROL_PREFIX):
         model.notes.append(f"{model.path} holds no ControlNet, so this is a base model; tool_add_control.py adds one")
-    return _completed(model, options)
+    return _whole(model, options)
 
 
-def _build_base(model: Model, options: Options, _folder: bool) -> Entries:
-    return _completed(_without_control(model), options)
+def _build_base(model: ModelWeights, options: Options) -> Tensors:
+    return _whole(_without_control(model), options)
 
 
-def _without_control(model: Model) -> Model:
+def _without_control(model: ModelWeights) -> ModelWeights:
     """The base model in a full one; both write their notes into the same list."""
-    entries = {k: e for k, e in model.entries.items() if not k.startswith(CONTROL_PREFIX) and k != "logvar"}
-    return replace(model, entries=entries)
+    base = {key: t for key, t in model.tensors.items() if not key.startswith(CONTROL_PREFIX) and key != "logvar"}
+    return replace(model, tensors=base)
 
 
-def _completed(model: Model, options: Options) -> Entries:
-    """The model's entries, with those that a checkpoint has and other layouts lack."""
-    made = dict(model.entries)
-    for name, prefix in _BASE_PARTS.items():
+def _whole(model: ModelWeights, options: Options) -> Tensors:
+    """The model's tensors, with those that a checkpoint has and other layouts lack."""
+    made = dict(model.tensors)
+    for name, prefix in (("UNet", UNET_PREFIX), ("VAE", VAE_PREFIX), ("text encoder", TEXT_PREFIX)):
         if model.has(prefix):
             continue
-        if options.base is not None and options.base.has(prefix):
-            check_family(model, options.base)
-            made |= under(options.base.part(prefix), prefix)
-            model.notes.append(f"the {name} is that of {options.base.path}")
-        else:
-            where = f"{model.path} and {options.base.path} have" if options.base else f"{model.path} has"
-            raise CheckpointError(f"{where} no {name}; name a base model that has one with --base")
-    source = options.unet_source(model)
-    if options.config is None:
-        return {**{key: entry for key, entry in source.entries.items() if key in SCHEDULE_KEYS}, **made}
-    return {**unconverted(model, made, source, options.config), **made}
+        if options.base is None or not options.base.has(prefix):
+            beside = f", nor has {options.base.path}" if options.base else ""
+            raise CheckpointError(f"has no {name}{beside}; name a base model that has one with --base")
+        check_same_kind(model, options.base)
+        made |= with_prefix(options.base.part(prefix), prefix)
+        model.notes.append(f"the {name} is that of {options.base.path}")
+    return completed(model, made, options.unet_source(model), options.config)
 
 
-def _build_control(model: Model, _options: Options, _folder: bool) -> Entries:
-    return under(model.part(CONTROL_PREFIX), CONTROL_PREFIX)
+def _build_control(model: ModelWeights, _: Options) -> Tensors:
+    return with_prefix(model.part(CONTROL_PREFIX), CONTROL_PREFIX)
 
 
-def _build_plain(model: Model, _options: Options, _folder: bool) -> Entries:
+def _build_plain(model: ModelWeights, _: Options) -> Tensors:
     return model.part(CONTROL_PREFIX)
 
 
-def _build_difference(model: Model, options: Options, _folder: bool) -> Entries:
+def _build_difference(model: ModelWeights, options: Options) -> Tensors:
     unet = (options.base or model).part(UNET_PREFIX)
     if not unet:
-        raise CheckpointError(f"{model.path}: holds no base model to take the difference to; name one with --base")
+        raise CheckpointError("holds no base model to take the difference to; name one with --base", model.path)
+    difference = with_prefix(combined(torch.sub, model.part(CONTROL_PREFIX), unet), CONTROL_PREFIX)
+    return {**difference, DIFFERENCE: LazyTensor.of(torch.ones(1))}
+
+
+def _build_controlnet(model: ModelWeights, options: Options) -> dict[str, Any]:
     control = model.part(CONTROL_PREFIX)
-    return {**under(with_twins(torch.sub, control, unet), CONTROL_PREFIX), DIFFERENCE: constant(torch.ones(1))}
+    config = theirs.controlnet_config(control, options.params(model), options.pooling)
+    return {"config.json": config, _UNET_FILE: NETWORKS["controlnet"].to_diffusers(control)[0]}
 
 
-def _build_controlnet(model: Model, options: Options, folder: bool) -> dict[str, Any]:
-    control = model.part(CONTROL_PREFIX)
-    converted, _ = NETWORKS["controlnet"].to_diffusers(control)
-    if not folder:
-        return converted
-    return {"config.json": controlnet_config(control, options.params(model), options.pooling), _UNET_FILE: converted}
+def _build_controlnet_file(model: ModelWeights, _: Options) -> Tensors:
+    return NETWORKS["controlnet"].to_diffusers(model.part(CONTROL_PREFIX))[0]
 
 
-def _build_pipeline(model: Model, options: Options, _folder: bool) -> dict[str, Any]:
+def _build_pipeline(model: ModelWeights, options: Options) -> dict[str, Any]:
     params, source = options.params(model), options.unet_source(model)
-    entries = _completed(model, options)
+    tensors = _whole(model, options)
     prediction = options.prediction or params.get("parameterization", "eps")
     if options.prediction is None and source.report.family == "sd2":
         model.notes.append(
             f"SD 2.x weights do not tell what they predict: {prediction} is assumed (--prediction v for 768 pixels)"
         )
-    parts = {name: below(entries, network.prefix) for name, network in NETWORKS.items()}
-    text = below(entries, TEXT_PREFIX)
-    configs = {"unet": unet_config(parts["unet"], params, prediction), "vae": vae_config(parts["vae"], params)}
-    if parts["controlnet"]:
-        configs["controlnet"] = controlnet_config(parts["controlnet"], params, options.pooling)
-    files: dict[str, Any] = {"model_index.json": model_index([name for name, part in parts.items() if part])}
-    for name, config in configs.items():
-        converted, unknown = NETWORKS[name].to_diffusers(parts[name])
-        note_unknown(model, name, unknown)
-        files |= {f"{name}/config.json": config, f"{name}/{_UNET_FILE}": converted}
+    parts = {name: part(tensors, network.prefix) for name, network in NETWORKS.items()}
+    parts = {name: network for name, network in parts.items() if network}
+    configs = {
+        "unet": theirs.unet_config(parts["unet"], params, prediction),
+        "vae": theirs.vae_config(parts["vae"], params),
+    }
+    if "controlnet" in parts:
+        configs["controlnet"] = theirs.controlnet_config(parts["controlnet"], params, options.pooling)
+    files: dict[str, Any] = {"model_index.json": theirs.model_index(parts)}
+    for name, network in parts.items():
+        converted, unknown = NETWORKS[name].to_diffusers(network)
+        _note_unknown(model, name, unknown)
+        files |= {f"{name}/config.json": configs[name], f"{name}/{_UNET_FILE}": converted}
+    text = part(tensors, TEXT_PREFIX)
     converted, unknown = text_to_diffusers(text)
-    note_unknown(model, "text_encoder", unknown)
-    files |= {"text_encoder/config.json": text_config(text, converted, params), f"text_encoder/{_TEXT_FILE}": converted}
-    files["scheduler/scheduler_config.json"] = scheduler_config(told_schedule(params, source), prediction)
-    return files | under(tokenizer_files(is_open_clip(text)), "tokenizer/")
+    _note_unknown(model, "text_encoder", unknown)
+    files |= {
+        "text_encoder/config.json": theirs.text_config(text, converted, params),
+        f"text_encoder/{_TEXT_FILE}": converted,
+    }
+    files["scheduler/scheduler_config.json"] = scheduler_config(schedule_params(params, source), prediction)
+    return files | with_prefix(theirs.tokenizer_files(is_open_clip(text)), "tokenizer/")
+
+
+def _note_unknown(model: ModelWeights, component: str, unknown: list[str]) -> None:
+    if unknown:
+        names = ", ".join(unknown[:3])
+        model.notes.append(f"{model.path}: {len(unknown)} entries of {component} have no counterpart: {names}")
 
 
 TARGETS = {
-    "full": Target("one file with base and ControlNet, for training and the scripts here", "", _build_full),
-    "base": Target("one file with the base model alone", "", _build_base),
-    "control": Target("the ControlNet alone, keys with the prefix control_model.", CONTROL_PREFIX, _build_control),
-    "control-plain": Target("the ControlNet alone, keys without a prefix, for web UIs", CONTROL_PREFIX, _build_plain),
+    "full": Target("one file with base and ControlNet, for training and the scripts here", _build_full),
+    "base": Target("one file with the base model alone", _build_base),
+    "control": Target("the ControlNet alone, keys with the prefix control_model.", _build_control, control_alone=True),
+    "control-plain": Target(
+        "the ControlNet alone, keys without a prefix, for web UIs", _build_plain, control_alone=True
+    ),
     "difference": Target(
-        "the ControlNet less its base's encoder (rounded, not exact)", CONTROL_PREFIX, _build_difference
+        "the ControlNet less its base's encoder (rounded, not exact)", _build_difference, control_alone=True
     ),
     "diffusers": Target(
         "the ControlNet for ControlNetModel.from_pretrained; one file if OUTPUT ends in .safetensors or .bin",
-        CONTROL_PREFIX,
+        _build_controlnet_file,
         _build_controlnet,
-        None,
+        control_alone=True,
     ),
-    "diffusers-pipeline": Target("a pipeline folder of diffusers, ControlNet included", "", _build_pipeline, True),
+    "diffusers-pipeline": Target("a pipeline folder of diffusers, ControlNet included", folder=_build_pipeline),
 }
 
 
@@ -271,12 +234,12 @@ def convert(
             `sd_locked=False`), the changed base is written beside `output`.
         with_base: write the base beside `output` in any case.
         config: name or path of the configuration, for models of no known family.
-        ema: give the UNet its averaged weights.
-        dtype: of floating-point entries; as they are by default.
+        ema: give the weights their EMA values.
+        dtype: of floating-point tensors; as they are by default.
         global_average_pooling: of the ControlNet; read from the source or the configuration by default.
         prediction: "eps", "v" or "x0"; by default as a named configuration, the file that the UNet comes from, or its
             family's configuration says.
-        overwrite: replace existing files.
+        overwrite: replace existing files; never `source` or `base`.
         progress: show a bar on stderr.
 
     Returns:
@@ -289,96 +252,131 @@ def convert(
     if to not in TARGETS:
         raise CheckpointError(f"unknown layout {to!r}; known are {', '.join(TARGETS)}")
     target = TARGETS[to]
-    folder = not is_weights_file(output) if target.folder is None else target.folder
-    check_target(output, overwrite, folder)
+    if with_base and not target.control_alone:
+        raise CheckpointError(f"--with-base is for layouts that leave the base out, which {to!r} does not")
+    if prediction not in (None, *PREDICTIONS):
+        raise CheckpointError(f"unknown prediction {prediction!r}; known are {', '.join(PREDICTIONS)}")
+    folder = target.file is None or (target.folder is not None and output.suffix.lower() not in SUFFIXES)
+    build, build_base = (target.folder, _build_pipeline) if folder else (target.file, _build_base)
+    inputs = [path for path in (source, base) if path is not None]
+    check_output(output, overwrite, () if folder else None, inputs)
     with ExitStack() as opened:
         base_model = opened.enter_context(open_model(base)) if base is not None else None
-        model = opened.enter_context(open_model(source, base_model.entries if base_model else None, ema))
-        if target.needs and not model.has(target.needs):
+        model = opened.enter_context(open_model(source, base_model.tensors if base_model else None, ema))
+        if target.control_alone and not model.has(CONTROL_PREFIX):
             raise CheckpointError(
-                f"{source}: holds no ControlNet, which {to!r} is made of; add one with tool_add_control.py"
+                f"holds no ControlNet, which {to!r} is made of; add one with tool_add_control.py", model.path
             )
-        models = [opened_model for opened_model in (model, base_model) if opened_model is not None]
-        known = (opened_model.report.config for opened_model in models)
-        options = Options(
-            base_model,
-            str(config) if config is not None else next(filter(None, known), None),
-            pools(model, config) if global_average_pooling is None else global_average_pooling,
-            prediction,
-        )
-        options = replace(options, prediction=prediction or told_prediction(options.unet_source(model), config))
-        if options.prediction not in (None, *PREDICTIONS):
-            raise CheckpointError(f"unknown prediction {options.prediction!r}; known are {', '.join(PREDICTIONS)}")
+        models = [each for each in (model, base_model) if each is not None]
         if config is not None:
             _check_config(model, config)
-        controlled = to != "base" and model.has(CONTROL_PREFIX)
-        if controlled and options.pooling:
-            model.notes.append(POOLING_NOTE)
-        for opened_model in models:
-            note_gaps(opened_model)
-        metadata = described(model.metadata, options.prediction, controlled and options.pooling)
-        outputs = [Output(output, target.build(model, options, folder), metadata, folder)]
-        if target.needs and model.has(UNET_PREFIX):
-            outputs += _base_beside(model, options, output, folder, with_base, overwrite)
-        write_all(map(_lazily, outputs), dtype, overwrite, progress)
-        for made in outputs:
-            if not folder:
-                model.notes += unsaid(made.path, made.metadata, model.report.family)
-            model.notes.append(f"wrote {made.path}")
+        known = str(config) if config is not None else next(filter(None, (m.report.config for m in models)), None)
+        pooling = pooling_of(model, config) if global_average_pooling is None else global_average_pooling
+        options = Options(base_model, known, pooling, prediction)
+        options = replace(options, prediction=prediction or prediction_of(options.unet_source(model), config))
+        for each in models:
+            note_gaps(each)
+        pooling = pooling and to != "base" and model.has(CONTROL_PREFIX)
+        with about(model.path):
+            outputs = [(output, build(model, options), pooling)]
+        if target.control_alone and model.has(UNET_PREFIX):
+            beside = output.with_name(f"{output.name}_base" if folder else f"{output.stem}_base{output.suffix}")
+            if _base_is_wanted(model, options.base, with_base, beside):
+                check_output(beside, overwrite, () if folder else None, inputs)
+                outputs.append((beside, build_base(_without_control(model), options), False))
+        for path, content, pools in outputs:
+            metadata = described(model.metadata, options.prediction, pools)
+            if folder:
+                write_folder(path, content, dtype, SCHEDULE_KEYS, overwrite, progress)
+            else:
+                write_weights(path, content, metadata, dtype, SCHEDULE_KEYS, overwrite, progress)
+            model.notes += told_notes(None if folder else path, metadata, model.report.family)
+            model.notes.append(f"wrote {path}")
         return [*(base_model.notes if base_model else ()), *model.notes]
 
 
-def _lazily(output: Output) -> Output:
-    """The same, with entries as the writer takes them."""
-    if not output.folder:
-        return replace(output, content=LazyEntries(output.content))
-    content = {name: LazyEntries(part) if is_weights_file(name) else part for name, part in output.content.items()}
-    return replace(output, content=content)
+def _base_is_wanted(model: ModelWeights, base: ModelWeights | None, with_base: bool, path: Path) -> bool:
+    """Whether the base in a full model is to be written beside its ControlNet: asked for, or changed."""
+    if with_base:
+        return True
+    if base is None:
+        model.notes.append(
+            f"the base model in {model.path} is left out; if it was trained too (sd_locked=False), name the "
+            "original with --base, or export it with --with-base"
+        )
+        return False
+    changed = _changed_keys(model, base)
+    if changed:
+        model.notes.append(f"{len(changed)} entries of the UNet differ from {base.path}: exported to {path}")
+    else:
+        model.notes.append(f"the UNet in {model.path} is that of {base.path}")
+    return bool(changed)
 
 
-def _base_beside(
-    model: Model, options: Options, output: Path, folder: bool, with_base: bool, overwrite: bool
-) -> list[Output]:
-    """The base to be written beside an extracted ControlNet, if it is asked for or has changed."""
-    path = output.with_name(f"{output.stem}_base{output.suffix}" if not folder else f"{output.name}_base")
-    if not with_base:
-        if options.base is None:
-            model.notes.append(
-                f"the base model in {model.path} is left out; if it was trained too (sd_locked=False), name the "
-                "original with --base, or export it with --with-base"
-            )
-            return []
-        changed = changed_entries(model, options.base)
-        if not changed:
-            model.notes.append(f"the UNet in {model.path} is that of {options.base.path}")
-            return []
-        model.notes.append(f"{len(changed)} entries of the UNet differ from {options.base.path}: exported to {path}")
-    check_target(path, overwrite, folder)
-    content = (_build_pipeline if folder else _build_base)(_without_control(model), options, folder)
-    return [Output(path, content, described(model.metadata, options.prediction, False), folder)]
-
-
-def changed_entries(model: Model, base: Model) -> list[str]:
-    """Keys of the UNet whose values differ between two models, beyond what the narrower dtype of the two can tell."""
+def _changed_keys(model: ModelWeights, base: ModelWeights) -> list[str]:
+    """Keys of the UNet whose values differ between two models, beyond what the coarser dtype of the two can tell."""
     ours, theirs = model.part(UNET_PREFIX), base.part(UNET_PREFIX)
     if ours.keys() != theirs.keys():
-        raise CheckpointError(f"{base.path}: its UNet has other entries than that of {model.path}; it is not its base")
-    return [key for key in ours if not _equal(ours[key], theirs[key])]
+        raise CheckpointError(f"its UNet has other entries than that of {model.path}; it is not its base", base.path)
+    return [key for key in ours if not _same_values(ours[key], theirs[key])]
 
 
-def _equal(a: LazyTensor, b: LazyTensor) -> bool:
-    dtype = min(a.info.dtype, b.info.dtype, key=lambda dtype: dtype.itemsize)
-    return a.info.shape == b.info.shape and torch.equal(a.read().to(dtype), b.read().to(dtype))
+def _same_values(a: LazyTensor, b: LazyTensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    coarse, fine = sorted((a.dtype, b.dtype), key=lambda t: torch.finfo(t).eps if t.is_floating_point else 0)[::-1]
+    x, y = a.read().to(coarse), b.read().to(coarse)
+    if torch.equal(x, y) or fine.itemsize > coarse.itemsize or fine == coarse:
+        return torch.equal(x, y)
+    # bfloat16 against float16: each has rounded the same number once, to its own digits or smallest step
+    tolerance = {"rtol": torch.finfo(coarse).eps, "atol": torch.finfo(fine).smallest_normal}
+    return torch.allclose(x.float(), y.float(), **tolerance)
 
 
-def _check_config(model: Model, config: str | Path) -> None:
+def _check_config(model: ModelWeights, config: str | Path) -> None:
     """Raise if a model of a known family is none of the configuration's."""
     if model.report.config is None:
         return
     expected = expected_entries(config)
-    wrong = next((k for k, e in model.entries.items() if k in expected and e.info.shape != expected[k].shape), None)
-    if wrong is not None:
-        raise CheckpointError(
-            f"{model.path}: does not fit {config}: {wrong!r} has shape {list(model.entries[wrong].info.shape)}, "
-            f"expected {list(expected[wrong].shape)}"
-        )
+    for key, tensor in model.tensors.items():
+        if key in expected and tensor.shape != expected[key].shape:
+            raise CheckpointError(
+                f"does not fit {config}: {key!r} has shape {list(tensor.shape)}, expected {list(expected[key].shape)}",
+                model.path,
+            )
+
+
+# What a file tells of its model beside the weights: what the UNet predicts, and whether the ControlNet's outputs are averaged.
+
+
+def prediction_of(source: ModelWeights, config: str | Path | None = None) -> str | None:
+    """What a UNet predicts, as a named configuration says, else its own file or family."""
+    named = model_params(config).get("parameterization") if config is not None else None
+    return named or source.report.prediction
+
+
+def pooling_of(source: ModelWeights, config: str | Path | None = None) -> bool:
+    """Whether a file's ControlNet averages its outputs, as the file says, else a named configuration."""
+    named = model_params(config).get(POOLING) if config is not None else None
+    return source.report.told.get(POOLING, named) is True
+
+
+def described(metadata: Mapping[str, str], prediction: str | None, pooling: bool) -> dict[str, str]:
+    """A file's metadata for another file: what the UNet predicts and the ControlNet's averaging are said anew."""
+    anew = (*PREDICTION_METADATA, POOLING, "format")
+    kept = {key: text for key, text in metadata.items() if key not in anew and not _STALE.fullmatch(key)}
+    says = {POOLING: "true" if pooling else None, PREDICTION_METADATA[0]: prediction}
+    return kept | {key: text for key, text in says.items() if text}
+
+
+def told_notes(path: str | Path | None, metadata: Mapping[str, str], family: str) -> list[str]:
+    """Notes on what whoever loads a file must know, above all where torch's format has no place for it."""
+    notes = [f"the ControlNet averages its outputs: set {POOLING}: true in the configuration that loads it"]
+    notes = notes if POOLING in metadata else []
+    if path is None or Path(path).suffix.lower() not in TORCH_SUFFIXES:
+        return notes
+    prediction = metadata.get(PREDICTION_METADATA[0])
+    lost = ["that the ControlNet averages its outputs"] if notes else []
+    if prediction is not None and (prediction != "eps" or family == "sd2"):
+        lost.insert(0, f"that the model predicts {prediction}")
+    return notes + ([f"{path} cannot say {' and '.join(lost)}, as a .safetensors file does"] if lost else [])

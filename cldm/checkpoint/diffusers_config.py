@@ -1,7 +1,8 @@
 """The configuration files that diffusers and transformers need beside the weights.
 
 Widths, depths and channels are read from the weights' shapes; from our configuration comes what shapes do not show:
-attention heads, the noise schedule, the latents' scale, and what the network predicts.
+attention heads, the latents' scale and size, and what the network predicts. Tensors are named as here, without prefix;
+what does not fit is a `CheckpointError`.
 """
 
 from __future__ import annotations
@@ -10,30 +11,25 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.lazy import Entries
 from cldm.checkpoint.names import HINT_ENCODER, encoder_levels, is_open_clip
+from ldm.files import CheckpointError
+from ldm.files.tensors import Tensors
 
 _GROUPS = 32  # of every group normalisation
 _START_TOKEN, _END_TOKEN = 49406, 49407
+_START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def unet_config(entries: Entries, params: Mapping[str, Any], prediction: str) -> dict[str, Any]:
-    """`config.json` of a `UNet2DConditionModel`; as the others here, it raises `CheckpointError` for what does not fit.
-
-    Args:
-        entries: of the UNet, under our names without prefix.
-        params: of the whole model, as the YAML file gives them.
-        prediction: "eps", "v" or "x0".
-    """
-    encoder, attended = _encoder_config(entries, _section(params, "unet_config"))
-    up = [f"{'CrossAttn' if a else ''}UpBlock2D" for a in reversed(attended)]
+def unet_config(tensors: Tensors, params: Mapping[str, Any], prediction: str) -> dict[str, Any]:
+    """`config.json` of a `UNet2DConditionModel`; `params` are the whole model's, `prediction` is "eps", "v" or "x0"."""
+    encoder = _encoder_config(tensors, _section(params, "unet_config"))
+    up = [name.replace("Down", "Up") for name in reversed(encoder["down_block_types"])]
     return {
         "_class_name": "UNet2DConditionModel",
         **encoder,
         "up_block_types": up,
         "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "out_channels": _shape(entries, "out.2.weight", 4)[0],
+        "out_channels": _shape(tensors, "out.2.weight", 4)[0],
         "sample_size": _image_size(params),
         "center_input_sample": False,
         "mid_block_scale_factor": 1,
@@ -41,13 +37,12 @@ def unet_config(entries: Entries, params: Mapping[str, Any], prediction: str) ->
     }
 
 
-def controlnet_config(entries: Entries, params: Mapping[str, Any], pooling: bool) -> dict[str, Any]:
+def controlnet_config(tensors: Tensors, params: Mapping[str, Any], pooling: bool) -> dict[str, Any]:
     """`config.json` of a `ControlNetModel`; `pooling` is `global_average_pooling`."""
-    encoder, _ = _encoder_config(entries, _section(params, "control_stage_config"))
-    hint = [_shape(entries, f"{ours}.weight", 4) for ours, _ in HINT_ENCODER]
+    hint = [_shape(tensors, f"{ours}.weight", 4) for ours, _ in HINT_ENCODER]
     return {
         "_class_name": "ControlNetModel",
-        **encoder,
+        **_encoder_config(tensors, _section(params, "control_stage_config")),
         "conditioning_channels": hint[0][1],
         "conditioning_embedding_out_channels": [shape[0] for shape in hint[0:-1:2]],
         "controlnet_conditioning_channel_order": "rgb",
@@ -55,101 +50,80 @@ def controlnet_config(entries: Entries, params: Mapping[str, Any], pooling: bool
     }
 
 
-def _encoder_config(entries: Entries, options: Mapping[str, Any]) -> tuple[dict[str, Any], list[bool]]:
-    """What UNet and ControlNet have in common, and whether each level has attention."""
-    counts = encoder_levels(entries)
-    _check_levels(counts, options)
-    channels, attended, position = [], [], 1
+def _encoder_config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What UNet and ControlNet have in common; `options` are those of our network."""
+    counts = encoder_levels(tensors)
+    configured = options.get("num_res_blocks", 2)
+    expected = (
+        [configured] * len(options.get("channel_mult", (1, 2, 4, 8))) if isinstance(configured, int) else configured
+    )
+    if counts != list(expected):
+        raise CheckpointError(
+            f"the weights have {counts} blocks a level, the configuration {list(expected)}; name the right --config"
+        )
+    if len(set(counts)) != 1:
+        raise CheckpointError(f"levels of different depth, {counts}, which diffusers cannot express")
+    channels, kinds, position = [], [], 1
     for count in counts:
-        blocks = range(position, position + count)
-        having = [f"input_blocks.{i}.1.norm.weight" in entries for i in blocks]
-        if any(having) != all(having):
+        having = {f"input_blocks.{i}.1.norm.weight" in tensors for i in range(position, position + count)}
+        if len(having) > 1:
             raise CheckpointError("some but not all blocks of a level have attention, which diffusers cannot express")
-        channels.append(_shape(entries, f"input_blocks.{position}.0.out_layers.3.weight", 4)[0])
-        attended.append(having[0])
+        channels.append(_shape(tensors, f"input_blocks.{position}.0.out_layers.3.weight", 4)[0])
+        kinds.append("CrossAttnDownBlock2D" if having.pop() else "DownBlock2D")
         position += count + 1
-    text_key = next((key for key in entries if key.endswith("attn2.to_k.weight")), None)
+    text_key = next((key for key in tensors if key.endswith("attn2.to_k.weight")), None)
     if text_key is None:
         raise CheckpointError("a UNet without attention to a text, which diffusers keeps in other classes")
-    transformer = "middle_block.1.transformer_blocks"
-    depth = len({m[1] for key in entries if (m := re.match(re.escape(transformer) + r"\.(\d+)\.", key))})
-    heads = options.get("num_heads", -1)
-    width = options.get("num_head_channels", -1)
-    config = {
+    heads, width = options.get("num_heads", -1), options.get("num_head_channels", -1)
+    return {
         "act_fn": "silu",
-        "attention_head_dim": heads
-        if width == -1
-        else [max(c // width, 1) for c in channels],  # a count, despite its name
+        "attention_head_dim": heads if width == -1 else [max(c // width, 1) for c in channels],  # a count of heads
         "block_out_channels": channels,
-        "cross_attention_dim": _shape(entries, text_key, 2)[1],
-        "down_block_types": [f"{'CrossAttn' if a else ''}DownBlock2D" for a in attended],
+        "cross_attention_dim": _shape(tensors, text_key, 2)[1],
+        "down_block_types": kinds,
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "in_channels": _shape(entries, "input_blocks.0.0.weight", 4)[1],
+        "in_channels": _shape(tensors, "input_blocks.0.0.weight", 4)[1],
         "layers_per_block": counts[0],
         "norm_eps": 1e-05,
         "norm_num_groups": _GROUPS,
         "only_cross_attention": False,
-        "transformer_layers_per_block": depth,
-        "use_linear_projection": len(_shape(entries, "middle_block.1.proj_in.weight", 2, 4)) == 2,
+        "transformer_layers_per_block": _count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
+        "use_linear_projection": len(_shape(tensors, "middle_block.1.proj_in.weight", 2, 4)) == 2,
     }
-    return config, attended
 
 
-def _check_levels(counts: list[int], options: Mapping[str, Any]) -> None:
-    configured = options.get("num_res_blocks", 2)
-    levels = len(options.get("channel_mult", (1, 2, 4, 8)))
-    expected = [configured] * levels if isinstance(configured, int) else list(configured)
-    if counts != expected:
-        raise CheckpointError(
-            f"the weights have {counts} blocks a level, the configuration {expected}; name the right --config"
-        )
-    if len(set(counts)) != 1:
-        raise CheckpointError(f"levels of different depth, {counts}, which diffusers cannot express")
-
-
-def vae_config(entries: Entries, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` of an `AutoencoderKL`; entries under our names without prefix."""
-    blocks = [m for key in entries if (m := re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight", key))]
-    levels = len({m[1] for m in blocks})
-    channels = [_shape(entries, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
+def vae_config(tensors: Tensors, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of an `AutoencoderKL`."""
+    levels = _count(tensors, r"encoder\.down\.(\d+)\.block\.")
+    options = _section(params, "first_stage_config").get("ddconfig")  # narrow autoencoders have fewer groups
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "block_out_channels": channels,
+        "block_out_channels": [
+            _shape(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)
+        ],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "in_channels": _shape(entries, "encoder.conv_in.weight", 4)[1],
-        "out_channels": _shape(entries, "decoder.conv_out.weight", 4)[0],
-        "latent_channels": _shape(entries, "decoder.conv_in.weight", 4)[1],
-        "layers_per_block": len(blocks) // max(levels, 1),
-        "norm_num_groups": _vae_groups(params),
+        "in_channels": _shape(tensors, "encoder.conv_in.weight", 4)[1],
+        "out_channels": _shape(tensors, "decoder.conv_out.weight", 4)[0],
+        "latent_channels": _shape(tensors, "decoder.conv_in.weight", 4)[1],
+        "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "norm_num_groups": options.get("num_groups", _GROUPS) if isinstance(options, Mapping) else _GROUPS,
         "sample_size": _image_size(params) * 2 ** (levels - 1),
         "scaling_factor": float(params.get("scale_factor", 1.0)),
     }
 
 
-def _vae_groups(params: Mapping[str, Any]) -> int:
-    """Groups of the autoencoder's norms, which shapes do not show; narrow autoencoders have fewer than published ones."""
-    options = _section(params, "first_stage_config").get("ddconfig")
-    return options.get("num_groups", _GROUPS) if isinstance(options, Mapping) else _GROUPS
-
-
-def text_config(entries: Entries, converted: Entries, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` of a `CLIPTextModel`.
+def text_config(tensors: Tensors, converted: Tensors, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of a `CLIPTextModel`; `converted` are the tensors under the names of transformers.
 
     SD 2.x uses the output of OpenCLIP's next-to-last layer, so the configuration counts one layer less than the file holds.
-
-    Args:
-        entries: of the text encoder, under our names without prefix.
-        converted: the same under those of transformers.
-        params: of the whole model.
     """
     options = _section(params, "cond_stage_config")
-    open_clip = is_open_clip(entries)
+    open_clip = is_open_clip(tensors)
     vocabulary, width = _shape(converted, "text_model.embeddings.token_embedding.weight", 2)
-    layers = len({m[1] for key in converted if (m := re.match(r"text_model\.encoder\.layers\.(\d+)\.", key))})
     unused = 1 if open_clip and options.get("layer", "last") == "penultimate" else 0
     projection = converted.get("text_projection.weight")
     return {
@@ -164,18 +138,18 @@ def text_config(entries: Entries, converted: Entries, params: Mapping[str, Any])
         "layer_norm_eps": 1e-05,
         "max_position_embeddings": _shape(converted, "text_model.embeddings.position_embedding.weight", 2)[0],
         "num_attention_heads": options.get("heads") or max(width // 64, 1),
-        "num_hidden_layers": layers - unused,
-        "projection_dim": width if projection is None else projection.info.shape[0],
+        "num_hidden_layers": _count(converted, r"text_model\.encoder\.layers\.(\d+)\.") - unused,
+        "projection_dim": width if projection is None else projection.shape[0],
         "vocab_size": vocabulary,
     }
 
 
 def model_index(components: Iterable[str]) -> dict[str, Any]:
     """`model_index.json` of a Stable Diffusion pipeline, with a ControlNet if that is among the components."""
-    control = "controlnet" in components
+    control = {"controlnet": ["diffusers", "ControlNetModel"]} if "controlnet" in components else {}
     return {
         "_class_name": f"StableDiffusion{'ControlNet' if control else ''}Pipeline",
-        **({"controlnet": ["diffusers", "ControlNetModel"]} if control else {}),
+        **control,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
@@ -196,34 +170,30 @@ def tokenizer_files(open_clip: bool) -> dict[str, Any]:
     """
     from open_clip.tokenizer import SimpleTokenizer  # heavy, and needed for whole pipelines alone
 
-    start, end = "<|startoftext|>", "<|endoftext|>"
     tokenizer = SimpleTokenizer()
-    vocabulary = {
-        {_START_TOKEN: start, _END_TOKEN: end}.get(number, token): number for token, number in tokenizer.encoder.items()
-    }
+    special = {_START_TOKEN: _START, _END_TOKEN: _END}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
-    padding = "!" if open_clip else end
+    tokens = {"bos_token": _START, "eos_token": _END, "pad_token": "!" if open_clip else _END, "unk_token": _END}
     return {
-        "vocab.json": vocabulary,
+        "vocab.json": {special.get(number, token): number for token, number in tokenizer.encoder.items()},
         "merges.txt": "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)]) + "\n",
-        "special_tokens_map.json": {"bos_token": start, "eos_token": end, "pad_token": padding, "unk_token": end},
+        "special_tokens_map.json": tokens,
         "tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer",
-            "bos_token": start,
-            "eos_token": end,
-            "pad_token": padding,
-            "unk_token": end,
-            "do_lower_case": True,
-            "model_max_length": 77,
+            "tokenizer_class": "CLIPTokenizer", **tokens, "do_lower_case": True, "model_max_length": 77
         },
-    }
+    }  # fmt: skip
 
 
-def _shape(entries: Entries, key: str, *dimensions: int) -> tuple[int, ...]:
-    """The shape of an entry that must be there and have one of these numbers of dimensions."""
-    if key not in entries:
+def _count(tensors: Tensors, pattern: str) -> int:
+    """How many different numbers the keys have at the group of a pattern."""
+    return len({match[1] for match in (re.match(pattern, key) for key in tensors) if match})
+
+
+def _shape(tensors: Tensors, key: str, *dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor that must be there and have one of these numbers of dimensions."""
+    if key not in tensors:
         raise CheckpointError(f"the weights are incomplete: {key!r} is missing")
-    shape = entries[key].info.shape
+    shape = tensors[key].shape
     if len(shape) not in dimensions:
         raise CheckpointError(f"{key!r} has shape {list(shape)}, which no model of this kind has")
     return shape
@@ -232,11 +202,9 @@ def _shape(entries: Entries, key: str, *dimensions: int) -> tuple[int, ...]:
 def _section(params: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The `params` of a part of the model."""
     section = params.get(name)
-    if not isinstance(section, Mapping):
-        raise CheckpointError(f"the configuration has no {name}; name that of a whole model with --config")
-    options = section.get("params") or {}
+    options = (section.get("params") or {}) if isinstance(section, Mapping) else None
     if not isinstance(options, Mapping):
-        raise CheckpointError(f"the configuration's {name}.params is not a mapping")
+        raise CheckpointError(f"the configuration has no {name} with params; name that of a whole model with --config")
     return options
 
 

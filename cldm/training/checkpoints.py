@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import uuid
-from collections import ChainMap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from cldm.checkpoint.converting import open_weights
-from cldm.checkpoint.writing import write_checkpoint
+from cldm.checkpoint.opening import open_model
+from ldm.files import write_weights
 from ldm.util import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -163,15 +162,15 @@ class ExportControl(pl.Callback):
                 entries = {f"control_model.{k}": v.cpu() for k, v in pl_module.control_model.state_dict().items()}
             path = self.folder / f"control-step-{step:08}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(path, entries, overwrite=True, progress=False)
+            write_weights(path, entries, overwrite=True, progress=False)
 
 
 def write_trained(path: Path, model: pl.LightningModule, weights: Path) -> None:
     """Write the whole model: what was trained as the model has it, all else as the file has it that the model was filled from."""
     trained = trained_names(model) | {name for name in model.state_dict() if name.startswith("control_model.")}
-    with open_weights(weights) as (entries, _):
+    with open_model(weights) as opened:
         own = {name: value.cpu() for name, value in model.state_dict().items() if name in trained}
-        write_checkpoint(path, ChainMap(own, entries), overwrite=True)
+        write_weights(path, {**opened.tensors, **own}, overwrite=True)
 
 
 def load_trained(model: pl.LightningModule, path: Path, base: Mapping[str, str]) -> None:

@@ -8,12 +8,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from ldm.util import ConfigError
+
 logger = logging.getLogger(__name__)
 
 NAMED = 8  # samples that a warning names at most
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ConfigError):
     """Training cannot usefully go on; the message says why, and from where it can."""
 
 

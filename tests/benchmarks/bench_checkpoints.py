@@ -21,12 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cldm.checkpoint.control import initial_entries
+from cldm.checkpoint.control import initial_values
 from cldm.checkpoint.expected import expected_entries
-from cldm.checkpoint.layout import CONTROL_PREFIX
-from cldm.checkpoint.lazy import LazyEntries, LazyTensor
-from cldm.checkpoint.reading import TensorInfo
-from cldm.checkpoint.writing import interruptible, write_checkpoint
+from cldm.checkpoint.names import CONTROL_PREFIX
+from cldm.checkpoint.opening import model_params
+from ldm.files import LazyTensor, write_weights
 from tests.parity import value
 
 ROOT = Path(__file__).parents[2]
@@ -38,14 +37,16 @@ _CHUNK = 16 << 20
 def write_base(path: Path, config: str) -> None:
     """A base model as published ones are, without ControlNet and `logvar`, filled."""
     expected = {k: i for k, i in expected_entries(config).items() if not k.startswith(CONTROL_PREFIX) and k != "logvar"}
-    initial = initial_entries(config, expected)
+    initial = initial_values(model_params(config), expected)
 
-    def entry(key: str, info: TensorInfo) -> LazyTensor:
+    def entry(key: str, info: LazyTensor) -> LazyTensor:
         return initial.get(key) or LazyTensor(
-            info, lambda: torch.from_numpy(np.asarray(value(key, info.shape), dtype=np.float32)).reshape(info.shape)
+            info.shape,
+            info.dtype,
+            lambda: torch.from_numpy(np.asarray(value(key, info.shape), dtype=np.float32)).reshape(info.shape),
         )
 
-    write_checkpoint(path, LazyEntries({key: entry(key, info) for key, info in expected.items()}))
+    write_weights(path, {key: entry(key, info) for key, info in expected.items()})
 
 
 def run(command: Sequence[str]) -> tuple[float, float]:
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     start, torch_memory = min(run([sys.executable, "-c", "import torch"]) for _ in range(args.repeats))
     imports, _ = min(run([sys.executable, "-c", "import cldm.checkpoint"]) for _ in range(args.repeats))
-    with interruptible(), tempfile.TemporaryDirectory(prefix="bench_checkpoints_", dir=args.folder) as name:
+    with tempfile.TemporaryDirectory(prefix="bench_checkpoints_", dir=args.folder) as name:
         source, output, copied = (Path(name) / f"{part}{args.suffix}" for part in ("base", "control", "copy"))
         write_base(source, args.config)
         command = [sys.executable, "tool_add_control.py", str(source), str(output), "--config", args.config]

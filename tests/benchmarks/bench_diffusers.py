@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from cldm.checkpoint.diffusers_config import controlnet_config, unet_config, vae_config
-from cldm.checkpoint.lazy import lazy_entries
 from cldm.checkpoint.names import NETWORKS
 from cldm.cldm import ControlLDM
+from ldm.files import LazyTensor
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.util import instantiate_from_config
@@ -65,8 +65,8 @@ def build_theirs(ours: ControlLDM, size: str, recompute: bool) -> tuple[nn.Modul
     channels, _, _, heads, context = SIZES[size]
     options = {"num_heads": heads, "context_dim": context, "use_spatial_transformer": True, "transformer_depth": 1}
     params = {"unet_config": {"params": options}, "control_stage_config": {"params": options}, "image_size": 64}
-    unet_entries = lazy_entries(ours.model.diffusion_model.state_dict())
-    control_entries = lazy_entries(ours.control_model.state_dict())
+    unet_entries = {k: LazyTensor.of(v) for k, v in ours.model.diffusion_model.state_dict().items()}
+    control_entries = {k: LazyTensor.of(v) for k, v in ours.control_model.state_dict().items()}
     unet = UNet2DConditionModel.from_config(unet_config(unet_entries, params, "eps"))
     control = ControlNetModel.from_config(controlnet_config(control_entries, params, False))
     if ours.device.type != "meta":
@@ -178,7 +178,7 @@ def with_vae(model: ControlLDM, size: str) -> ControlLDM:
 def their_vae(model: ControlLDM) -> nn.Module:
     from diffusers import AutoencoderKL as TheirAutoencoder
 
-    entries = lazy_entries(model.first_stage_model.state_dict())
+    entries = {k: LazyTensor.of(v) for k, v in model.first_stage_model.state_dict().items()}
     theirs = TheirAutoencoder.from_config(vae_config(entries, {"scale_factor": model.scale_factor, "image_size": 64}))
     if model.device.type != "meta":
         theirs.load_state_dict({k: v.read() for k, v in NETWORKS["vae"].to_diffusers(entries)[0].items()})

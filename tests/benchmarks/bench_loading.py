@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 from cldm.checkpoint.expected import expected_entries
-from cldm.checkpoint.lazy import LazyEntries, LazyTensor
-from cldm.checkpoint.writing import write_checkpoint
+from ldm.files import LazyTensor, write_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,10 +58,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "model.safetensors"
         lazy = {
-            key: LazyTensor(info, lambda info=info: torch.full(info.shape, 0.01).to(info.dtype))
-            for key, info in expected_entries(args.config).items()
+            key: LazyTensor(t.shape, t.dtype, lambda t=t: torch.full(t.shape, 0.01).to(t.dtype))
+            for key, t in expected_entries(args.config).items()
         }
-        write_checkpoint(path, LazyEntries(lazy))
+        write_weights(path, lazy)
         size = path.stat().st_size
         pairs = [(measure("load", args.config, path), measure("read", args.config, path)) for _ in range(args.pairs)]
     ratios = sorted(load[0] / read[0] for load, read in pairs)

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cldm.checkpoint.control import initial_entries
+from cldm.checkpoint.control import initial_values
 from cldm.checkpoint.expected import expected_entries
-from cldm.checkpoint.reading import TensorInfo
-from cldm.checkpoint.writing import write_checkpoint
+from cldm.checkpoint.opening import model_params
+from ldm.files import LazyTensor, write_weights
 
 CONFIG = "cldm_tiny"
 CONTROL, UNET, VAE, TEXT = "control_model.", "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -17,10 +17,10 @@ CONTROL, UNET, VAE, TEXT = "control_model.", "model.diffusion_model.", "first_st
 def tiny_full(seed: int = 0) -> dict[str, Tensor]:
     """A full state dict: random weights, and the schedule that belongs to the configuration."""
     expected = expected_entries(CONFIG)
-    schedule = initial_entries(CONFIG, {key: info for key, info in expected.items() if "." not in key})
+    schedule = initial_values(model_params(CONFIG), {key: info for key, info in expected.items() if "." not in key})
     generator = torch.Generator().manual_seed(seed)
 
-    def entry(key: str, info: TensorInfo) -> Tensor:
+    def entry(key: str, info: LazyTensor) -> Tensor:
         if key in schedule:
             return schedule[key].read()
         if not info.dtype.is_floating_point:
@@ -41,8 +41,8 @@ def only(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def saved(path: Path, state_dict: dict[str, Tensor]) -> Path:
-    """`write_checkpoint`, in silence."""
-    return write_checkpoint(path, state_dict, progress=False)
+    """`write_weights`, in silence."""
+    return write_weights(path, state_dict, progress=False)
 
 
 def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> bool:

@@ -12,10 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from cldm.checkpoint.converting import convert
-from cldm.checkpoint.layout import identify
-from cldm.checkpoint.reading import read_state_dict
-from cldm.checkpoint.writing import write_checkpoint
+from cldm.checkpoint import convert, identify
+from ldm.files import read_state_dict, write_weights
 from tests.cldm.tiny import Inputs, tiny_config, tiny_model
 from tests.parity import fill_, load_json, noise_tensor, relative_error
 
@@ -72,7 +70,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = tiny_model(name)
     text = SmallText(name, HEADS, "penultimate")
     entries = {f"cond_stage_model.{key}": tensor for key, tensor in text.state_dict().items()}
-    path = write_checkpoint(folder / "full.safetensors", {**model.state_dict(), **entries}, progress=False)
+    path = write_weights(folder / "full.safetensors", {**model.state_dict(), **entries}, progress=False)
     config = OmegaConf.create({"model": tiny_config(name)})
     config.model.params.cond_stage_config = {
         "target": f"{__name__}.SmallText",
@@ -163,7 +161,7 @@ def test_text_encoders_of_transformers_5(case: Case, tmp_path: Path) -> None:
     shutil.copytree(case.pipeline, pipeline)
     path = pipeline / "text_encoder" / "model.safetensors"
     text = {key.removeprefix("text_model."): tensor for key, tensor in read_state_dict(path).items()}
-    write_checkpoint(path, text, overwrite=True, progress=False)
+    write_weights(path, text, overwrite=True, progress=False)
     for source in (case.pipeline, pipeline):
         convert(source, tmp_path / f"{source.parent.name}.pt", "full", config=case.config, progress=False)
     want, got = (read_state_dict(tmp_path / f"{f.parent.name}.pt") for f in (case.pipeline, pipeline))
@@ -242,7 +240,7 @@ def test_full_size_controlnet(version: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         ours = instantiate_from_config(load_config(f"cldm_{version}").model.params.control_stage_config)
     ours = fill_(ours.to_empty(device="cpu"), prefix="control_model.").eval()
-    path = write_checkpoint(tmp_path / "control.safetensors", ours.state_dict(), progress=False)
+    path = write_weights(tmp_path / "control.safetensors", ours.state_dict(), progress=False)
     convert(path, tmp_path / "folder", "diffusers", progress=False)
     path.unlink()
     theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "folder")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cldm.checkpoint.__main__ import main
-from tests.checkpoint.forging import hollow
+from tests.ldm.files.forging import hollow
 from tests.parity import load_json
 
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from cldm.checkpoint.diffusers_config import unet_config
-from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.lazy import LazyTensor, constant
 from cldm.checkpoint.names import (
     NETWORKS,
     text_from_diffusers,
@@ -16,7 +14,7 @@ from cldm.checkpoint.names import (
     unet_to_diffusers,
     vae_from_diffusers,
 )
-from cldm.checkpoint.reading import TensorInfo
+from ldm.files import CheckpointError, LazyTensor
 from tests.parity import load_json
 
 THEIRS = load_json("core/manifest_diffusers.json")
@@ -30,7 +28,7 @@ def unread(shape: tuple[int, ...]) -> LazyTensor:
     def read() -> torch.Tensor:
         raise AssertionError("renaming must not read tensors")
 
-    return LazyTensor(TensorInfo(tuple(shape), torch.float32), read)
+    return LazyTensor(tuple(shape), torch.float32, read)
 
 
 def ours(manifest: str, prefix: str) -> dict[str, LazyTensor]:
@@ -39,7 +37,7 @@ def ours(manifest: str, prefix: str) -> dict[str, LazyTensor]:
 
 
 def shapes(entries: dict[str, LazyTensor]) -> dict[str, tuple[int, ...]]:
-    return {key: entry.info.shape for key, entry in entries.items()}
+    return {key: entry.shape for key, entry in entries.items()}
 
 
 @pytest.mark.parametrize(("manifest", "part", "theirs"), CASES)
@@ -74,15 +72,15 @@ def test_open_clip_splits_and_joins_its_projections() -> None:
         "model.text_projection": torch.randn(width, 5, generator=generator),
         "model.positional_embedding": torch.randn(7, width, generator=generator),
     }
-    entries = {key: constant(tensor) for key, tensor in tensors.items()}
+    entries = {key: LazyTensor.of(tensor) for key, tensor in tensors.items()}
     converted, unknown = text_to_diffusers({**entries, "model.attn_mask": unread((7, 7))})
     assert unknown == ["model.attn_mask"]
     joint = tensors["model.transformer.resblocks.0.attn.in_proj_weight"]
     for i, name in enumerate("qkv"):
         entry = converted[f"text_model.encoder.layers.0.self_attn.{name}_proj.weight"]
-        assert entry.info.shape == (width, width)
+        assert entry.shape == (width, width)
         assert torch.equal(entry.read(), joint[i * width : (i + 1) * width])
-    assert converted["text_projection.weight"].info.shape == (5, width)
+    assert converted["text_projection.weight"].shape == (5, width)
     back, unknown = text_from_diffusers(converted, open_clip=True)
     assert not unknown and back.keys() == tensors.keys()
     assert all(torch.equal(back[key].read(), tensor) for key, tensor in tensors.items())

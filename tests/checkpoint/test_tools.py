@@ -1,6 +1,7 @@
 """The three commands: thin, one clear line for a mistake, exit status 2."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import tool_add_control
 import tool_convert_control
 import tool_transfer_control
-from cldm.checkpoint.layout import identify
+from cldm.checkpoint import identify
 from tests.checkpoint.files import CONTROL, only, saved, tiny_full, without
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ def test_commands_do_their_work(files: dict[str, str], tmp_path: Path, capsys: p
     added, moved, folder = (str(tmp_path / name) for name in ("added.ckpt", "moved.pth", "folder"))
     assert tool_add_control.main([files["base"], added, "--half"]) == 0
     out = capsys.readouterr().out
-    assert out.count("new: ") == 43 and "43 are new" in out
+    assert "42 are new (zero convolutions and hint encoder)" in out and out.count("\n") < 4
     assert identify(added).layout == "full" and "float16" in identify(added).dtypes
     assert tool_transfer_control.main([files["base"], files["control"], files["base"], moved]) == 0
     assert identify(moved).layout == "full"
@@ -49,7 +50,7 @@ def test_commands_do_their_work(files: dict[str, str], tmp_path: Path, capsys: p
         (tool_add_control, ["{base}", "{folder}/out.onnx"], "end its name in one of"),
         (tool_add_control, ["{base}", "{out}", "--config", "cldm_v15"], "does not fit cldm_v15"),
         (tool_add_control, ["{base}", "{out}", "--config", "nothing"], "there is no file 'nothing'"),
-        (tool_add_control, ["{base}", "{base}"], "exists already; choose another name, or overwrite it with --force"),
+        (tool_add_control, ["{base}", "{base}"], "is also the input"),
         (tool_transfer_control, ["{base}", "{base}", "{base}", "{out}"], "holds no ControlNet"),
         (tool_convert_control, ["{base}", "{out}", "--to", "control"], "holds no ControlNet"),
         (tool_convert_control, ["{control}", "{folder}", "--to", "diffusers"], "something else in it"),
@@ -77,6 +78,23 @@ def test_mistakes_get_one_line(
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_defect_keeps_its_traceback(files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a defect of this library, not a mistake of the user")
+
+    monkeypatch.setattr(tool_add_control, "add_control", broken)
+    with pytest.raises(ValueError, match="a defect"):
+        tool_add_control.main([files["base"], str(tmp_path / "out.safetensors")])
+
+
+def test_commands_to_copy_are_quoted(files: dict[str, str], tmp_path: Path) -> None:
+    odd = tmp_path / "x;touch hacked;.safetensors"
+    odd.write_bytes(Path(files["base"]).read_bytes())
+    line = next(line for line in identify(odd).suggestions if "tool_add_control.py" in line)
+    arguments = shlex.split(line.partition("python ")[2])
+    assert arguments == ["tool_add_control.py", str(odd), "OUTPUT"]
 
 
 @pytest.mark.parametrize("tool", [tool_add_control, tool_transfer_control, tool_convert_control])

@@ -9,11 +9,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cldm.checkpoint.converting import convert
-from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.writing import write_checkpoint
+from cldm.checkpoint import CheckpointError, add_control, convert
 from cldm.config import load_config, override
 from cldm.model import create_model, load_control, load_state_dict, load_weights
+from ldm.files import write_weights
 from ldm.util import ConfigError
 from tests.cldm.tiny import tiny_config, tiny_model
 from tutorial_train import Settings
@@ -27,8 +26,8 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model = tiny_model("sd2")
     OmegaConf.save({"model": tiny_config("sd2")}, folder / "small.yaml")
-    write_checkpoint(folder / "full.safetensors", model.state_dict(), progress=False)
-    write_checkpoint(folder / "half.ckpt", model.state_dict(), dtype=torch.float16, progress=False)
+    write_weights(folder / "full.safetensors", model.state_dict(), progress=False)
+    write_weights(folder / "half.ckpt", model.state_dict(), dtype=torch.float16, progress=False)
     return model, folder
 
 
@@ -58,7 +57,7 @@ def test_half_precision_files_fill_single_precision_models(saved):
 def test_published_files_lack_logvar(saved, tmp_path):
     model, folder = saved
     entries = {k: v for k, v in model.state_dict().items() if k != "logvar"}
-    write_checkpoint(tmp_path / "published.safetensors", entries, progress=False)
+    write_weights(tmp_path / "published.safetensors", entries, progress=False)
     loaded = create_model(folder / "small.yaml", weights=tmp_path / "published.safetensors")
     assert torch.equal(loaded.logvar, torch.zeros(1000))
 
@@ -67,7 +66,7 @@ def test_published_files_lack_logvar(saved, tmp_path):
 def test_a_controlnet_alone(saved, tmp_path, prefix):
     model, folder = saved
     entries = {prefix + k: v + 1 for k, v in model.control_model.state_dict().items()}
-    write_checkpoint(tmp_path / "control.safetensors", entries, progress=False)
+    write_weights(tmp_path / "control.safetensors", entries, progress=False)
     loaded = create_model(folder / "small.yaml", weights=folder / "full.safetensors")
     report = load_control(loaded, tmp_path / "control.safetensors")
     assert len(report.loaded) == len(entries) and not report.ignored
@@ -100,7 +99,7 @@ def test_a_controlnet_of_every_layout_loads_onto_a_model(saved, tmp_path, to):
 
 def test_a_pipeline_of_diffusers_fills_a_model_and_gives_its_state_dict(tmp_path):
     tiny = create_model("cldm_tiny")
-    write_checkpoint(tmp_path / "full.safetensors", tiny.state_dict(), progress=False)
+    write_weights(tmp_path / "full.safetensors", tiny.state_dict(), progress=False)
     convert(tmp_path / "full.safetensors", tmp_path / "pipeline", "diffusers-pipeline", progress=False)
     loaded = create_model("cldm_tiny", weights=tmp_path / "pipeline")
     read = load_state_dict(tmp_path / "pipeline")
@@ -112,14 +111,14 @@ def test_a_pipeline_of_diffusers_fills_a_model_and_gives_its_state_dict(tmp_path
 def test_an_incomplete_file_is_never_silent(tmp_path, caplog):
     state_dict = create_model("cldm_tiny").state_dict()
     del state_dict["model.diffusion_model.out.2.bias"]
-    write_checkpoint(tmp_path / "cut.safetensors", state_dict, progress=False)
+    write_weights(tmp_path / "cut.safetensors", state_dict, progress=False)
     load_state_dict(tmp_path / "cut.safetensors")
     assert "1 entries are missing (model.diffusion_model.out.2.bias)" in caplog.text
 
 
 def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
     model, folder = saved
-    write_checkpoint(tmp_path / "base.safetensors", model.model.state_dict(prefix="model."), progress=False)
+    write_weights(tmp_path / "base.safetensors", model.model.state_dict(prefix="model."), progress=False)
     with pytest.raises(CheckpointError, match="entries are missing"):
         create_model(folder / "small.yaml", weights=tmp_path / "base.safetensors")
     with pytest.raises(CheckpointError, match="holds no ControlNet"):
@@ -132,11 +131,78 @@ def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
         load_weights(other, folder / "full.safetensors")
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     no_control = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
-    write_checkpoint(tmp_path / "plain.safetensors", no_control, progress=False)
+    write_weights(tmp_path / "plain.safetensors", no_control, progress=False)
     with pytest.raises(CheckpointError, match="tool_add_control"):
         create_model(folder / "small.yaml", weights=tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="nowhere"):
         load_state_dict(tmp_path / "nowhere.ckpt")
+
+
+def test_what_a_file_tells_of_its_model_is_not_passed_over(saved, tmp_path, caplog):
+    model, folder = saved  # predicts v, does not average
+    control = {"control_model." + k: v for k, v in model.control_model.state_dict().items()}
+    shuffle, other = tmp_path / "shuffle.safetensors", tmp_path / "other.safetensors"
+    write_weights(shuffle, {**control, "beside": torch.ones(1)}, {"global_average_pooling": "true"}, progress=False)
+    write_weights(other, model.state_dict(), {"modelspec.prediction_type": "epsilon"}, progress=False)
+    loaded = create_model(folder / "small.yaml", weights=folder / "full.safetensors")
+    assert not loaded.global_average_pooling
+    report = load_control(loaded, shuffle)
+    assert loaded.global_average_pooling and report.ignored == ["beside"]
+    assert any("global_average_pooling is set to True" in note for note in report.notes)
+    assert any("1 entries" in note and "left out" in note for note in report.notes)
+    for load in (load_control, load_weights):
+        with pytest.raises(CheckpointError, match="predicts eps, and this one is configured to predict v: set"):
+            load(loaded, other)
+    with pytest.raises(CheckpointError, match="parameterization: eps"):
+        create_model(folder / "small.yaml", weights=other)
+    write_weights(other, model.state_dict(), {"modelspec.prediction_type": "v"}, overwrite=True, progress=False)
+    load_state_dict(other)
+    assert "parameterization: v" in caplog.text
+    assert create_model(folder / "small.yaml", weights=other).parameterization == "v"
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("dtype", [None, "float16", torch.bfloat16])
+def test_precision_and_device_of_a_new_model(saved, weights, dtype):
+    model, folder = saved
+    made = create_model(folder / "small.yaml", folder / "full.safetensors" if weights else None, "cpu", dtype)
+    wanted = {"float16": torch.float16, None: torch.float32}.get(dtype, dtype)
+    assert {p.dtype for p in made.parameters()} == {wanted}
+    own = {n: b for n, b in made.named_buffers() if "." not in n}
+    assert {b.dtype for b in own.values()} == {torch.float32} and torch.equal(own["betas"], model.betas)
+    if weights:
+        key = "control_model.zero_convs.0.0.weight"
+        assert torch.equal(made.state_dict()[key], model.state_dict()[key].to(wanted))
+    assert not any(t.is_meta for t in [*made.parameters(), *made.buffers()])
+
+
+def test_every_parameter_and_buffer_goes_to_the_device(saved):
+    _, folder = saved
+    made = create_model(folder / "small.yaml", device="meta")
+    assert all(t.is_meta for t in [*made.parameters(), *made.buffers()])
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        made = create_model("cldm_tiny", device="cuda")
+        assert {t.device.type for t in [*made.parameters(), *made.buffers()]} == {"cuda"}
+
+
+def test_a_missing_configuration_is_a_file_not_found_error(tmp_path):
+    for path in (tmp_path / "no.yaml", "cldm_v99"):
+        with pytest.raises(FileNotFoundError):
+            create_model(path)
+    with pytest.raises(FileNotFoundError):
+        create_model("cldm_tiny", weights=tmp_path / "no.ckpt")
+
+
+def test_packaged_weights_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    add_control("cldm_tiny.safetensors", "ini.safetensors", progress=False)
+    made = create_model("cldm_tiny", weights="ini.safetensors")
+    with pytest.raises(CheckpointError, match="holds no ControlNet: add one with tool_add_control.py"):
+        create_model("cldm_tiny", weights="cldm_tiny.safetensors")
+    tiny = load_state_dict("cldm_tiny.safetensors")["model.diffusion_model.out.2.bias"]
+    assert torch.equal(made.state_dict()["model.diffusion_model.out.2.bias"], tiny.float())
 
 
 def test_configurations_are_found_by_name_and_mistakes_named(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cldm.checkpoint.control import add_control
+from cldm.checkpoint import add_control
 from cldm.data.fill import generate_fill
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tool_train_tiny
-from cldm.checkpoint.reading import read_state_dict
+from ldm.files import read_state_dict
 
 
 def arguments(tmp_path, **changes):
@@ -18,15 +18,15 @@ def test_stages_go_on_with_the_same_settings_alone(tmp_path, capsys, monkeypatch
     encoded = []
     cache = tool_train_tiny.cache_latents
     monkeypatch.setattr(tool_train_tiny, "cache_latents", lambda *args: encoded.append(cache(*args)) or encoded[-1])
-    write = tool_train_tiny.write_checkpoint
+    write = tool_train_tiny.write_weights
 
     def interrupt(path, *args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool_train_tiny, "write_checkpoint", interrupt)
+    monkeypatch.setattr(tool_train_tiny, "write_weights", interrupt)
     assert tool_train_tiny.main(arguments(tmp_path)) == 130
     assert not list((tmp_path / "work").glob("latents*"))
-    monkeypatch.setattr(tool_train_tiny, "write_checkpoint", write)
+    monkeypatch.setattr(tool_train_tiny, "write_weights", write)
     assert tool_train_tiny.main(arguments(tmp_path)) == 0
     base = read_state_dict(tmp_path / "new" / "base.safetensors")
     assert any(key.startswith("model.diffusion_model.") for key in base)

@@ -3,39 +3,62 @@
 from __future__ import annotations
 
 import io
-import math
+import mmap
 import struct
 import zipfile
 from dataclasses import dataclass
 from typing import Any
 
-from cldm.checkpoint.errors import CheckpointError
-from cldm.checkpoint.storage import Entry, FileBytes
-from cldm.checkpoint.unpickling import Placeholder, Storage, StoredTensor, unpickle
+import torch
+
+from ldm.files.errors import CheckpointError
+from ldm.files.pickles import Placeholder, Storage, Unpickler
+from ldm.files.tensors import LazyTensor, OpenFile, Tensors
 
 ZIP_MAGIC = b"PK\x03\x04"
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_PROTOCOL = 1001
+LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MAX_NESTING = 3
 _WRAPPERS = ("state_dict", "model", "module")
-_PLAIN_TYPES = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
 class TorchContent:
-    """The weights of a torch file and what was around them."""
+    """The weights of a torch file and what was around them (see `WeightsFile`)."""
 
-    entries: dict[str, Entry]
+    tensors: Tensors
     wrapping: tuple[str, ...]
     extras: dict[str, Any]
     foreign: tuple[str, ...]
 
 
-def read_torch_zip(file: FileBytes) -> TorchContent:
+class _TorchReader:
+    """One file's pickles; their tensors are read from the places in `starts`, the first byte of each storage."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self.file = file
+        self.starts: dict[str, int] = {}
+        self.unpickler = Unpickler(self._make_tensor)
+
+    def _make_tensor(
+        self, key: str, begin: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
+    ) -> LazyTensor:
+        return LazyTensor(shape, dtype, lambda: self.file.read_tensor(self.starts[key] + begin, dtype, shape, stride))
+
+    def content(self, tensors: Tensors, wrapping: tuple[str, ...], extras: dict[str, Any]) -> TorchContent:
+        """The file's content, when `starts` is complete."""
+        missing = next((key for key in self.unpickler.storages if key not in self.starts), None)
+        if missing is not None:
+            raise CheckpointError(f"tensor storage {missing[:40]!r} is missing from the file")
+        if sum(tensor.nbytes for tensor in tensors.values()) > 4 * self.file.size + 2**20:
+            raise CheckpointError("its tensors repeat the same bytes until they are many times larger than the file")
+        return TorchContent(tensors, wrapping, extras, tuple(sorted(self.unpickler.foreign)))
+
+
+def read_torch_zip(file: OpenFile) -> TorchContent:
     """The weights of a file in torch's zip format.
 
     Raises:
-        CheckpointError: another zip archive, damaged, big-endian, or with more than weights. Without the file's name.
+        CheckpointError: another zip archive, damaged, big-endian, or with more than weights.
     """
     members = _zip_members(file)
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -50,71 +73,47 @@ def read_torch_zip(file: FileBytes) -> TorchContent:
     if folder + "byteorder" in members:
         start, size = _locate(file, members[folder + "byteorder"])
         _check_byte_order(file.read(start, min(size, 16)).decode("latin-1"))
-    start, size = _locate(file, members[pickles[0]])
-    storages: dict[str, Storage] = {}
-    top, foreign = unpickle(io.BytesIO(file.read(start, size)), storages)
-    tensors, wrapping, extras = _unwrap(top)
-    starts: dict[str, int] = {}
-    for key in {tensor.storage.key for tensor in tensors.values()}:
+    reader = _TorchReader(file)
+    parts = _unwrap(reader.unpickler.load(io.BytesIO(file.read(*_locate(file, members[pickles[0]])))))
+    for key, storage in reader.unpickler.storages.items():
         member = members.get(f"{folder}data/{key}")
-        if member is None:
-            raise CheckpointError(f"tensor storage {key[:40]!r} is missing from the archive")
-        starts[key], size = _locate(file, member)
-        if size < storages[key].count * storages[key].dtype.itemsize:
-            raise CheckpointError(f"tensor storage {key[:40]!r} is smaller than the pickle says")
-    return TorchContent(_entries(file, tensors, starts), wrapping, extras, tuple(sorted(foreign)))
+        if member is not None:
+            reader.starts[key], size = _locate(file, member)
+            if size < storage.count * storage.dtype.itemsize:
+                raise CheckpointError(f"tensor storage {key[:40]!r} is smaller than the pickle says")
+    return reader.content(*parts)
 
 
-def read_torch_legacy(file: FileBytes) -> TorchContent:
+def read_torch_legacy(file: OpenFile) -> TorchContent:
     """The weights of a file in torch's older format: magic number, protocol, system, object, storage keys, storages.
 
     Raises:
-        CheckpointError: another pickle, damaged, big-endian, or with more than weights. Without the file's name.
+        CheckpointError: another pickle, damaged, big-endian, or with more than weights.
     """
-    pickles = file.map()
-    pickles.seek(0)
-    magic, _ = unpickle(pickles)
-    if magic != LEGACY_MAGIC:
-        raise CheckpointError("a pickle that torch.save did not write; only its files and safetensors are read")
-    protocol, _ = unpickle(pickles)
-    if protocol != LEGACY_PROTOCOL:
-        raise CheckpointError("a torch file of an unknown protocol version")
-    system, _ = unpickle(pickles)
-    if type(system) is dict:
-        _check_byte_order("little" if system.get("little_endian", True) is True else "big")
-    storages: dict[str, Storage] = {}
-    top, foreign = unpickle(pickles, storages)
-    tensors, wrapping, extras = _unwrap(top)
-    keys, _ = unpickle(pickles)
+    reader = _TorchReader(file)
+    load = reader.unpickler.load
+    with mmap.mmap(file.stream.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+        if load(stream) != LEGACY_MAGIC:
+            raise CheckpointError("a pickle that torch.save did not write; only its files and safetensors are read")
+        if load(stream) != LEGACY_PROTOCOL:
+            raise CheckpointError("a torch file of an unknown protocol version")
+        system = load(stream)
+        if type(system) is dict:
+            _check_byte_order("little" if system.get("little_endian", True) is True else "big")
+        parts, keys, position = _unwrap(load(stream)), load(stream), stream.tell()
     if type(keys) is not list:
         raise CheckpointError("the list of tensor storages is damaged")
-    starts: dict[str, int] = {}
-    position = pickles.tell()
     for key in keys:
-        storage = storages.get(key) if type(key) is str else None
-        if storage is None or key in starts:
+        storage = reader.unpickler.storages.get(key) if type(key) is str else None
+        if storage is None or key in reader.starts:
             raise CheckpointError("the list of tensor storages is damaged")
         if int.from_bytes(file.read(position, 8), "little") != storage.count:
             raise CheckpointError(f"tensor storage {key[:40]!r} is cut short or has another size than the pickle says")
-        starts[key] = position + 8
+        reader.starts[key] = position + 8
         position += 8 + storage.count * storage.dtype.itemsize
         if position > file.size:
             raise CheckpointError("the file ends within its tensors; its download was cut short")
-    missing = next((t.storage.key for t in tensors.values() if t.storage.key not in starts), None)
-    if missing is not None:
-        raise CheckpointError(f"tensor storage {missing[:40]!r} is missing from the file")
-    return TorchContent(_entries(file, tensors, starts), wrapping, extras, tuple(sorted(foreign)))
-
-
-def _entries(file: FileBytes, tensors: dict[str, StoredTensor], starts: dict[str, int]) -> dict[str, Entry]:
-    """Tensors at their places in the file, given where each storage starts."""
-    entries = {
-        key: Entry(file, starts[tensor.storage.key] + tensor.span[0], tensor.dtype, tensor.shape, tensor.stride)
-        for key, tensor in tensors.items()
-    }
-    if sum(entry.nbytes for entry in entries.values()) > 4 * file.size + 2**20:
-        raise CheckpointError("its tensors repeat the same bytes until they are many times larger than the file")
-    return entries
+    return reader.content(*parts)
 
 
 def _check_byte_order(name: str) -> None:
@@ -122,13 +121,13 @@ def _check_byte_order(name: str) -> None:
         raise CheckpointError(f"written with {name[:16]!r} byte order; only little-endian files are read")
 
 
-def _zip_members(file: FileBytes) -> dict[str, zipfile.ZipInfo]:
+def _zip_members(file: OpenFile) -> dict[str, zipfile.ZipInfo]:
     try:
-        with open(file.path, "rb") as stream, zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(file.stream) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, RuntimeError, ValueError, LookupError, OSError, OverflowError, struct.error) as error:
         raise CheckpointError(
-            f"its zip directory, which lies at the end, is missing or damaged ({str(error)[:80]}); "
+            "its directory, which lies at the end of a zip archive, is missing or damaged; "
             "the download was probably cut short"
         ) from error
     named = {member.filename: member for member in members}
@@ -137,7 +136,7 @@ def _zip_members(file: FileBytes) -> dict[str, zipfile.ZipInfo]:
     return named
 
 
-def _locate(file: FileBytes, member: zipfile.ZipInfo) -> tuple[int, int]:
+def _locate(file: OpenFile, member: zipfile.ZipInfo) -> tuple[int, int]:
     """First byte and size of a member's data."""
     name = repr(member.filename[-60:])
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size != member.compress_size:
@@ -151,63 +150,62 @@ def _locate(file: FileBytes, member: zipfile.ZipInfo) -> tuple[int, int]:
     return start, member.file_size
 
 
-def _unwrap(top: Any) -> tuple[dict[str, StoredTensor], tuple[str, ...], dict[str, Any]]:
+def _unwrap(top: Any) -> tuple[Tensors, tuple[str, ...], dict[str, Any]]:
     """The innermost dictionary of tensors, the keys that lead there, and the plain values passed on the way."""
     level, wrapping, extras = top, [], {}
     while True:
         if type(level) is not dict:
-            where = f"under {wrapping[-1]!r} " if wrapping else ""
-            raise CheckpointError(f"its object {where}is not a dictionary of tensors but {_refusal(level)}")
+            where = f" under {wrapping[-1]!r}" if wrapping else ""
+            raise CheckpointError(f"holds {_described(level)}{where}, where a dictionary of tensors is expected")
         inner = _wrapper(level)
         if inner is None:
             break
         if len(wrapping) == MAX_NESTING:
             raise CheckpointError(f"its weights are nested more than {MAX_NESTING} dictionaries deep")
-        extras.update(_plain_values(level, without=inner))
+        extras |= _plain_values(level, without=inner)
         wrapping.append(inner)
         level = level[inner]
-    tensors = {}
+    tensors: Tensors = {}
+    seen: set[int] = set()  # over all entries, which may share one long list
     for key, value in level.items():
-        if isinstance(value, StoredTensor):
+        if isinstance(value, LazyTensor):
             if type(key) is not str:
-                raise CheckpointError("a tensor among its weights has a name that is not text")
+                raise CheckpointError("a tensor among its weights has a name that is no text of ordinary length")
             tensors[key] = value
-        elif (foreign := _first(value, Placeholder, Storage)) is not None:
-            raise CheckpointError(f"entry {str(key)[:100]!r} among its weights is {_refusal(foreign)}")
-        elif _first(value, StoredTensor) is not None:
-            raise CheckpointError(
-                f"entry {str(key)[:100]!r} among its weights holds tensors of its own; save the state dict alone"
+        elif (found := _first(value, (Placeholder, Storage, LazyTensor), seen)) is not None:
+            what = (
+                "tensors of its own; save the state dict alone" if isinstance(found, LazyTensor) else _described(found)
             )
+            raise CheckpointError(f"entry {str(key)[:100]!r} among its weights holds {what}")
     if not tensors:
         names = ", ".join(repr(str(key)[:40]) for key in list(level)[:5]) or "nothing"
         raise CheckpointError(f"holds no tensors where weights are expected, but {names}")
-    extras.update({key: value for key, value in _plain_values(level).items() if key not in tensors})
-    return tensors, tuple(wrapping), extras
+    return tensors, tuple(wrapping), extras | _plain_values(level, without=tensors)
 
 
 def _wrapper(level: dict) -> str | None:
     """The key under which the weights lie, if they are not right here."""
     if "state_dict" in level:
         return "state_dict"
-    beside = [math.prod(value.shape) for value in level.values() if isinstance(value, StoredTensor)]
+    beside = [value.numel for value in level.values() if isinstance(value, LazyTensor)]
     inner = [key for key in _WRAPPERS if type(level.get(key)) is dict]
     if beside:  # a step or a decay beside the weights is one number
-        inner = [key for key in inner if max(beside) <= 1 and _first(level[key], StoredTensor) is not None]
+        inner = [key for key in inner if max(beside) <= 1 and _first(level[key], (LazyTensor,), set()) is not None]
     return next(iter(inner), None)
 
 
-def _plain_values(level: dict, without: str | None = None) -> dict[str, Any]:
-    """Scalars and texts as they are, all else as placeholders."""
+def _plain_values(level: dict, without: Any) -> dict[str, Any]:
+    """Numbers and texts as they are, all else as placeholders; `without` is a key or a dictionary of keys."""
     return {
-        key: value if isinstance(value, (*_PLAIN_TYPES, Placeholder)) else Placeholder(type(value).__name__)
+        key: value if isinstance(value, (bool, int, float, str, type(None), Placeholder)) else Placeholder(type(value).__name__)
         for key, value in level.items()
-        if type(key) is str and key != without
-    }
+        if type(key) is str and (key != without if type(without) is str else key not in without)
+    }  # fmt: skip
 
 
-def _first(value: Any, *kinds: type) -> Any:
-    """Something within `value` that is of one of the kinds, or None."""
-    pending, seen = [value], set()
+def _first(value: Any, kinds: tuple[type, ...], seen: set[int]) -> Any:
+    """Something within `value` that is of one of the kinds, or None; containers in `seen` are passed over, and added."""
+    pending = [value]
     while pending:
         item = pending.pop()
         if isinstance(item, kinds):
@@ -218,7 +216,7 @@ def _first(value: Any, *kinds: type) -> Any:
     return None
 
 
-def _refusal(value: Any) -> str:
+def _described(value: Any) -> str:
     """What a value that should have been weights is, and what to do."""
     if not isinstance(value, Placeholder):
         return f"a {type(value).__name__.lower()}"

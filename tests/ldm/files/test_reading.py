@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cldm.checkpoint import CheckpointError, TensorInfo, open_checkpoint, read_state_dict
-from tests.checkpoint.forging import dictionary, number, program, storage, tensor, text, torch_legacy, torch_zip
+from ldm.files import CheckpointError, open_weights, read_state_dict
+from tests.ldm.files.forging import dictionary, number, program, storage, tensor, text, torch_legacy, torch_zip
 
 FORMATS = ("torch-zip", "torch-legacy")
 
@@ -58,17 +58,14 @@ def test_torch_files(tmp_path: Path, tensors: dict[str, Tensor], format: str, de
     content: object = tensors
     for _ in range(depth):
         content = {"state_dict": content}
-    with open_checkpoint(save(content, tmp_path / "weights.any", format)) as checkpoint:
-        assert checkpoint.format == format
-        assert checkpoint.wrapping == ("state_dict",) * depth
-        assert list(checkpoint) == list(tensors)
+    with open_weights(save(content, tmp_path / "weights.any", format)) as file:
+        assert file.format == format
+        assert file.wrapping == ("state_dict",) * depth
+        assert list(file) == list(tensors)
         for key, want in tensors.items():
-            assert checkpoint.info(key) == TensorInfo(tuple(want.shape), want.dtype)
-            assert same(checkpoint[key], want) and checkpoint[key].is_contiguous(), key
-            assert same(checkpoint.map(key), want), key
-            out = torch.empty(want.shape, dtype=want.dtype)
-            checkpoint.read_into(key, out)
-            assert same(out, want), key
+            lazy, got = file[key], file[key].read()
+            assert (lazy.shape, lazy.dtype, lazy.nbytes) == (tuple(want.shape), want.dtype, want.nbytes)
+            assert same(got, want) and got.is_contiguous(), key
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -77,17 +74,17 @@ def test_four_wrappings_are_too_many(tmp_path: Path, format: str) -> None:
     for _ in range(4):
         content = {"state_dict": content}
     with pytest.raises(CheckpointError, match="nested more than 3"):
-        open_checkpoint(save(content, tmp_path / "deep.ckpt", format))
+        open_weights(save(content, tmp_path / "deep.ckpt", format))
 
 
 def test_safetensors(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     whole = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
     save_file(whole, tmp_path / "a.ckpt", metadata={"note": "kept"})  # content decides, not the name
-    with open_checkpoint(tmp_path / "a.ckpt") as checkpoint:
-        assert checkpoint.format == "safetensors" and checkpoint.metadata == {"note": "kept"}
-        assert checkpoint.keys() == whole.keys()
+    with open_weights(tmp_path / "a.ckpt") as file:
+        assert file.format == "safetensors" and file.metadata == {"note": "kept"}
+        assert file.keys() == whole.keys()
         for key, want in whole.items():
-            assert same(checkpoint[key], want) and same(checkpoint.map(key), want), key
+            assert same(file[key].read(), want), key
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -107,41 +104,41 @@ def test_a_training_run_with_everything_in_it(tmp_path: Path, format: str) -> No
         "hyper_parameters": collections.Counter(a=1),
         "lr_schedulers": [slice(1, 2), range(3), complex(1, 2)],
     }
-    with open_checkpoint(save(content, tmp_path / "run.ckpt", format)) as checkpoint:
-        assert list(checkpoint) == list(model.state_dict())
-        assert all(same(checkpoint[key], want) for key, want in model.state_dict().items())
-        assert checkpoint.extras["global_step"] == 1200 and checkpoint.extras["pytorch-lightning_version"] == "1.4.2"
-        assert "collections.Counter" in checkpoint.foreign
-        assert "not built" in repr(checkpoint.extras["hyper_parameters"])
+    with open_weights(save(content, tmp_path / "run.ckpt", format)) as file:
+        assert list(file) == list(model.state_dict())
+        assert all(same(file[key].read(), want) for key, want in model.state_dict().items())
+        assert file.extras["global_step"] == 1200 and file.extras["pytorch-lightning_version"] == "1.4.2"
+        assert "collections.Counter" in file.foreign
+        assert "not built" in repr(file.extras["hyper_parameters"])
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_plain_values_beside_weights(tmp_path: Path, format: str) -> None:
     path = save({"w": torch.ones(2), "difference": 1.0, "note": "x", "sizes": [1, 2]}, tmp_path / "d.pth", format)
-    with open_checkpoint(path) as checkpoint:
-        assert list(checkpoint) == ["w"]
-        assert checkpoint.extras["difference"] == 1.0 and checkpoint.extras["note"] == "x"
+    with open_weights(path) as file:
+        assert list(file) == ["w"]
+        assert file.extras["difference"] == 1.0 and file.extras["note"] == "x"
 
 
 @pytest.mark.parametrize("wrapper", ["model", "module"])
 def test_other_wrappers(tmp_path: Path, wrapper: str) -> None:
     content = {wrapper: {"w": torch.ones(2)}, "optimizer": {"state": {}}, "step": 3}
-    with open_checkpoint(save(content, tmp_path / "w.pt", "torch-zip")) as checkpoint:
-        assert list(checkpoint) == ["w"] and checkpoint.wrapping == (wrapper,) and checkpoint.extras["step"] == 3
+    with open_weights(save(content, tmp_path / "w.pt", "torch-zip")) as file:
+        assert list(file) == ["w"] and file.wrapping == (wrapper,) and file.extras["step"] == 3
 
 
 @pytest.mark.parametrize("wrapper", ["model", "module"])
 def test_one_number_beside_the_weights_does_not_hide_them(tmp_path: Path, wrapper: str) -> None:
     content = {"step": torch.tensor(3), "decay": torch.tensor([0.9]), wrapper: {"w": torch.ones(2)}}
-    with open_checkpoint(save(content, tmp_path / "w.pt", "torch-zip")) as checkpoint:
-        assert list(checkpoint) == ["w"] and checkpoint.wrapping == (wrapper,)
+    with open_weights(save(content, tmp_path / "w.pt", "torch-zip")) as file:
+        assert list(file) == ["w"] and file.wrapping == (wrapper,)
 
 
 @pytest.mark.parametrize("inside", [{"y": torch.ones(2)}, [[torch.ones(2)]], {"y": {"z": (torch.ones(2),)}}])
 def test_tensors_inside_an_entry_are_not_dropped_in_silence(tmp_path: Path, inside: object) -> None:
     path = save({"w": torch.ones(2), "x": inside}, tmp_path / "w.pt", "torch-zip")
     with pytest.raises(CheckpointError, match="entry 'x' among its weights holds tensors of its own"):
-        open_checkpoint(path)
+        open_weights(path)
 
 
 @pytest.mark.parametrize("forge", [torch_zip, torch_legacy])
@@ -169,7 +166,7 @@ def test_storage_views_of_old_torch(tmp_path: Path, forge) -> None:
 def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path: Path, format: str, kind: str, value) -> None:
     path = save({"good": torch.ones(1), "odd": value()}, tmp_path / "odd.pth", format)
     with pytest.raises(CheckpointError, match=kind) as raised:
-        open_checkpoint(path)
+        open_weights(path)
     assert str(path) in str(raised.value)
 
 
@@ -177,61 +174,34 @@ def test_what_is_no_plain_tensor_is_refused_by_name(tmp_path: Path, format: str,
 def test_old_protocols_are_named(tmp_path: Path, protocol: int) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "w.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match="a torch file of pickle protocol 0 or 1"):
-        open_checkpoint(tmp_path / "w.pt")
+        open_weights(tmp_path / "w.pt")
 
 
 def test_whole_pickled_module(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
     with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict\(\)"):
-        open_checkpoint(tmp_path / "module.pt")
-
-
-def test_read_into_converts_and_checks_shapes(tmp_path: Path) -> None:
-    want = torch.randn(4, 6)
-    save_file({"w": want.half()}, tmp_path / "w.safetensors")
-    with open_checkpoint(tmp_path / "w.safetensors") as checkpoint:
-        out = nn.Parameter(torch.empty(4, 6))
-        checkpoint.read_into("w", out)
-        assert same(out, want.half().float())
-        transposed = torch.empty(6, 4).half().t()
-        checkpoint.read_into("w", transposed)
-        assert torch.equal(transposed, want.half())
-        with pytest.raises(CheckpointError, match=r"'w' has shape \[4, 6\], its place has \[6, 4\]"):
-            checkpoint.read_into("w", torch.empty(6, 4))
-
-
-@pytest.mark.parametrize("format", (*FORMATS, "safetensors"))
-def test_mapped_tensors_never_write_to_the_file(tmp_path: Path, format: str) -> None:
-    path = tmp_path / "w.bin"
-    save_file({"w": torch.ones(8)}, path) if format == "safetensors" else save({"w": torch.ones(8)}, path, format)
-    before = path.read_bytes()
-    with open_checkpoint(path) as checkpoint:
-        mapped = checkpoint.map("w")
-        mapped.zero_()
-        assert torch.equal(checkpoint["w"], torch.ones(8))
-    assert torch.equal(mapped, torch.zeros(8))  # lives on after closing
-    assert path.read_bytes() == before
+        open_weights(tmp_path / "module.pt")
 
 
 def test_closed_and_shrunk_files(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({"w": torch.ones(1000)}, path)
-    with open_checkpoint(path) as checkpoint:
+    with open_weights(path) as file:
         path.write_bytes(path.read_bytes()[:200])
         with pytest.raises(CheckpointError, match="changed while being read"):
-            checkpoint["w"]
+            file["w"].read()
     with pytest.raises(CheckpointError, match="closed"):
-        checkpoint["w"]
+        file["w"].read()
 
 
 def test_threads_read_one_file(tmp_path: Path) -> None:
     want = {f"w{i}": torch.full((5000,), float(i)) for i in range(20)}
     save_file(want, tmp_path / "w.safetensors")
     wrong = []
-    with open_checkpoint(tmp_path / "w.safetensors") as checkpoint:
+    with open_weights(tmp_path / "w.safetensors") as file:
 
         def work() -> None:
-            wrong.extend(key for key in want if not torch.equal(checkpoint[key], want[key]))
+            wrong.extend(key for key in want if not torch.equal(file[key].read(), want[key]))
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         [thread.start() for thread in threads]
@@ -267,11 +237,11 @@ def make_pipeline(folder: Path) -> dict[str, Tensor]:
 
 def test_pipeline_folder(tmp_path: Path) -> None:
     want = make_pipeline(tmp_path / "pipe")
-    with open_checkpoint(tmp_path / "pipe") as checkpoint:
-        assert checkpoint.format == "folder" and checkpoint.keys() == want.keys()
-        assert all(same(checkpoint[key], value) for key, value in want.items())
-        assert checkpoint.configs["scheduler"]["prediction_type"] == "v_prediction"
-        assert checkpoint.configs["unet"] == {"of": "unet"}
+    with open_weights(tmp_path / "pipe") as file:
+        assert file.format == "folder" and file.keys() == want.keys()
+        assert all(same(file[key].read(), value) for key, value in want.items())
+        assert file.configs["scheduler"]["prediction_type"] == "v_prediction"
+        assert file.configs["unet"] == {"of": "unet"}
     got = read_state_dict(tmp_path / "pipe" / "unet")  # one network of it
     assert got.keys() == {"unet.0", "unet.1", "unet.2"}
 
@@ -283,19 +253,19 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path, place: object) -
     index = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"unet.0": place}}))
     with pytest.raises(CheckpointError, match="not a file name"):
-        open_checkpoint(tmp_path / "pipe")
+        open_weights(tmp_path / "pipe")
 
 
 def test_incomplete_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="without model_index.json"):
-        open_checkpoint(tmp_path)
+        open_weights(tmp_path)
     make_pipeline(tmp_path / "pipe")
     next((tmp_path / "pipe" / "unet").glob("*-00002-of-*")).unlink()
     with pytest.raises(CheckpointError, match="00002-of-00002.safetensors: does not exist"):
-        open_checkpoint(tmp_path / "pipe")
+        open_weights(tmp_path / "pipe")
     (tmp_path / "pipe" / "unet" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json: not valid JSON"):
-        open_checkpoint(tmp_path / "pipe")
+        open_weights(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("variant", ["", ".fp16", ".bf16", ".non_ema"])
@@ -316,11 +286,11 @@ def test_variants_of_diffusers(tmp_path: Path, variant: str, shards: bool) -> No
 
 def test_what_a_system_refuses_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="cannot be .*: File name too long"):
-        open_checkpoint(tmp_path / ("n" * 300))
+        open_weights(tmp_path / ("n" * 300))
     make_pipeline(tmp_path / "pipe")
     (tmp_path / "pipe" / "unet" / "config.json").write_text('{"a": ' + "1" * 5000 + "}")
     with pytest.raises(CheckpointError, match="config.json: not valid JSON"):
-        open_checkpoint(tmp_path / "pipe")
+        open_weights(tmp_path / "pipe")
 
     def refuse(_: Path) -> bool:
         raise PermissionError(13, "Permission denied")
@@ -328,4 +298,4 @@ def test_what_a_system_refuses_is_one_error(tmp_path: Path, monkeypatch: pytest.
     for name in ("is_dir", "is_file"):
         with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
             patch.setattr(Path, name, refuse)
-            open_checkpoint(tmp_path / "pipe")
+            open_weights(tmp_path / "pipe")

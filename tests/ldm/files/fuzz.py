@@ -1,4 +1,4 @@
-"""Reading files with random damage: `python -m tests.checkpoint.fuzz --count 20000`.
+"""Reading files with random damage: `python -m tests.ldm.files.fuzz --count 20000`.
 
 Every mutated file must read, or be refused by a `CheckpointError` that names it; quickly, in little memory, and without
 anything being imported, executed or started, for which the interpreter's audit events are watched.
@@ -11,6 +11,7 @@ import encodings.raw_unicode_escape  # noqa: F401
 import io
 import random
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from cldm.checkpoint import CheckpointError, open_checkpoint
+from ldm.files import CheckpointError, open_weights
 
 _FORBIDDEN_EVENTS = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "ctypes.", "pickle.", "shutil.")
 _MAX_SECONDS = 5.0
@@ -181,12 +182,17 @@ def _watched() -> Iterator[None]:
         _watching = False
 
 
+def _stop(*_: object) -> None:
+    raise TimeoutError(f"took more than {_MAX_SECONDS} s")
+
+
 def fuzz(count: int, seed: int = 0) -> Result:
     """Read `count` mutated files.
 
     Raises:
         AssertionError: one of them broke a promise; the message says how to get it back.
     """
+    signal.signal(signal.SIGALRM, _stop)
     read = refused = 0
     slowest = 0.0
     seeds = _seeds()
@@ -196,11 +202,10 @@ def fuzz(count: int, seed: int = 0) -> Result:
         for number, content in enumerate(_mutated(seeds, count, random.Random(seed))):
             path.write_bytes(content)
             start = time.perf_counter()
+            signal.setitimer(signal.ITIMER_REAL, _MAX_SECONDS)  # what hangs becomes a TimeoutError
             try:
-                with _watched(), open_checkpoint(path) as checkpoint:
-                    total = sum(tensor.nbytes for tensor in checkpoint.values())
-                    for key in checkpoint:
-                        checkpoint.map(key)
+                with _watched(), open_weights(path) as file:
+                    total = sum(tensor.read().nbytes for tensor in file.values())
                 read += 1
                 assert total <= 4 * len(content) + 2**20, f"file {number} of seed {seed} grew to {total:,} bytes"
             except CheckpointError as error:
@@ -208,6 +213,8 @@ def fuzz(count: int, seed: int = 0) -> Result:
                 assert str(path) in str(error), f"file {number} of seed {seed}: unnamed {error}"
             except Exception as error:
                 raise AssertionError(f"file {number} of seed {seed} raised {error!r}") from error
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
             assert not _events, f"file {number} of seed {seed} did {_events}"
             slowest = max(slowest, time.perf_counter() - start)
             assert slowest < _MAX_SECONDS, f"file {number} of seed {seed} took {slowest:.1f} s"
@@ -217,7 +224,7 @@ def fuzz(count: int, seed: int = 0) -> Result:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.checkpoint.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.ldm.files.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=20_000, help="mutated files to read (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: %(default)s)")
     arguments = parser.parse_args(argv)

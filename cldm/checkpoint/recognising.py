@@ -1,0 +1,262 @@
+"""Recognising what a weights file is: its layout, the family of models it belongs to, what it tells, and what it lacks."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cldm.checkpoint.expected import expected_entries
+from cldm.checkpoint.names import CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, text_key
+from ldm.files import WeightsFile
+from ldm.files.opening import COMPONENTS
+from ldm.files.tensors import Tensors
+
+EMA_PREFIX = "model_ema."
+DIFFERENCE = "difference"
+CONTROL_LAYOUTS = ("control", "control-plain", DIFFERENCE, "diffusers-controlnet")
+SCHEDULE_KEYS = frozenset(
+    ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+    + ("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
+    + ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar")
+)
+PREDICTION_METADATA = ("modelspec.prediction_type", "modelspec.predict_key", "ss_v_parameterization")
+POOLING = "global_average_pooling"  # in metadata and in configurations
+CONFIGS = {"sd1": "cldm_v15", "sd2": "cldm_v21", "tiny": "cldm_tiny"}
+
+_PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "x0": "x0", "sample": "x0"}
+_PREDICTIONS |= {"true": "v", "false": "eps"}  # of `ss_v_parameterization`
+_PREFIXES = {UNET_PREFIX: "unet", CONTROL_PREFIX: "control", VAE_PREFIX: "vae", TEXT_PREFIX: "text", EMA_PREFIX: "ema"}
+PARTS = (*_PREFIXES.values(), "schedule", "other")
+_FAMILIES = {(320, 768): "sd1", (320, 1024): "sd2"}  # by width of the first convolution and of the text
+_OPTIONAL_ENDINGS = ("position_ids", "logit_scale", "attn_mask", "text_projection")
+_UNUSED_LAYER = (
+    TEXT_PREFIX + "model.transformer.resblocks.23."
+)  # SD 2.x reads the layer before; diffusers leaves it out
+_V_FLAG = "v_pred"
+_FLAGS = (DIFFERENCE, _V_FLAG, "ztsnr")  # entries that say something about the others
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a weights file is. Keys are those that its entries have in this library.
+
+    Attributes:
+        path, format, wrapping, foreign: as of `WeightsFile`.
+        layout: "full" (base and ControlNet), "base", "control" (keys begin with `control_model.`), "control-plain"
+            (they do not), "difference" (a ControlNet less its base), "diffusers-controlnet", "diffusers-unet",
+            "diffusers-pipeline", or "unknown".
+        lightning: whether a Lightning trainer wrote it.
+        family: "sd1", "sd2", "tiny" (the packaged small model) or "unknown", by the widths of network and text.
+        config: the packaged configuration of the family, e.g. "cldm_v15"; None for an unknown family.
+        told: what the file itself says of its model: `prediction` ("eps", "v" or "x0"), `global_average_pooling`,
+            `scale_factor`.
+        prediction: the same where it is told or all of the family are alike; SD 2.x weights alone do not tell.
+        ema: whether EMA weights are in it.
+        parts, dtypes: entries by part (one of `PARTS`) and by dtype.
+        parameters, bytes: sums over all entries.
+        missing: keys that the layout should have in this family; schedule buffers and `position_ids` are never missed.
+        extra: keys that it should not have.
+        mismatched: keys whose shape is another than the family's.
+        suggestions: what can be done with it or about it, a line each.
+    """
+
+    path: Path
+    format: str
+    layout: str
+    lightning: bool
+    family: str
+    config: str | None
+    told: dict[str, Any]
+    prediction: str | None
+    ema: bool
+    parts: dict[str, int]
+    dtypes: dict[str, int]
+    parameters: int
+    bytes: int
+    wrapping: tuple[str, ...]
+    foreign: tuple[str, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    suggestions: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report in plain types, for JSON."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def make_report(file: WeightsFile, layout: str, tensors: Tensors, unknown: Sequence[str]) -> Report:
+    """What a file is, given its tensors under this library's names, and the keys that have none."""
+    family = _family(tensors)
+    config, told = CONFIGS.get(family), _told(file)
+    counts = Counter(map(part_of, tensors))
+    missing, extra, mismatched = _compare(tensors, layout, counts, config)
+    return Report(
+        path=file.path,
+        format=file.format,
+        layout=layout,
+        lightning="pytorch-lightning_version" in file.extras,
+        family=family,
+        config=config,
+        told=told,
+        prediction=told.get("prediction", "eps" if family == "sd1" else None),
+        ema=counts["ema"] > 0,
+        parts={name: counts[name] for name in PARTS if counts[name]},
+        dtypes=dict(Counter(str(tensor.dtype).removeprefix("torch.") for tensor in file.values()).most_common()),
+        parameters=sum(tensor.numel for tensor in file.values()),
+        bytes=sum(tensor.nbytes for tensor in file.values()),
+        wrapping=file.wrapping,
+        foreign=file.foreign,
+        missing=missing,
+        extra=(*extra, *unknown),
+        mismatched=mismatched,
+        suggestions=tuple(_suggestions(file, layout, family, tensors, missing, mismatched)),
+    )
+
+
+def part_of(key: str) -> str:
+    """Which part of a model an entry belongs to, one of `PARTS`."""
+    if key in SCHEDULE_KEYS:
+        return "schedule"
+    return next((name for prefix, name in _PREFIXES.items() if key.startswith(prefix)), "other")
+
+
+def layout_of(file: WeightsFile) -> str:
+    """The layout of an open file, as `Report.layout` has it, by its keys alone."""
+
+    def has(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in file)
+
+    control, base, plain = has(CONTROL_PREFIX), has(UNET_PREFIX), "input_hint_block.0.weight" in file
+    if file.format == "folder" and any(has(f"{name}/") for name in COMPONENTS):
+        return "diffusers-pipeline"
+    if (DIFFERENCE in file or DIFFERENCE in file.extras) and (control or plain):
+        return DIFFERENCE
+    if base:
+        return "full" if control else "base"
+    if control or plain:
+        return "control" if control else "control-plain"
+    if "controlnet_cond_embedding.conv_in.weight" in file:
+        return "diffusers-controlnet"
+    if "conv_in.weight" in file and "time_embedding.linear_1.weight" in file and has("up_blocks."):
+        return "diffusers-unet"
+    return "unknown"
+
+
+def _family(tensors: Tensors) -> str:
+    """From the width of the first convolution and that of the text which cross-attention takes."""
+    widths = _widths(tensors)
+    if widths is None or widths in _FAMILIES or widths[1] > min(width for _, width in _FAMILIES):
+        return _FAMILIES.get(widths, "unknown")
+    return "tiny" if widths == _widths(expected_entries(CONFIGS["tiny"])) else "unknown"
+
+
+def _widths(tensors: Tensors) -> tuple[int, int] | None:
+    for prefix in (UNET_PREFIX, CONTROL_PREFIX):
+        first = tensors.get(f"{prefix}input_blocks.0.0.weight")
+        keys = (key for key in tensors if key.startswith(prefix) and key.endswith("attn2.to_k.weight"))
+        context = tensors.get(next(keys, ""))
+        if first is not None and context is not None and len(first.shape) == 4 and len(context.shape) == 2:
+            return first.shape[0], context.shape[1]
+    return None
+
+
+def _told(file: WeightsFile) -> dict[str, Any]:
+    """What the file says of its model, in its metadata, its configurations or by a flag among its entries."""
+    told: dict[str, Any] = {}
+    says = [file.configs.get("scheduler", {}).get("prediction_type"), *map(file.metadata.get, PREDICTION_METADATA)]
+    for text in (*says, "v" if _V_FLAG in file else None):
+        if isinstance(text, str) and text.lower() in _PREDICTIONS:
+            told.setdefault("prediction", _PREDICTIONS[text.lower()])
+    pooling = file.configs.get("controlnet", file.configs.get("", {})).get("global_pool_conditions")
+    if pooling is None and POOLING in file.metadata:
+        pooling = file.metadata[POOLING] == "true"
+    if isinstance(pooling, bool):
+        told[POOLING] = pooling
+    if isinstance(scale := file.configs.get("vae", {}).get("scaling_factor"), float):
+        told["scale_factor"] = scale
+    return told
+
+
+def _compare(
+    tensors: Tensors, layout: str, counts: Counter[str], config: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Missing, extra and differently shaped keys against the family's own model."""
+    if config is None or layout == "unknown":
+        return (), (), ()
+    if layout in CONTROL_LAYOUTS:
+        wanted = {"control"}
+    else:
+        wanted = {"unet", *(("vae", "text") if layout != "diffusers-unet" else ())}
+        wanted |= {"control"} if counts["control"] else set()
+    expected = {key: tensor for key, tensor in expected_entries(config).items() if part_of(key) in wanted}
+    pipeline = layout == "diffusers-pipeline"
+
+    def is_optional(key: str) -> bool:
+        return key.endswith(_OPTIONAL_ENDINGS) or (pipeline and key.startswith(_UNUSED_LAYER))
+
+    missing = (key for key in expected if key not in tensors and not is_optional(key))
+    known = (*_FLAGS, *SCHEDULE_KEYS)
+    extra = (
+        key for key in tensors if not (key in expected or key in known or is_optional(key) or part_of(key) == "ema")
+    )
+    wrong = (key for key in expected if key in tensors and tensors[key].shape != expected[key].shape)
+    return tuple(missing), tuple(extra), tuple(wrong)
+
+
+_UNSUPPORTED: tuple[tuple[Callable[[str], bool], str], ...] = (
+    (lambda key: "lora_" in key or ".lora_A." in key, "a LoRA: a patch for a model, not a model"),
+    (lambda key: key.startswith("conditioner.embedders.") or "add_embedding." in key, "Stable Diffusion XL"),
+    (lambda key: key.removeprefix(UNET_PREFIX).startswith(("joint_blocks.", "double_blocks.")), "a transformer"),
+    (lambda key: key in ("emb_params", "string_to_param"), "a textual-inversion embedding"),
+    (lambda key: key.startswith(("adapter.", "body.0.")), "a T2I-Adapter"),
+    (lambda key: key.startswith("output_blocks."), f"a bare UNet without the prefix {UNET_PREFIX!r}"),
+    (lambda key: key.startswith("decoder.up"), "a bare VAE"),
+    (lambda key: text_key(key).startswith(("text_model.", "transformer.resblocks.")), "a bare text encoder"),
+)
+
+
+def _suggestions(
+    file: WeightsFile, layout: str, family: str, tensors: Tensors, missing: Sequence[str], mismatched: Sequence[str]
+) -> Iterable[str]:
+    """What to do with the file, a line each."""
+    path, quoted = str(file.path), shlex.quote(str(file.path))
+    load_control = f"load it onto a base: cldm.model.load_control(model, {path!r})"
+    by_layout = {
+        "full": f"load it whole: model.load_state_dict(load_state_dict({path!r}))",
+        "base": f"start training from it: python tool_add_control.py {quoted} OUTPUT",
+        "control": load_control,
+        "control-plain": load_control,
+        DIFFERENCE: f"{load_control}, with the base that it was subtracted from",
+        "diffusers-controlnet": f"{load_control}, or: python tool_convert_control.py {quoted} OUTPUT --to control",
+        "diffusers-pipeline": f"convert it to one file: python tool_convert_control.py {quoted} OUTPUT --to full",
+        "diffusers-unet": "only its UNet is here; name the folder of the whole pipeline",
+    }
+    if layout in by_layout and not mismatched:  # what has other shapes cannot be loaded into a model of its family
+        yield by_layout[layout]
+    unsupported = next((what for test, what in _UNSUPPORTED if any(map(test, file))), None)
+    if layout == "unknown":
+        yield f"this is {unsupported}" if unsupported else "none of its keys belong to a model known here"
+    elif family == "unknown":
+        yield f"its base is {unsupported or 'of an unknown kind'}: no packaged configuration fits"
+    first = tensors.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
+    if first is not None and len(first.shape) == 4 and first.shape[1] != 4:
+        yield f"its UNet takes {first.shape[1]} channels, as inpainting and depth models do; set in_channels"
+    for name, prefix in (("VAE", VAE_PREFIX), ("text encoder", TEXT_PREFIX)):
+        if layout in ("full", "base") and not any(key.startswith(prefix) for key in tensors):
+            yield f"it has no {name}; take it from another checkpoint of its family"
+    yield from gap_lines(missing, mismatched)
+    if file.foreign:
+        yield "its pickle refers to code, which was not executed: " + ", ".join(file.foreign[:5])
+
+
+def gap_lines(missing: Sequence[str], mismatched: Sequence[str]) -> Iterable[str]:
+    """What a file lacks or has in another shape than its family, a line each."""
+    if missing:
+        yield f"incomplete: {len(missing)} entries are missing, first {missing[0]!r}"
+    if mismatched:
+        yield f"unfit: {len(mismatched)} entries have another shape than its family's, first {mismatched[0]!r}"

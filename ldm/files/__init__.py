@@ -1,0 +1,28 @@
+"""Weight files, whatever wrote them: read without executing anything, tensor by tensor, and written whole or not at all.
+
+    open_weights(path)      a file, a diffusers folder, packaged weights or hf://owner/name -> `WeightsFile`, a mapping
+                            from key to `LazyTensor`, whose `read()` gives the values
+    read_state_dict(path)   the same, all read
+    write_weights, write_folder
+
+This package knows no model: keys are those of the file. Read it in this order: `tensors` (the lazy tensor, and reading
+bytes), `opening` (which container is it), `safetensors_files`, `torch_files` and `pickles` (the containers), `locating`
+(what a path may name), `writing`. What a file is and how its entries are called in this library: `cldm.checkpoint`.
+"""
+
+from ldm.files.errors import CheckpointError, MissingFileError
+from ldm.files.opening import WeightsFile, open_weights, read_state_dict
+from ldm.files.tensors import LazyTensor
+from ldm.files.writing import check_output, write_folder, write_weights
+
+__all__ = [
+    "CheckpointError",
+    "LazyTensor",
+    "MissingFileError",
+    "WeightsFile",
+    "check_output",
+    "open_weights",
+    "read_state_dict",
+    "write_folder",
+    "write_weights",
+]

@@ -1,0 +1,112 @@
+"""Where the weights lie that a path names: a file or folder, packaged weights, or a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from ldm.files.errors import CheckpointError
+
+HUB = "hf://"
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+# With a variant such as `.fp16`; of one file, or of the index of several.
+_WEIGHT_NAME = re.compile(
+    rf"(?:{'|'.join(WEIGHT_STEMS)})(\.\w+)?\.(?:safetensors|bin)(?:\.index(\.\w+)?\.json)?"
+)  # fmt: skip
+# Packaged weights lie with the configurations that they belong to: in a checkout in `models`, in a wheel within `cldm`.
+_ROOT = Path(__file__).parents[2]
+_PACKAGED = (_ROOT / "models", _ROOT / "cldm" / "resources" / "models")
+
+
+def locate(path: str | Path) -> Path:
+    """The file or folder that a weights path means: as given, packaged weights by name, or `hf://owner/name[/file]`.
+
+    Raises:
+        CheckpointError: a file of the hub cannot be had. (A local one that does not exist is found out when it is opened.)
+    """
+    if str(path).startswith((HUB, "hf:/")):  # a Path has one slash less
+        return _fetch(str(path))
+    given = Path(path)
+    try:
+        if given.exists() or len(given.parts) != 1:
+            return given
+        names = (given.name, f"{given.name}.safetensors")
+        return next((file for folder in _PACKAGED for name in names if (file := folder / name).is_file()), given)
+    except (OSError, ValueError):  # a name that the system refuses, as it will when the file is opened
+        return given
+
+
+def choose_weights(names: set[str]) -> str | None:
+    """Of a folder's files, the one that holds its weights or their index; safetensors, full precision first."""
+    variants = {match[1] or match[2] or "" for name in names if (match := _WEIGHT_NAME.fullmatch(name))}
+    for variant in sorted(variants, key=lambda variant: (variant != "", variant != ".fp16", variant)):
+        for suffix in (".safetensors", ".bin"):
+            for stem in WEIGHT_STEMS:
+                for name in (f"{stem}{variant}{suffix}", f"{stem}{suffix}.index{variant}.json"):
+                    if name in names:
+                        return name
+    return None
+
+
+def is_weights_name(name: str) -> bool:
+    """Whether a file of this name in a diffusers folder would be taken for its weights or their index."""
+    return _WEIGHT_NAME.fullmatch(name) is not None
+
+
+def _fetch(address: str) -> Path:
+    """A file or folder of the hub, in the cache of `huggingface_hub`; what is there already is not fetched again."""
+    match = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?:/([^@]+?))?/?", address)
+    if match is None:
+        raise CheckpointError("write hf://owner/name or hf://owner/name/file, with @revision after the name", address)
+    repository, revision, inside = match[1], match[2], match[3] or ""
+    import huggingface_hub as hub  # slow to import, and needed for such addresses alone
+    from huggingface_hub import utils as errors
+
+    try:
+        if inside.endswith(SUFFIXES):
+            try:
+                file = hub.hf_hub_download(repository, inside, revision=revision, local_files_only=True)
+            except errors.LocalEntryNotFoundError:
+                file = hub.hf_hub_download(repository, inside, revision=revision)
+            return Path(file)
+        return _fetch_folder(hub, repository, revision, inside)
+    except CheckpointError:
+        raise
+    except Exception as error:  # the library and what it calls raise many types
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            reason = "the hub cannot be reached, and it is not in the cache"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            reason = f"the hub has no repository {repository!r}, or it needs a login (`hf auth login`)"
+        elif isinstance(error, errors.EntryNotFoundError):
+            reason = f"{repository!r} has no file {inside!r}"
+        elif not isinstance(error, errors.HfHubHTTPError | errors.HFValidationError):
+            reason = f"the hub cannot be reached ({reason})"
+        raise CheckpointError(
+            f"cannot be fetched: {reason}. Check the name, or download it elsewhere and give the path of the file",
+            address,
+        ) from error
+
+
+def _fetch_folder(hub, repository: str, revision: str | None, inside: str) -> Path:
+    """A diffusers folder: its configurations, and of each part the one set of weights that would be read."""
+    try:
+        every = [PurePosixPath(name) for name in hub.HfApi().list_repo_files(repository, revision=revision)]
+    except Exception as unreachable:
+        try:
+            return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True)) / inside
+        except Exception:
+            raise unreachable from None
+    names: dict[PurePosixPath, set[str]] = {}
+    for name in every:
+        names.setdefault(name.parent, set()).add(name.name)
+    wanted = []
+    for folder, held in names.items():
+        chosen = choose_weights(held)
+        wanted += [str(folder / name) for name in held if name.endswith(".json") or name == chosen]
+        if chosen is not None and chosen.endswith(".json"):  # shards
+            stem = chosen.partition(".")[0]
+            wanted += [str(folder / name) for name in held if name.startswith(f"{stem}") and "-of-" in name]
+    wanted = [name for name in wanted if not inside or name.startswith(f"{inside}/")]
+    return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)) / inside

@@ -1,0 +1,227 @@
+"""Weights files opened as mappings from key to lazy tensor, whatever wrote them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.files.errors import CheckpointError, about
+from ldm.files.locating import WEIGHT_STEMS, choose_weights, locate
+from ldm.files.safetensors_files import looks_like_safetensors, read_safetensors
+from ldm.files.tensors import LazyTensor, OpenFile, Tensors
+from ldm.files.torch_files import ZIP_MAGIC, read_torch_legacy, read_torch_zip
+
+COMPONENTS = ("unet", "vae", "text_encoder", "controlnet")  # of a diffusers pipeline, those that are read
+_MAX_JSON = 32 * 2**20
+
+
+@dataclass(eq=False)
+class WeightsFile(Mapping[str, LazyTensor]):
+    """An open weights file or folder: keys in the file's order, and tensors that are read when asked for.
+
+    Nothing in the file is executed. Use it as a context manager, or call `close`; tensors that were read outlive it.
+
+    Attributes:
+        path: the file or folder.
+        format: "safetensors", "torch-zip", "torch-legacy", or "folder" (of diffusers).
+        tensors: by key.
+        metadata: texts that a safetensors file carries.
+        wrapping: the keys under which the tensors lay, e.g. `("state_dict",)`, also "model" or "module"; not part of
+            the keys here.
+        extras: other values beside the tensors, such as `global_step`; a `Placeholder` for what is not plain.
+        configs: a folder's JSON configurations by component; "" for the folder's own.
+        foreign: names in the pickle that would have been imported by another reader, and were not.
+    """
+
+    path: Path
+    format: str
+    tensors: Tensors
+    metadata: dict[str, str] = field(default_factory=dict)
+    wrapping: tuple[str, ...] = ()
+    extras: dict[str, Any] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
+    _opened: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    def __getitem__(self, key: str) -> LazyTensor:
+        return self.tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def close(self) -> None:
+        """Close the files; reading afterwards is an error."""
+        self._opened.close()
+
+    def __enter__(self) -> WeightsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"WeightsFile({str(self.path)!r}, {self.format}, {len(self)} tensors)"
+
+
+def open_weights(path: str | Path) -> WeightsFile:
+    """Open a safetensors file, a torch file of either format, or a diffusers folder, told apart by their content.
+
+    A folder may hold one network (`config.json` and weights, also in shards) or a pipeline (`model_index.json` and a
+    folder for each component); a pipeline's keys are `<component>/<key>`, e.g. `unet/conv_in.weight`.
+
+    Args:
+        path: a file or folder, the name of packaged weights, or `hf://owner/name[/file]`.
+
+    Raises:
+        CheckpointError: it does not exist (`MissingFileError`), is damaged or something else, or holds more than tensors
+            and plain values where the weights are. The message names the file and the way out.
+    """
+    place = locate(path)
+    with about(place):
+        return _open_folder(place) if place.is_dir() else _open_file(place)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a weights file or folder under its own keys, on the CPU.
+
+    Raises:
+        CheckpointError: as `open_weights`.
+    """
+    with open_weights(path) as file:
+        return {key: tensor.read() for key, tensor in file.items()}
+
+
+def _open_file(path: Path) -> WeightsFile:
+    file = OpenFile(path)
+    with about(path), ExitStack() as opened:
+        opened.callback(file.stream.close)
+        made = _recognise(file)
+        made._opened = opened.pop_all()
+        return made
+
+
+def _recognise(file: OpenFile) -> WeightsFile:
+    """Read the directory of the file by the format that its first bytes show."""
+    start = file.read(0, 4)
+    other = _other_content(file)
+    if start == ZIP_MAGIC:
+        return WeightsFile(file.path, "torch-zip", **vars(read_torch_zip(file)))
+    if looks_like_safetensors(file) or (file.path.suffix == ".safetensors" and other is None and start[:1] != b"\x80"):
+        tensors, metadata = read_safetensors(file)
+        if not tensors:
+            raise CheckpointError("holds no tensors")
+        return WeightsFile(file.path, "safetensors", tensors, metadata)
+    if len(start) >= 2 and start[0] == 0x80 and start[1] <= 5:
+        return WeightsFile(file.path, "torch-legacy", **vars(read_torch_legacy(file)))
+    raise CheckpointError(
+        other or f"neither a safetensors file nor one of torch.save; it begins with {start!r} and may be damaged"
+    )
+
+
+def _other_content(file: OpenFile) -> str | None:
+    """What a file that is no weights file is, in words, if its beginning shows it."""
+    if file.size == 0:
+        return "empty; the download failed"
+    start = file.read(0, 1024)
+    if start.startswith(b"L119547037146038801333356L"):
+        return "a torch file of pickle protocol 0 or 1; load it with torch and save it again"
+    if start.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!")) or start[257:262] == b"ustar":
+        return "an archive (gzip, 7z, rar or tar); unpack it first"
+    if not any(start):
+        return "nothing but zeros at its start; the download failed or the disk was full"
+    text = start.decode("utf-8", errors="replace").lstrip("\ufeff \t\r\n").lower()
+    if text.startswith("version https://git-lfs"):
+        return "a git-lfs pointer, not the weights themselves; run `git lfs pull`, or download the file from its page"
+    if text.startswith("<") or "<html" in text:
+        return "an HTML page, not weights: the download failed (a login, a licence to accept, a wrong address)"
+    if sum(c == "\ufffd" or (ord(c) < 32 and c not in "\t\r\n") for c in text) <= 1:
+        return f"a text file, not weights: the download failed or the name is wrong; it begins {text[:60]!r}"
+    return None
+
+
+def _open_folder(folder: Path) -> WeightsFile:
+    """A folder of diffusers: the files of its parts as one mapping."""
+    made = WeightsFile(folder, "folder", {})
+    with ExitStack() as opened:
+        parts = _read_configs(folder, made.configs)
+        foreign: set[str] = set()
+        for part in parts:
+            prefix = f"{part}/" if part else ""
+            for path, wanted in _weight_files(folder / part).items():
+                file = opened.enter_context(_open_file(path))
+                missing = next((key for key in wanted or () if key not in file), None)
+                if missing is not None:
+                    raise CheckpointError(f"lacks {missing!r}, which the index of its folder places there", path)
+                made.tensors |= {prefix + key: file[key] for key in wanted or file}
+                made.metadata |= file.metadata
+                foreign |= set(file.foreign)
+        made.foreign = tuple(sorted(foreign))
+        made._opened = opened.pop_all()
+        return made
+
+
+def _read_configs(folder: Path, configs: dict[str, dict[str, Any]]) -> list[str]:
+    """Read a folder's JSON configurations, and say which parts of it hold weights; "" stands for the folder itself."""
+    if not (folder / "model_index.json").is_file():
+        if (folder / "config.json").is_file():
+            configs[""] = read_json(folder / "config.json")
+        elif choose_weights({path.name for path in folder.iterdir()}) is None:
+            raise CheckpointError("a folder without model_index.json, config.json or weights; name a file in it")
+        return [""]
+    configs[""] = index = read_json(folder / "model_index.json")
+    # An index names the parts that belong to it; a part of an older export may still lie beside them.
+    known = {name for name in COMPONENTS if type(index.get(name)) is list and index[name][:1] != [None]}
+    parts = [name for name in COMPONENTS if (folder / name).is_dir() and (name in known or not known)]
+    for name in (*parts, "scheduler"):
+        config = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+        if config.is_file():
+            configs[name] = read_json(config)
+    if not parts:
+        raise CheckpointError(f"a pipeline folder without any of {', '.join(COMPONENTS)}")
+    return parts
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """The files of a network's weights and, where an index says, the keys in each."""
+    chosen = choose_weights({path.name for path in folder.iterdir()})
+    if chosen is None:
+        raise CheckpointError(f"no weights here; expected e.g. {WEIGHT_STEMS[0]}.safetensors", folder)
+    if not chosen.endswith(".json"):
+        return {folder / chosen: None}
+    index = folder / chosen
+    weight_map = read_json(index).get("weight_map")
+    if type(weight_map) is not dict or not weight_map:
+        raise CheckpointError("has no weight_map", index)
+    shards: dict[Path, list[str] | None] = {}
+    for key, name in weight_map.items():
+        if type(name) is not str or not name or name in (".", "..") or set(name) & set("/\\:\0"):
+            raise CheckpointError(f"places {key[:100]!r} in {str(name)[:100]!r}, which is not a file name", index)
+        shards.setdefault(folder / name, []).append(key)
+    return shards
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it cannot be read, is too large for a configuration, or holds something else.
+    """
+    with about(path):
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError("too large for a configuration")
+        try:
+            parsed = json.loads(path.read_bytes().decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
+            raise CheckpointError(f"not valid JSON: {str(error)[:100]}") from error
+        if type(parsed) is not dict:
+            raise CheckpointError("not a JSON object")
+        return parsed

@@ -1,0 +1,362 @@
+"""An interpreter for the pickles in weights files that cannot execute anything.
+
+Python's unpickler is a small stack machine whose instructions may import any name and call it. This one knows the same
+instructions, but names stay names: the few that a state dict needs (rebuilding tensors, ordered dictionaries, sizes,
+dtypes) are carried out by the functions below, and all others become a `Placeholder` which swallows whatever is done to
+it. Nothing is imported, looked up or called on behalf of the file.
+
+Time and memory are bounded: `MAX_INSTRUCTIONS` limits what a pickle can build, containers are filled but never expanded
+or compared, and texts that the file could have compared over and over (keys, names) have a greatest length.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import struct
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+
+from ldm.files.errors import CheckpointError
+from ldm.files.tensors import DTYPES, STORAGE_NAMES, LazyTensor
+
+MAX_INSTRUCTIONS = 2**20  # a checkpoint of SD 1.5 with its optimizer needs about 2**17; each builds less than 256 bytes
+MAX_TEXT = 1000  # characters of a key or a name
+MAX_FOREIGN = 100  # names that are reported
+MAX_DIMENSIONS = 64
+_MAX_NUMBER = 2**62
+
+_DTYPE_ALIASES = {"double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32"}
+_DTYPES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
+_DTYPES |= {f"torch.{alias}": DTYPES[name] for alias, name in _DTYPE_ALIASES.items()}
+_STORAGES = {
+    f"{m}.{name}": dtype for dtype, name in STORAGE_NAMES.items() for m in ("torch", "torch.cuda", "torch.storage")
+}
+# Of quantised tensors only the sizes are needed: what is rebuilt from them stays a placeholder.
+_QUANTISED = {"QInt8": 1, "QUInt8": 1, "QUInt4x2": 1, "QUInt2x4": 1, "QInt32": 4}
+_STORAGES |= {f"torch.{kind}Storage": torch.uint8 if n == 1 else torch.int32 for kind, n in _QUANTISED.items()}
+_STORAGES["torch.storage.UntypedStorage"] = torch.uint8
+_TENSOR_TYPES = frozenset({"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter"})
+
+
+class Placeholder:
+    """Stands for something that a pickle names or builds and that is not executed; `name` says what."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name if len(name) <= 120 else name[:117] + "..."
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, not built>"
+
+
+class Name(Placeholder):
+    """A global name itself, before anything is done with it."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Bytes that tensors are views of: `count` numbers of `dtype`, from the number `offset` of the record `key` on."""
+
+    key: str
+    dtype: torch.dtype
+    count: int
+    offset: int = 0
+
+
+# Makes a tensor from the key of its record, its first byte there, dtype, shape and stride (counting numbers).
+TensorMaker = Callable[[str, int, torch.dtype, tuple[int, ...], tuple[int, ...]], LazyTensor]
+
+
+_VALUES = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
+    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+)
+_NEW: dict[str, Callable[[], Any]] = {
+    **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_DICT": dict},
+    **{"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": lambda: Placeholder("set")},
+}
+
+
+class Unpickler:
+    """Reads pickles into dicts, lists, tuples, plain values, `LazyTensor` and `Placeholder`.
+
+    Attributes:
+        storages: the storages that the pickles mention, by key.
+        foreign: names in the pickles that another reader would have imported.
+    """
+
+    def __init__(self, make_tensor: TensorMaker | None = None) -> None:
+        self._make_tensor = make_tensor
+        self.storages: dict[str, Storage] = {}
+        self.foreign: set[str] = set()
+
+    def load(self, file: BinaryIO) -> Any:
+        """The object of one pickle that begins where `file` stands, and ends where it stands afterwards.
+
+        Args:
+            file: has `read`, `readline` and `tell`; `read` must not allocate more than there is.
+
+        Raises:
+            CheckpointError: the pickle is damaged or does something that no weights file does.
+        """
+        self._stack: list[Any] = []
+        self._marks: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
+        self._budget = MAX_INSTRUCTIONS
+        position: int | None = 0
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of backslashes in damaged text
+                for instruction, argument, position in pickletools.genops(file):  # noqa: B007 - for the message below
+                    self._spend(1)
+                    self._run(instruction.name, argument)
+            return self._stack.pop()
+        except CheckpointError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, struct.error) as error:
+            raise CheckpointError(f"the pickle is damaged near byte {position}: {str(error)[:200]}") from error
+
+    def _spend(self, count: int) -> None:
+        """Account for building `count` items."""
+        self._budget -= count
+        if self._budget < 0:
+            raise CheckpointError(f"the pickle needs more than {MAX_INSTRUCTIONS:,} instructions")
+
+    def _run(self, name: str, argument: Any) -> None:
+        """Carry out one instruction."""
+        stack = self._stack
+        match name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case _ if name in _VALUES:
+                stack.append(argument)
+            case _ if name in _NEW:
+                stack.append(_NEW[name]())
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = stack[-1]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "MARK":
+                self._marks.append(stack)
+                self._stack = []
+            case "POP_MARK":
+                self._since_mark()
+            case "POP":
+                stack.pop() if stack else self._since_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(name[-1])
+                if len(stack) < count:
+                    raise IndexError("too few items for a tuple")
+                stack[-count:] = [tuple(stack[-count:])]
+            case "TUPLE" | "LIST" | "FROZENSET" | "DICT":
+                items = self._since_mark()
+                make = {"TUPLE": tuple, "LIST": list, "FROZENSET": lambda _: Placeholder("frozenset")}
+                self._stack.append(make[name](items) if name in make else _filled({}, _pairs(items)))
+            case "APPEND":
+                item = stack.pop()
+                _extend(stack[-1], [item])
+            case "APPENDS":
+                items = self._since_mark()
+                _extend(self._stack[-1], items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _filled(stack[-1], [(key, value)])
+            case "SETITEMS":
+                items = self._since_mark()
+                _filled(self._stack[-1], _pairs(items))
+            case "ADDITEMS":
+                self._since_mark()
+                if not isinstance(self._stack[-1], Placeholder):
+                    raise CheckpointError("the pickle adds items to something that is not a set")
+            case "GLOBAL":
+                stack.append(self._name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(self._name(module, attribute))
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(self._call(function, arguments))
+            case "NEWOBJ_EX":
+                keywords, arguments, function = stack.pop(), stack.pop(), stack.pop()
+                stack.append(Placeholder("object with keywords") if keywords else self._call(function, arguments))
+            case "OBJ":
+                function, *items = self._since_mark()
+                self._stack.append(self._call(function, tuple(items)))
+            case "INST":
+                self._since_mark()
+                self._stack.append(Placeholder(self._name(*argument.split(" ", 1)).name))
+            case "BUILD":  # the state is dropped: neither dictionaries nor tensors have attributes here
+                stack.pop()
+                if type(stack[-1]) is not dict and not isinstance(stack[-1], (Placeholder, LazyTensor)):
+                    raise CheckpointError(f"the pickle sets the state of a {type(stack[-1]).__name__}")
+            case "BINPERSID":
+                stack.append(self._persistent(stack.pop()))
+            case _:
+                raise CheckpointError(f"the pickle uses {name}, which no weights file needs")
+
+    def _since_mark(self) -> list[Any]:
+        """Take what was pushed since the last mark."""
+        items, self._stack = self._stack, self._marks.pop()
+        return items
+
+    def _name(self, module: Any, attribute: Any) -> Any:
+        """A global: a dtype, or a name that is only remembered."""
+        if type(module) is not str or type(attribute) is not str or len(module) + len(attribute) > MAX_TEXT:
+            raise CheckpointError("the pickle names a global by something other than a short text")
+        full = f"{'builtins' if module == '__builtin__' else module}.{attribute}"
+        if full in _DTYPES:
+            return _DTYPES[full]
+        named = Name(full)
+        known = full in _CALLS or full in _STORAGES or full in _TENSOR_TYPES
+        if not known and len(self.foreign) < MAX_FOREIGN:
+            self.foreign.add(named.name)
+        return named
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """What stands for `function(*arguments)`; only the functions of `_CALLS` have a meaning."""
+        if isinstance(function, Name) and function.name in _CALLS:
+            if type(arguments) is not tuple:
+                raise CheckpointError(f"the pickle calls {function.name} with something other than a tuple")
+            self._spend(sum(len(argument) for argument in arguments if type(argument) in (dict, list, tuple)))
+            return _CALLS[function.name](self, *arguments)
+        return Placeholder(function.name if isinstance(function, Placeholder) else f"call of {type(function).__name__}")
+
+    def _persistent(self, identity: Any) -> Any:
+        """The storage, or for whole pickled modules the class, that a persistent id stands for."""
+        if type(identity) is tuple and len(identity) >= 2 and identity[0] == "module":
+            return identity[1] if isinstance(identity[1], Name) else Placeholder("module")
+        if type(identity) is not tuple or len(identity) not in (5, 6) or identity[0] != "storage":
+            raise CheckpointError("the pickle has a persistent id that is not a tensor storage")
+        kind, key, count = identity[1], identity[2], identity[4]
+        if not isinstance(kind, Name) or kind.name not in _STORAGES:
+            named = kind.name if isinstance(kind, Placeholder) else type(kind).__name__
+            raise CheckpointError(f"the pickle has a tensor storage of the unknown type {named}")
+        if type(key) is not str or len(key) > MAX_TEXT or not _is_size(count):
+            raise CheckpointError("the pickle has a tensor storage with an odd key or size")
+        storage = Storage(key, _STORAGES[kind.name], count)
+        if self.storages.setdefault(key, storage) != storage:
+            raise CheckpointError(f"the pickle describes tensor storage {key[:40]!r} in two ways")
+        if len(identity) == 5 or identity[5] is None:
+            return storage
+        _, offset, size = identity[5]  # of torch before 0.4: a part of a storage
+        if not _is_size(offset) or not _is_size(size) or offset + size > count:
+            raise CheckpointError("the pickle has a view that reaches beyond its tensor storage")
+        return Storage(key, storage.dtype, size, offset)
+
+    # The functions that have a meaning.
+
+    def _tensor(
+        self,
+        storage: Any,
+        offset: Any,
+        shape: Any,
+        stride: Any,
+        _grad: Any = None,
+        _hooks: Any = None,
+        bits: Any = None,
+    ) -> LazyTensor:
+        return self._typed_tensor(storage, offset, shape, stride, None, None, getattr(storage, "dtype", None), bits)
+
+    def _typed_tensor(
+        self, storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, bits: Any = None
+    ) -> LazyTensor:
+        if not isinstance(storage, Storage) or self._make_tensor is None:
+            raise CheckpointError("the pickle builds a tensor from something that is not a tensor storage")
+        if bits:
+            raise CheckpointError("the pickle builds a conjugated or negated view, which is not supported")
+        if not isinstance(dtype, torch.dtype):
+            kind = dtype.name if isinstance(dtype, Placeholder) else type(dtype).__name__
+            raise CheckpointError(f"the pickle builds a tensor of type {kind}, which is not supported")
+        if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= MAX_DIMENSIONS:
+            raise CheckpointError("the pickle builds a tensor with an impossible shape or stride")
+        if not all(map(_is_size, (offset, *shape, *stride))) or math.prod(max(n, 1) for n in shape) >= _MAX_NUMBER:
+            raise CheckpointError("the pickle builds a tensor with an impossible offset, shape or stride")
+        reach = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if all(shape) else 0
+        start = storage.offset * storage.dtype.itemsize + offset * dtype.itemsize
+        if start + reach * dtype.itemsize > (storage.offset + storage.count) * storage.dtype.itemsize:
+            raise CheckpointError("the pickle builds a tensor that reaches beyond its storage")
+        return self._make_tensor(storage.key, start, dtype, shape, stride)
+
+    def _parameter(self, data: Any, _grad: Any, _hooks: Any, _state: Any = None) -> Any:
+        return data if isinstance(data, LazyTensor) else Placeholder("torch.nn.parameter.Parameter")
+
+    def _tensor_of_class(self, function: Any, kind: Any, arguments: Any, _state: Any) -> Any:
+        """A tensor that carries attributes, or one of a subclass; the latter's meaning is unknown here."""
+        rebuilt = isinstance(function, Name) and function.name.startswith("torch._utils._rebuild_")
+        if rebuilt and isinstance(kind, Name) and kind.name in _TENSOR_TYPES:
+            return self._call(function, arguments)
+        return Placeholder(kind.name if isinstance(kind, Placeholder) else "tensor of an unknown type")
+
+    def _size(self, shape: Any) -> tuple[int, ...]:
+        if type(shape) not in (tuple, list) or len(shape) > MAX_DIMENSIONS:
+            raise CheckpointError("the pickle builds a size from something that is not a short list of numbers")
+        return tuple(shape)
+
+    def _dictionary(self, entries: Any = ()) -> dict:
+        return _filled({}, entries.items() if type(entries) is dict else map(_pair, entries))
+
+    def _default_dictionary(self, _factory: Any = None, entries: Any = ()) -> dict:
+        return self._dictionary(entries)
+
+
+_CALLS: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": Unpickler._tensor,
+    "torch._utils._rebuild_tensor_v2": Unpickler._tensor,
+    "torch._utils._rebuild_tensor_v3": Unpickler._typed_tensor,
+    "torch._utils._rebuild_parameter": Unpickler._parameter,
+    "torch._utils._rebuild_parameter_with_state": Unpickler._parameter,
+    "torch._tensor._rebuild_from_type_v2": Unpickler._tensor_of_class,
+    "torch.Size": Unpickler._size,
+    "collections.OrderedDict": Unpickler._dictionary,
+    "collections.defaultdict": Unpickler._default_dictionary,
+    "builtins.dict": Unpickler._dictionary,
+}
+_KEY_TYPES = (str, int, float, bool, bytes, type(None), Placeholder, Name, torch.dtype)
+
+
+def _filled(target: Any, pairs: Iterable[tuple[Any, Any]]) -> Any:
+    """Set entries of a dict; a placeholder swallows them. A key that could be costly to hash or compare becomes one."""
+    if isinstance(target, Placeholder):
+        return target
+    if type(target) is not dict:
+        raise CheckpointError("the pickle sets entries of something that is not a dictionary")
+    for key, value in pairs:
+        costly = type(key) is int and key.bit_length() > 60 or type(key) in (str, bytes) and len(key) > MAX_TEXT
+        if costly or type(key) not in _KEY_TYPES:
+            key = Placeholder("a long dictionary key" if costly else f"a dictionary key of type {type(key).__name__}")
+        target[key] = value
+    return target
+
+
+def _pairs(items: list[Any]) -> Iterable[tuple[Any, Any]]:
+    return zip(items[::2], items[1::2], strict=True)
+
+
+def _pair(entry: Any) -> tuple[Any, Any]:
+    if type(entry) not in (tuple, list) or len(entry) != 2:
+        raise CheckpointError("the pickle builds a dictionary from something that is not a pair")
+    return entry[0], entry[1]
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if isinstance(target, Placeholder):
+        return
+    if type(target) is not list:
+        raise CheckpointError("the pickle appends to something that is not a list")
+    target.extend(items)
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number < _MAX_NUMBER

@@ -1,0 +1,274 @@
+"""Files that the writer makes: readable by the libraries they are for, complete or absent."""
+
+import errno
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ldm.files import (
+    CheckpointError,
+    LazyTensor,
+    check_output,
+    open_weights,
+    read_state_dict,
+    write_folder,
+    write_weights,
+)
+
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+
+
+def state_dict() -> dict[str, torch.Tensor]:
+    """One entry of every kind: dtypes, a scalar, an empty one, strides, a shared storage, names beyond ASCII."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 5)
+    return {
+        "odd.bool": torch.tensor([True, False, True]),
+        "a.weight": weight,
+        "a.transposed": weight.t(),
+        "a.row": weight[2],
+        "half": torch.randn(3, 7).half(),
+        "brain": torch.randn(5).bfloat16(),
+        "double": torch.randn(2, 2, dtype=torch.float64),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.zeros(0, 4),
+        "count": torch.tensor(7, dtype=torch.int64),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "betas": torch.linspace(1e-4, 2e-2, 10),
+        "größe 猫": torch.ones(1),
+    }
+
+
+def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        assert got[key].dtype == tensor.dtype and torch.equal(got[key], tensor), key
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_others_and_ourselves_read_what_is_written(tmp_path: Path, suffix: str) -> None:
+    path, entries = tmp_path / f"model{suffix}", state_dict()
+    assert write_weights(path, entries, metadata={"made": "by a test"}, progress=False) == path
+    with open_weights(path) as checkpoint:
+        assert_same({key: tensor.read() for key, tensor in checkpoint.items()}, entries)
+    if suffix == ".safetensors":
+        assert_same(load_file(path), entries)
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt", "made": "by a test"}
+    else:
+        assert_same(torch.load(path, weights_only=True), entries)
+        assert_same(torch.load(path, weights_only=True, mmap=True), entries)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_torch_archives_are_aligned_and_whole(tmp_path: Path) -> None:
+    path = write_weights(tmp_path / "model.ckpt", state_dict(), progress=False)
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        assert archive.testzip() is None
+        for member in archive.infolist():
+            file.seek(member.header_offset + 26)
+            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            assert (member.header_offset + 30 + name + extra) % 64 == 0
+
+
+def test_dtype_changes_weights_and_spares_integers_and_the_schedule(tmp_path: Path) -> None:
+    entries = state_dict()
+    path = write_weights(tmp_path / "half.safetensors", entries, dtype="bf16", keep={"betas"}, progress=False)
+    got = load_file(path)
+    for key, tensor in entries.items():
+        as_it_was = key == "betas" or not tensor.is_floating_point()
+        assert torch.equal(got[key], tensor if as_it_was else tensor.bfloat16()), key
+    with pytest.raises(CheckpointError, match="'large' has values too large for torch.float16; use bfloat16"):
+        write_weights(tmp_path / "over.ckpt", {"large": torch.tensor([7e4])}, dtype=torch.float16, progress=False)
+    write_weights(tmp_path / "inf.ckpt", {"x": torch.tensor([torch.inf])}, dtype=torch.float16, progress=False)
+    with pytest.raises(CheckpointError, match="unknown dtype 'int4'"):
+        write_weights(tmp_path / "x.ckpt", entries, dtype="int4", progress=False)
+    assert not (tmp_path / "over.ckpt").exists()
+
+
+def test_one_tensor_at_a_time(tmp_path: Path) -> None:
+    alive = []
+
+    class Watched(torch.Tensor):
+        pass
+
+    def entry(i: int) -> LazyTensor:
+        def read() -> torch.Tensor:
+            import weakref
+
+            tensor = torch.full((1000,), float(i)).as_subclass(Watched)
+            alive.append(weakref.ref(tensor))
+            assert sum(ref() is not None for ref in alive) <= 2
+            return tensor
+
+        return LazyTensor((1000,), torch.float32, read)
+
+    for suffix in (".safetensors", ".pt"):
+        path = write_weights(tmp_path / f"m{suffix}", {str(i): entry(i) for i in range(20)}, progress=False)
+        with open_weights(path) as checkpoint:
+            assert all(torch.equal(checkpoint[str(i)].read(), torch.full((1000,), float(i))) for i in range(20))
+
+
+def test_targets_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {"a": torch.ones(3)}
+    path = write_weights(tmp_path / "a.safetensors", entries, progress=False)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="exists already.*--force"):
+        write_weights(path, {"a": torch.zeros(3)}, progress=False)
+    assert path.read_bytes() == before
+    write_weights(path, {"a": torch.zeros(3)}, overwrite=True, progress=False)
+    assert torch.equal(load_file(path)["a"], torch.zeros(3))
+    with pytest.raises(CheckpointError, match="end its name in one of .safetensors"):
+        write_weights(tmp_path / "a.onnx", entries, progress=False)
+    with pytest.raises(CheckpointError, match="does not exist; create it"):
+        write_weights(tmp_path / "no" / "a.pt", entries, progress=False)
+    with pytest.raises(CheckpointError, match="nothing to write"):
+        write_weights(tmp_path / "b.pt", {}, progress=False)
+    with pytest.raises(CheckpointError, match="'a' of torch.float8_e4m3fn cannot be stored in a .pt file"):
+        write_weights(tmp_path / "b.pt", {"a": torch.ones(3).to(torch.float8_e4m3fn)}, progress=False)
+    huge = {"huge": LazyTensor((2**50,), torch.float32, lambda: pytest.fail("was read"))}
+    with pytest.raises(CheckpointError, match="GB are free"):
+        write_weights(tmp_path / "c.safetensors", huge, progress=False)
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = write_weights(tmp_path / "a.pt", {"a": torch.ones(3)}, progress=False)
+    before = path.read_bytes()
+
+    def fail() -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    entries = {"a": torch.zeros(3), "b": LazyTensor((3,), torch.float32, fail)}
+    for name in ("a.pt", "b.safetensors"):
+        with pytest.raises(KeyboardInterrupt):
+            write_weights(tmp_path / name, entries, overwrite=True, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "folder", {"config.json": {}, "x.safetensors": entries}, progress=False)
+    assert os.listdir(tmp_path) == ["a.pt"] and path.read_bytes() == before
+
+
+CONTENT = {"config.json": {"_class_name": "X"}, "diffusion_pytorch_model.safetensors": {"a": torch.ones(2)}}
+
+
+def test_an_export_replaces_its_own_files_alone(tmp_path: Path) -> None:
+    """Exported again over an older export, with whatever people have put beside it."""
+    files = {f"unet/{name}": content for name, content in CONTENT.items()}
+    files |= {"model_index.json": {"_class_name": "P"}, "tokenizer/merges.txt": "ü\n"}
+    folder = write_folder(tmp_path / "out", files, progress=False)
+    assert json.loads((folder / "model_index.json").read_text()) == {"_class_name": "P"}
+    assert (folder / "tokenizer" / "merges.txt").read_text(encoding="utf-8") == "ü\n"
+    own = {"model_notes.md": "mine", "prompt.json": "{}", "unet/thesis.tex": "...", "pictures/cat.json": "[1"}
+    for name, text in own.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_folder(folder, files, progress=False)
+    new = {**files, "unet/diffusion_pytorch_model.safetensors": {"a": torch.zeros(2)}, "vae/config.json": {}}
+    write_folder(folder, new, overwrite=True, progress=False)
+    assert torch.equal(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")["a"], torch.zeros(2))
+    assert all((folder / name).read_text() == text for name, text in own.items())
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert written == {*own, *new} and os.listdir(tmp_path) == ["out"]
+    (tmp_path / "empty").mkdir()
+    write_folder(tmp_path / "empty", CONTENT, progress=False)
+    assert sorted(os.listdir(tmp_path / "empty")) == sorted(CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("config.json", '{"name": "my web server"}', "something else in it"),
+        ("config.json", "[1", "something else in it"),
+        ("diffusion_pytorch_model.fp16.safetensors", "x", "might be read instead"),
+        ("diffusion_pytorch_model.safetensors.index.json", "{}", "might be read instead"),
+    ],
+)
+def test_folders_that_are_refused(tmp_path: Path, name: str, content: str, match: str) -> None:
+    folder = write_folder(tmp_path / "out", CONTENT, progress=False)
+    (folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match=match):
+        write_folder(folder, CONTENT, overwrite=True, progress=False)
+    assert (folder / name).read_text() == content
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    with pytest.raises(CheckpointError, match="something else in it"):
+        write_folder(tmp_path / "home", CONTENT, overwrite=True, progress=False)
+
+
+def test_inputs_are_never_outputs(tmp_path: Path) -> None:
+    path = write_weights(tmp_path / "a.pt", {"a": torch.ones(3)}, progress=False)
+    folder = write_folder(tmp_path / "out", {f"unet/{k}": v for k, v in CONTENT.items()}, progress=False)
+    (tmp_path / "link.pt").symlink_to(path)
+    os.link(path, tmp_path / "hard.pt")
+    inside = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    for output, source in ((path, path), (tmp_path / "link.pt", path), (tmp_path / "hard.pt", path), (inside, folder)):
+        with pytest.raises(CheckpointError, match="is also the input"):
+            check_output(output, overwrite=True, inputs=[tmp_path / "other.pt", source])
+    for source in (folder, inside):
+        with pytest.raises(CheckpointError, match="is also the input"):
+            check_output(folder, overwrite=True, files=CONTENT, inputs=[source])
+    check_output(path, overwrite=True, inputs=[folder])
+
+
+def test_links_are_written_through(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    write_folder(disk / "folder", CONTENT, progress=False)
+    write_weights(disk / "file.pt", {"a": torch.ones(1)}, progress=False)
+    for name in ("folder", "file.pt", "new.pt"):
+        (tmp_path / name).symlink_to(disk / name)
+    write_folder(tmp_path / "folder", {**CONTENT, "extra.json": {}}, overwrite=True, progress=False)
+    for name in ("file.pt", "new.pt"):
+        write_weights(tmp_path / name, {"a": torch.zeros(1)}, overwrite=True, progress=False)
+        assert (tmp_path / name).is_symlink() and torch.equal(read_state_dict(disk / name)["a"], torch.zeros(1))
+    assert (tmp_path / "folder").is_symlink() and (disk / "folder" / "extra.json").is_file()
+    assert sorted(os.listdir(disk)) == ["file.pt", "folder", "new.pt"] and len(os.listdir(tmp_path)) == 4
+
+
+def test_names_that_a_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {"a": torch.ones(1)}
+    long = "n" * 237 + ".safetensors"
+    assert write_weights(tmp_path / long, entries, progress=False).is_file()
+    with pytest.raises(CheckpointError, match="cannot be written: File name too long"):
+        write_weights(tmp_path / ("n" * 300 + ".pt"), entries, progress=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for name in ("exists", "is_dir"):
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="written: Permission denied"):
+            patch.setattr(Path, name, refuse)
+            write_weights(tmp_path / "a.pt", entries, progress=False)
+    assert os.listdir(tmp_path) == [long]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_names_that_are_no_text_are_refused(tmp_path: Path, suffix: str) -> None:
+    for entries, metadata in (({"a\ud800": torch.ones(1)}, {}), ({"a": torch.ones(1)}, {"b": "\udcff"})):
+        with pytest.raises(CheckpointError, match="is not valid text"):
+            write_weights(tmp_path / f"a{suffix}", entries, metadata, progress=False)
+    assert not os.listdir(tmp_path)
+
+
+def test_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_weights(tmp_path / "shown.pt", {"a": torch.ones(3)})
+    assert "shown.pt: 100%" in capsys.readouterr().err
+    write_weights(tmp_path / "silent.pt", {"a": torch.ones(3)}, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_tensors_of_an_open_file_are_written_as_they_are_read(tmp_path: Path, suffix: str) -> None:
+    weights = {f"w{i}": torch.randn(size) for i, size in enumerate([3, 700_001, 0, 1])}
+    write_weights(tmp_path / "source.safetensors", weights, progress=False)
+    more = {"new": torch.arange(5), "half": torch.ones(7, dtype=torch.float16)}
+    with open_weights(tmp_path / "source.safetensors") as source:
+        write_weights(tmp_path / f"out{suffix}", {**source, **more, "twice": source["w1"]}, progress=False)
+    assert_same(read_state_dict(tmp_path / f"out{suffix}"), {**weights, **more, "twice": weights["w1"]})
