@@ -15,7 +15,7 @@ import torch
 import tool_train_tiny
 import tutorial_dataset
 import tutorial_train
-from cldm.checkpoint.control import add_control
+from cldm.checkpoint import add_control
 from cldm.data.fill import generate_fill
 from cldm.model import load_state_dict
 from cldm.training.checkpoints import WholeFiles, checkpoints_in

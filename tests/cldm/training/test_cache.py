@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    from cldm.checkpoint.control import add_control
+    from cldm.checkpoint import add_control
 
     path = tmp_path_factory.mktemp("weights") / "control.safetensors"
     add_control(resolve(BASE), path, "cldm_tiny")

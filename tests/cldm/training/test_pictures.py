@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cldm.checkpoint.control import add_control
+from cldm.checkpoint import add_control
 from cldm.config import resolve
 from cldm.data.fill import PALETTES, draw_fill
 from cldm.evaluation import Sampling, fill_score, generate
