@@ -111,6 +111,19 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
+def size_of(pictures: Pictures) -> tuple[int, int]:
+    """(height, width) of a form of picture, of the first of several."""
+    if isinstance(pictures, (list, tuple)):
+        if not pictures:
+            raise ValueError("pictures are missing: the list is empty")
+        pictures = pictures[0]
+    if isinstance(pictures, np.ndarray) and pictures.dtype == bool:
+        return pictures.shape[:2]
+    if isinstance(pictures, Tensor):
+        return tuple(pictures.shape[-2:])
+    return tuple(_tensor(pictures, "a picture").shape[2:])
+
+
 def count_of(pictures: Pictures | None) -> int:
     """How many pictures a form holds; 1 for none."""
     if pictures is None:

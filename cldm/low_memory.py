@@ -1,4 +1,4 @@
-"""Ways to sample with less memory: attention in slices, the autoencoder in bands and one picture at a time, parts moved when used."""
+"""Ways to sample with less memory: attention in slices, the autoencoder in tiles and one picture at a time, parts moved when used."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,14 +19,14 @@ class LowMemory:
 
     Attributes:
         sliced_attention: scores of one picture and a few queries at a time; of use where torch has no fused kernel for them.
-        vae_bands: the autoencoder works through its largest maps in bands of rows.
+        vae_tiles: the autoencoder works through its largest maps in bands of rows.
         vae_one_at_a_time: pictures are encoded and decoded one after the other.
         offload: text encoder, UNet with ControlNets, and autoencoder are on the pipeline's device only while they are used, and
             where the model is (in main memory) otherwise.
     """
 
     sliced_attention: bool = False
-    vae_bands: bool = False
+    vae_tiles: bool = False
     vae_one_at_a_time: bool = False
     offload: bool = False
 
@@ -40,7 +40,7 @@ class LowMemory:
             if isinstance(first_stage, AutoencoderKL):
                 before = first_stage.band_positions, first_stage.one_at_a_time
                 undo.callback(_set_switches, first_stage, *before)
-                bands = BAND_POSITIONS if self.vae_bands else before[0]
+                bands = BAND_POSITIONS if self.vae_tiles else before[0]
                 _set_switches(first_stage, bands, self.vae_one_at_a_time or before[1])
             yield
 
