@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from cldm import inputs
@@ -76,7 +77,7 @@ def count_pictures(prompt: Any, negative: Any, hints: Sequence[Tensor | None], p
         **{f"hints{f' of ControlNet {i}' if len(hints) > 1 else ''}": len(h) for i, h in enumerate(hints) if h is not None},
         "images": 1 if picture is None else len(picture),
         "masks": 1 if paint is None else len(paint),
-        "seeds": 1 if seed is None or isinstance(seed, int) else len(seed),
+        "seeds": 1 if isinstance(seed, int) else len(seed),
         "entries of x_T": 1 if x_T is None else len(x_T),
         "num_samples": num_samples,
     }
@@ -86,9 +87,22 @@ def count_pictures(prompt: Any, negative: Any, hints: Sequence[Tensor | None], p
     return count
 
 
-def list_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+def read_seed(seed: Any) -> int | list[int]:
+    """A seed as a number, drawn where none is given, or a list of numbers.
+
+    Raises:
+        ValueError: neither a whole number nor a list of some.
+    """
     if seed is None:
-        seed = secrets.randbelow(2**32)
+        return secrets.randbelow(2**32)
+    numbers = [seed] if isinstance(seed, (int, np.integer)) else seed
+    if isinstance(numbers, (str, float)) or not all(isinstance(number, (int, np.integer)) for number in numbers) or not len(numbers):
+        raise ValueError(f"seed must be a whole number, or a list with one for each picture, found {seed!r}")
+    return int(seed) if isinstance(seed, (int, np.integer)) else [int(number) for number in numbers]
+
+
+def list_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """A seed for each of `count` pictures: counted up from a number, or as in the list."""
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     picture_generators(seeds, count)  # checks them
     return seeds

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from annotator.folder import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.options import Parser
+from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
 from cldm.checkpoint.layout import identify
 from cldm.arguments import check_numbers

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from annotator.folder import read_image
+from annotator.pictures import as_array
 from annotator.registry import Hint
 
 LONGEST, SHORTEST = 8192, 8  # sides of a picture, in pixels
@@ -156,10 +156,8 @@ def _tensor(picture: Picture, what: str) -> Tensor:
     """One form -> float32 (N, C, H, W)."""
     if isinstance(picture, Hint):
         picture = picture.hint
-    if isinstance(picture, (str, os.PathLike)):
-        picture = read_image(picture)
-    if isinstance(picture, Image.Image):
-        picture = _array(picture)
+    if isinstance(picture, (str, os.PathLike, Image.Image)):
+        picture = as_array(picture)
     if isinstance(picture, Tensor):
         if picture.dim() not in (3, 4):
             raise ValueError(f"{what} as a tensor must be (C, H, W) or (N, C, H, W), found {tuple(picture.shape)}")
@@ -179,13 +177,6 @@ def _tensor(picture: Picture, what: str) -> Tensor:
         floating = np.issubdtype(picture.dtype, np.floating)
         tensor = _floats(torch.from_numpy(picture.astype(np.float32)), floating, f"{what} of {picture.dtype}")
     return (tensor[None] if tensor.dim() == 3 else tensor).permute(0, 3, 1, 2)
-
-
-def _array(picture: Image.Image) -> np.ndarray:
-    """A PIL picture as uint8 grey, RGB or RGBA."""
-    if picture.mode in ("1", "L"):
-        return np.array(picture.convert("L"))
-    return np.array(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
 
 
 def _floats(x: Tensor, floating: bool, what: str) -> Tensor:

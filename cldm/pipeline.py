@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from annotator.registry import Annotator, load
 from cldm import inputs
-from cldm.arguments import check_numbers, count_pictures, list_seeds, mask_for, one_for_each
+from cldm.arguments import check_numbers, count_pictures, list_seeds, mask_for, one_for_each, read_seed
 from cldm.cldm import ControlLDM
 from cldm.guidance import Control, strength_scales
 from cldm.low_memory import LowMemory
@@ -207,6 +207,7 @@ class ControlPipeline:
             ValueError: sizes, counts or ranges that do not fit, an unknown sampler or condition.
             FloatingPointError: the model gave NaN.
         """
+        seed = read_seed(seed)
         self._check_weights()
         check_numbers(steps=steps, guidance_scale=guidance_scale, eta=eta, denoise=denoise, num_samples=num_samples)
         networks = self._networks()
@@ -219,7 +220,7 @@ class ControlPipeline:
         paint = None if mask is None else mask_for(mask, image, canvas.size)
         picture = None if image is None else inputs.picture_tensor(image, canvas.size)
         hints = [
-            self._hint(one, maker, picture, paint, canvas, getattr(network, "hint_channels", 3))
+            self._hint(one, maker, picture, paint, canvas, getattr(network, "hint_channels", 3), seed if isinstance(seed, int) else seed[0])
             for one, maker, network in zip(hints, makers, networks, strict=True)
         ]
         captioner = None
@@ -276,8 +277,9 @@ class ControlPipeline:
         return _Canvas.of(inputs.check_size(size), _multiple(self.model))
 
     def _hint(
-        self, hint: Any, maker: Condition | None, picture: Tensor | None, paint: Tensor | None, canvas: _Canvas, channels: int
-    ) -> Tensor | None:
+        self, hint: Any, maker: Condition | None, picture: Tensor | None, paint: Tensor | None, canvas: _Canvas, channels: int,
+        seed: int,
+    ) -> Tensor | None:  # fmt: skip
         """One ControlNet's hints (1 or N, channels, H, W) at the padded size, made by an annotator if there is one."""
         if maker is None:
             made = None if hint is None else inputs.hint_tensor(hint, channels, canvas.size)
@@ -285,11 +287,11 @@ class ControlPipeline:
             source = picture if hint is None else inputs.picture_tensor(hint, canvas.size)
             if source is None:
                 raise ValueError("annotator= needs a picture: give it as hint, or as image")
-            annotate = self._annotate(maker, paint)
+            annotate = self._annotate(maker, paint, seed)
             made = inputs.hint_tensor([annotate(one) for one in to_uint8(source * 2 - 1)], channels, canvas.size)
         return None if made is None else inputs.pad(made, canvas.padded)
 
-    def _annotate(self, maker: Condition, paint: Tensor | None) -> Callable[[np.ndarray], Any]:
+    def _annotate(self, maker: Condition, paint: Tensor | None, seed: int) -> Callable[[np.ndarray], Any]:
         """A function from a uint8 picture (H, W, 3) to a hint."""
         if isinstance(maker, str):
             if maker not in self._annotators:
@@ -299,10 +301,12 @@ class ControlPipeline:
             if not callable(maker):
                 raise ValueError(f"annotator must be a condition's name, an Annotator or a function, found {type(maker).__name__}")
             return maker
-        if maker.info.takes != "rgba" or paint is None:
-            return lambda picture: maker.make_hint(picture, resolution=None)
-        alpha = np.where(paint[0, 0].cpu().numpy() > 0.5, 0, 255).astype(np.uint8)
-        return lambda picture: maker.make_hint(np.dstack([picture, alpha]), resolution=None, blur=0.0)
+        options: dict[str, Any] = {"resolution": None}
+        if maker.info.name == "inpaint" and paint is not None:
+            options |= {"mask": to_uint8(paint[:1] * 2 - 1)[0], "blur": 0.0}
+        if "seed" in maker.info.offers:
+            options["seed"] = seed % 2**32
+        return lambda picture: maker.make_hint(picture, **options)
 
     def _encode_texts(
         self, prompts: Any, negatives: Any, count: int, guided: bool, options: dict[str, Any]
