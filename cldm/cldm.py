@@ -11,10 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.models.diffusion.ddpm import LatentDiffusion, chosen
+from cldm.guidance import (
+    Control,
+    ControlCall,
+    ControlGuidance,
+    PublishedControlGuidance,
+    joined,
+    published_controls,
+    sum_of_outputs,
+)
+from ldm.models.diffusion.ddpm import LatentDiffusion, drawn_prompts
+from ldm.models.diffusion.guidance import Guidance, Scale, make_guidance
 from ldm.modules.diffusionmodules.openaimodel import BlockOptions, TimestepEmbedSequential, UNetModel, build_encoder
 from ldm.modules.diffusionmodules.util import conv_nd, timestep_embedding, zero_module
-from ldm.util import ConfigError, instantiate_from_config, log_txt_as_img
+from ldm.util import ConfigError, instantiate_from_config
 
 # Output channels and strides of the hint encoder's convolutions before the last: 8 times smaller in all, as the latent is.
 _HINT_ENCODER = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
@@ -119,7 +129,9 @@ class ControlNet(nn.Module):
         return len(self.zero_convs) + 1
 
     def encode_hint(self, hint: Tensor) -> Tensor:
-        """hint (B, hint_channels, H, W) in [0, 1] -> (B, model_channels, h, w). Does not depend on the timestep."""
+        """hint (B, hint_channels, H, W) -> (B, model_channels, h, w). Does not depend on the timestep."""
+        if hint.shape[1] != self.hint_channels:
+            raise ValueError(f"this ControlNet takes hints of {self.hint_channels} channels, found {hint.shape[1]}")
         weight = self.input_hint_block[0].weight
         return self.input_hint_block(hint.to(weight.dtype), None, None)
 
@@ -198,6 +210,7 @@ class ControlledUnetModel(UNetModel):
             emb = self.embed_timesteps(timesteps, kwargs.get("y"))
             hidden, skips = self.encode(x, emb, context)
         if control is not None:
+            control = [c.to(hidden.dtype) for c in control]
             if len(control) != len(skips) + 1 and not (only_mid_control and control):
                 raise ValueError(f"this UNet takes {len(skips) + 1} control outputs, found {len(control)}")
             hidden = hidden + control[-1]
@@ -217,6 +230,12 @@ def _check_alike(control_model: ControlNet, unet: ControlledUnetModel) -> None:
                 f"control_stage_config and unet_config describe different networks: {key} has shape "
                 f"{list(entry.shape)} in the ControlNet and {there}"
             )
+
+
+def check_conditioning(cond: Any) -> None:
+    """Raise ValueError if this is not a conditioning of a ControlLDM."""
+    if not isinstance(cond, Mapping) or "c_crossattn" not in cond:
+        raise ValueError('the conditioning must be a dict with "c_crossattn" (text) and "c_concat" (hint or None)')
 
 
 class ControlLDM(LatentDiffusion):
@@ -254,6 +273,8 @@ class ControlLDM(LatentDiffusion):
         self.control_model = instantiate_from_config(control_stage_config)
         if isinstance(unet, ControlledUnetModel) and isinstance(self.control_model, ControlNet):
             _check_alike(self.control_model, unet)
+        self.more_control_models = nn.ModuleList()  # see add_control; without any, the state dict is as published
+        self._control_stage_config = control_stage_config
         self.control_key = control_key
         self.control_scales = [1.0] * getattr(self.control_model, "output_count", 13)
         self.global_average_pooling = global_average_pooling
@@ -340,18 +361,17 @@ class ControlLDM(LatentDiffusion):
 
     # -- the model --------------------------------------------------------------------------------------
 
-    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The UNet's output (B, 4, h, w), with control where `cond["c_concat"]` holds a hint.
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        """The UNet's output (B, 4, h, w), with control where `cond` holds any.
 
         Args:
             x_noisy: (B, 4, h, w).
             t: (B,).
             cond: `c_crossattn`, a list of (B, M, D), and `c_concat`, a list of hints (B, C, H, W), or None for no control.
-                `c_guided_hint`, the hint as `control_model.encode_hint` gave it, may stand in for `c_concat`.
+                `c_control`, a list of `ControlCall`, may stand in for `c_concat`.
         """
-        if not isinstance(cond, Mapping) or "c_crossattn" not in cond:
-            raise ValueError('the conditioning must be a dict with "c_crossattn" (text) and "c_concat" (hint or None)')
-        context = torch.cat(list(cond["c_crossattn"]), dim=1)
+        check_conditioning(cond)
+        context = joined(cond["c_crossattn"])
         return self.model.diffusion_model(
             x=x_noisy,
             timesteps=t,
@@ -361,98 +381,129 @@ class ControlLDM(LatentDiffusion):
         )
 
     def control(self, x_noisy: Tensor, t: Tensor, cond: Mapping[str, Any], context: Tensor) -> list[Tensor] | None:
-        """The ControlNet's outputs, scaled and, if configured, averaged; None without a hint."""
-        guided = cond.get("c_guided_hint")
-        if cond.get("c_concat") is None and guided is None:
-            return None
-        if guided is not None:
-            source = {"hint": None, "guided_hint": guided}
-        else:  # nothing more than published, so that another class can be the ControlNet
-            source = {"hint": torch.cat(list(cond["c_concat"]), dim=1)}
-        outputs = self.control_model(x=x_noisy, timesteps=t, context=context, **source)
-        # More scales than outputs are usual: everyone writes 13, and smaller networks have fewer.
-        if len(self.control_scales) < len(outputs):
-            raise ValueError(f"control_scales has {len(self.control_scales)} entries for {len(outputs)} outputs")
-        outputs = [c if scale == 1.0 else c * scale for c, scale in zip(outputs, self.control_scales, strict=False)]
-        if self.global_average_pooling:
-            outputs = [c.mean(dim=(2, 3), keepdim=True) for c in outputs]
-        return outputs
+        """The sum of the ControlNets' outputs, scaled and, where configured, averaged; None without a hint."""
+        calls = cond.get("c_control")
+        if calls is None and cond.get("c_concat") is not None:
+            # Nothing more than published, so that another class can be the ControlNet.
+            hint = {"hint": joined(cond["c_concat"])}
+            calls = [ControlCall(self.control_model, hint, self.control_scales, self.global_average_pooling)]
+        return sum_of_outputs(calls, x_noisy, t, context) if calls else None
+
+    def make_guidance(
+        self,
+        cond: Mapping[str, Any],
+        uncond: Mapping[str, Any] | None = None,
+        scale: Scale = 1.0,
+        controls: Sequence[Control] | None = None,
+    ) -> Guidance:
+        """How samplers evaluate this model in a run: hints are encoded once, both halves go in one batch.
+
+        Args:
+            cond, uncond: conditionings as `apply_model` takes them; without `uncond` there is no guidance.
+            scale: of the guidance, or one for each step.
+            controls: what steers, instead of the hints in the conditionings.
+
+        Raises:
+            ValueError: conditionings, hints or ControlNets that do not fit together.
+        """
+        for conditioning in (cond,) if uncond is None else (cond, uncond):
+            check_conditioning(conditioning)
+        own_apply_model = type(self).apply_model is not ControlLDM.apply_model
+        only_uncond_has_hint = (
+            uncond is not None and cond.get("c_concat") is None and uncond.get("c_concat") is not None
+        )
+        if controls is None and (own_apply_model or only_uncond_has_hint):
+            return make_guidance(self, cond, uncond, scale)
+        if controls is None:
+            controls = published_controls(cond, uncond)
+        return (PublishedControlGuidance if own_apply_model else ControlGuidance)(self, cond, uncond, scale, controls)
+
+    # -- several ControlNets ------------------------------------------------------------------------------
+
+    def control_networks(self) -> list[nn.Module]:
+        """The ControlNets: `control_model`, which is the one that is trained, and those that were added."""
+        return [self.control_model, *self.more_control_models]
+
+    def add_control(
+        self,
+        control: nn.Module | Mapping[str, Any] | None = None,
+        global_average_pooling: bool = False,
+        **changes: Any,
+    ) -> int:
+        """Add a ControlNet beside `control_model`, for sampling; its weights are locked. The base is shared.
+
+        Args:
+            control: the network, its configuration, or None for the configuration of `control_model`.
+            global_average_pooling: see the class.
+            **changes: parameters that replace those of the configuration, such as `hint_channels`.
+
+        Returns:
+            its number, `network` of a `Control`; `control_networks()[number]` is the network, to load weights into.
+
+        Raises:
+            ConfigError: the configuration cannot be built, or the network does not fit this UNet.
+        """
+        if not isinstance(control, nn.Module):
+            config = self._control_stage_config if control is None else control
+            control = instantiate_from_config({**config, "params": {**config["params"], **changes}})
+        elif changes:
+            raise ConfigError(f"{', '.join(changes)} cannot be changed in a network that is already built")
+        unet, like = self.model.diffusion_model, next(self.control_model.parameters())
+        if isinstance(unet, ControlledUnetModel) and isinstance(control, ControlNet):
+            _check_alike(control, unet)
+        control.global_average_pooling = global_average_pooling
+        self.more_control_models.append(control.to(like).eval().requires_grad_(False))
+        return len(self.more_control_models)
+
+    def pools_control(self, number: int) -> bool:
+        """Whether a ControlNet's outputs are averaged over height and width."""
+        if number == 0:
+            return self.global_average_pooling
+        return self.more_control_models[number - 1].global_average_pooling
+
+    def compile_networks(self, **options: Any) -> None:
+        """Compile UNet and ControlNets in place with `torch.compile`; the state dict keeps its keys."""
+        for network in (self.model.diffusion_model, *self.control_networks()):
+            network.compile(**options)
 
     # -- logging ----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def log_images(
-        self,
-        batch: Mapping[str, Any],
-        N: int = 4,
-        n_row: int = 2,
-        sample: bool = False,
-        ddim_steps: int | None = 50,
-        ddim_eta: float = 0.0,
-        return_keys: Sequence[str] | None = None,
-        quantize_denoised: bool = True,
-        inpaint: bool = True,
-        plot_denoise_rows: bool = False,
-        plot_progressive_rows: bool = True,
-        plot_diffusion_rows: bool = False,
-        unconditional_guidance_scale: float = 9.0,
-        unconditional_guidance_label: Any = None,
-        use_ema_scope: bool = True,
-        **kwargs: Any,
+        self, batch: Mapping[str, Any], N: int = 4, n_row: int = 2, sample: bool = False, **options: Any
     ) -> dict[str, Tensor]:
         """Pictures for a logger, (B, 3, H, W) in [-1, 1]: target's reconstruction, hint, prompt, and samples with guidance.
 
-        Args:
-            N: number of pictures.
-            sample: also sample without guidance.
-            ddim_steps, ddim_eta: of DDIM.
-            return_keys: only these, where there are any of them.
-            plot_denoise_rows: with `sample`, add `denoise_row`, the x_0 that DDIM predicts on its way.
-            plot_diffusion_rows: add `diffusion_row`, the first `n_row` targets noised more and more.
-            unconditional_guidance_scale: the hint guides both halves; 1 or less leaves the guided samples out.
-            unconditional_guidance_label: the prompt of the other half; the empty one by default.
-            quantize_denoised, inpaint, plot_progressive_rows, use_ema_scope: accepted for compatibility.
+        As LatentDiffusion's, with other defaults: guidance scale 9, in both halves the hint, and no `diffusion_row`.
         """
-        z, c = self.get_input(batch, self.first_stage_key, bs=N)
+        defaults = {"plot_diffusion_rows": False, "unconditional_guidance_scale": 9.0, "use_ema_scope": False}
+        return super().log_images(batch, N, n_row, sample, **defaults | options)
+
+    def logged_inputs(self, batch: Mapping[str, Any], count: int) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        z, c = self.get_input(batch, self.first_stage_key, bs=count)
         c = self.get_learned_conditioning(c)  # not yet encoded where the text encoder is trained
-        text, hint = c["c_crossattn"][0], c["c_concat"][0]
-        prompts = list(batch[self.cond_stage_key])[:N]
-        log = {
-            "reconstruction": self.decode_first_stage(z),
-            "control": hint * 2.0 - 1.0,
-            "conditioning": log_txt_as_img((hint.shape[3], hint.shape[2]), prompts, size=max(hint.shape[3] // 25, 8)),
-        }
-        steps = {"ddim": ddim_steps is not None, "ddim_steps": ddim_steps, "shape": z.shape[1:]}
-        options = {"eta": ddim_eta} if ddim_steps is not None else {}
-        if plot_diffusion_rows:
-            log["diffusion_row"] = self._decoded_rows(self._noised_steps(z[:n_row]))
-        if sample:
-            latents, kept = self.sample_log(c, len(z), **steps, **options)
-            log["samples"] = self.decode_first_stage(latents)
-            if plot_denoise_rows and ddim_steps is not None:
-                log["denoise_row"] = self._decoded_rows(kept["pred_x0"])
-        if unconditional_guidance_scale > 1.0 and ddim_steps is not None:
-            nothing = self.get_unconditional_conditioning(len(z), unconditional_guidance_label)
-            uncond = {"c_crossattn": [nothing.to(text)], "c_concat": [hint]}
-            latents, _ = self.sample_log(
-                c,
-                len(z),
-                **steps,
-                **options,
-                unconditional_guidance_scale=unconditional_guidance_scale,
-                unconditional_conditioning=uncond,
-            )
-            log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(latents)
-        return chosen(log, return_keys)
+        hint = c["c_concat"][0]
+        prompts = drawn_prompts(list(batch[self.cond_stage_key])[:count], hint)
+        log = {"reconstruction": self.decode_first_stage(z), "control": hint * 2.0 - 1.0, "conditioning": prompts}
+        return z, c, log
+
+    def unconditional_like(self, cond: Any, count: int, null_label: Any = None) -> Any:
+        nothing = self.get_unconditional_conditioning(count, null_label)
+        return {**cond, "c_crossattn": [nothing.to(cond["c_crossattn"][0])]}
 
     def sample_log(
-        self, cond: Any, batch_size: int, ddim: bool, ddim_steps: int, shape: Sequence[int] | None = None, **kwargs: Any
+        self,
+        cond: Any,
+        batch_size: int,
+        ddim: bool,
+        ddim_steps: int | None,
+        shape: Sequence[int] | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Any]:
         """As LatentDiffusion's; the latent's size follows from the hint where `shape` is not given."""
         if shape is None and cond.get("c_concat") is not None:
             height, width = cond["c_concat"][0].shape[2:]
             shape = (self.channels, height // 8, width // 8)
-        return super().sample_log(cond, batch_size, ddim, ddim_steps, shape, **kwargs)
+        return super().sample_log(cond, batch_size, ddim, ddim_steps, shape, **options)
 
     def low_vram_shift(self, is_diffusing: bool, device: torch.device | str | None = None) -> None:
         """Keep on the accelerator only what is needed next: UNet and ControlNet while diffusing, else VAE and text encoder.
@@ -461,7 +512,7 @@ class ControlLDM(LatentDiffusion):
             is_diffusing: which of the two.
             device: the accelerator; by default the device on which one of the parts is now, if that is not the CPU.
         """
-        parts = {True: (self.model, self.control_model), False: (self.first_stage_model, self.cond_stage_model)}
+        parts = {True: (self.model, *self.control_networks()), False: (self.first_stage_model, self.cond_stage_model)}
         if device is None:
             found = [p.device for part in (*parts[True], *parts[False]) for p in part.parameters()]
             device = next((d for d in found if d.type != "cpu"), torch.device("cpu"))

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from annotator.options import Parser
 from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
-from cldm.checkpoint.layout import identify
 from cldm.arguments import check_numbers
+from cldm.checkpoint.layout import identify
 from cldm.command import run_command
 from cldm.model import OPTIONAL, create_model, load_control, load_weights
 from cldm.pipeline import SAMPLERS, ControlPipeline

@@ -24,7 +24,6 @@ from cldm.checkpoint.diffusers_config import controlnet_config, unet_config
 from cldm.checkpoint.lazy import lazy_entries
 from cldm.checkpoint.names import NETWORKS
 from cldm.cldm import ControlLDM
-from cldm.pipeline import BatchedGuidance
 from ldm.util import instantiate_from_config
 from tests.benchmarks.memory import peak_memory
 
@@ -102,16 +101,12 @@ def our_steps(model: ControlLDM, inputs: Inputs) -> dict[str, Callable[[], Tenso
         optimizer.step()
         return loss.detach()
 
-    sampler = BatchedGuidance(model)
-    guided: dict[str, Tensor] = {}
+    guidance = model.make_guidance(cond, {**cond, "c_crossattn": [inputs.empty]}, 9.0)  # once a run, as samplers do
 
     @torch.no_grad()
     def sample() -> Tensor:
         model.eval()
-        if not guided:  # once a run, as the pipeline does
-            guided["hint"] = model.control_model.encode_hint(inputs.hint)
-        c = {"c_crossattn": [inputs.text], "c_guided_hint": guided["hint"]}
-        return sampler.guided_output(inputs.x, inputs.t, c, 9.0, {**c, "c_crossattn": [inputs.empty]})
+        return guidance(inputs.x, inputs.t)
 
     return {"training step": train, "sampling step": sample}
 

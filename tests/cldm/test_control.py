@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cldm.cldm import ControlNet
+from cldm.guidance import ControlCall
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.util import ConfigError, instantiate_from_config
 from tests.cldm.tiny import NAMES, Inputs, tiny_config, tiny_model
@@ -117,8 +118,9 @@ def test_the_callers_list_and_conditioning_are_left_alone():
 def test_an_encoded_hint_stands_in_for_the_hint():
     model, inputs = tiny_model("sd1"), Inputs("sd1")
     want = model.apply_model(inputs.x, inputs.t, inputs.cond)
-    encoded = {"c_crossattn": inputs.cond["c_crossattn"], "c_guided_hint": model.control_model.encode_hint(inputs.hint)}
-    assert torch.equal(model.apply_model(inputs.x, inputs.t, encoded), want)
+    encoded = {"hint": None, "guided_hint": model.control_model.encode_hint(inputs.hint)}
+    cond = {"c_crossattn": inputs.cond["c_crossattn"], "c_control": [ControlCall(model.control_model, encoded)]}
+    assert torch.equal(model.apply_model(inputs.x, inputs.t, cond), want)
 
 
 @torch.no_grad()

@@ -8,11 +8,12 @@ import torch
 
 from cldm.cldm import ControlLDM
 from cldm.data.pairs import read_rgb
-from cldm.ddim_hacked import DDIMSampler as HackedSampler
+from cldm.guidance import strength_scales
 from cldm.hack import enable_sliced_attention, hack_everything
 from cldm.logger import ImageLogger
 from cldm.pictures import grid, save_png
-from cldm.pipeline import BatchedGuidance, ControlPipeline, seeded, strength_scales
+from cldm.pipeline import ControlPipeline, seeded
+from ldm.models.diffusion.guidance import SeparateGuidance
 from ldm.modules.attention import get_attention, sliced_attention
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import instantiate_from_config
@@ -42,9 +43,9 @@ def test_one_batched_call_gives_the_numbers_of_the_published_two(guess_mode):
     calls = []
     handle = model.model.diffusion_model.register_forward_pre_hook(lambda *a: calls.append(1))
     with torch.no_grad():
-        batched = BatchedGuidance(model).guided_output(inputs.x, inputs.t, inputs.cond, 3.0, uncond)
+        batched = model.make_guidance(inputs.cond, uncond, 3.0)(inputs.x, inputs.t)
         assert len(calls) == 1
-        apart = HackedSampler(model).guided_output(inputs.x, inputs.t, inputs.cond, 3.0, uncond)
+        apart = SeparateGuidance(model, inputs.cond, uncond, 3.0)(inputs.x, inputs.t)
     handle.remove()
     torch.testing.assert_close(batched, apart, atol=1e-4, rtol=1e-4)
 

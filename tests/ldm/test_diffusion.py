@@ -194,7 +194,7 @@ def test_guidance_also_in_inversion_of_dict_conditionings():
     sampler = DDIMSampler(model)
     sampler.make_schedule(5, verbose=False)
     cond, uncond = ({"c_crossattn": [torch.full((2, 1, 1), v)], "c_concat": None} for v in (1.0, 0.25))
-    guided = sampler.guided_output(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]), cond, 3.0, uncond)
+    guided = sampler.guidance_for(cond, uncond, 3.0)(torch.zeros(2, 4, 8, 8), torch.tensor([1, 1]))
     torch.testing.assert_close(guided, torch.full_like(guided, 0.25 + 3 * 0.75))
     start = torch.randn(2, 4, 8, 8)
     found, _ = sampler.encode(
@@ -276,7 +276,7 @@ def test_losses_by_parameterization_and_variational_weight():
     x0, eps, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
     for parameterization in ("eps", "x0", "v"):
         process = diffusion(parameterization, original_elbo_weight=0.5).eval()
-        output = process.predict(process.q_sample(x0, t, eps), t)
+        output = process.apply_model(process.q_sample(x0, t, eps), t)
         error = (output - process.loss_target(x0, eps, t)).pow(2).mean(dim=(1, 2, 3))
         loss, terms = process.p_losses(x0, t, eps)
         torch.testing.assert_close(loss, error.mean() + 0.5 * (process.lvlb_weights[t] * error).mean())
@@ -286,6 +286,6 @@ def test_losses_by_parameterization_and_variational_weight():
 def test_ancestral_sampling_with_an_exact_predictor_ends_near_x0():
     process = diffusion("x0", timesteps=50)
     x0 = torch.rand(2, 4, 8, 8) - 0.5
-    process.predict = lambda x, t, cond=None: x0
+    process.apply_model = lambda x, t, cond=None: x0
     out = process.p_sample_loop((2, 4, 8, 8), verbose=False)
     torch.testing.assert_close(out, x0, atol=1e-5, rtol=0)

@@ -32,7 +32,7 @@ def latent_diffusion(cond_stage_config="__is_unconditional__", unet_params=None,
 def test_ancestral_sampling_of_latents_is_not_clipped():
     model = latent_diffusion(parameterization="x0")
     x0 = 4 * torch.randn(2, 4, 8, 8)
-    model.predict = lambda x, t, cond=None: x0
+    model.apply_model = lambda x, t, cond=None: x0
     img, kept = model.sample(None, 2, return_intermediates=True, verbose=False)
     torch.testing.assert_close(img, x0, atol=1e-5, rtol=0)
     assert len(kept) == 6  # the noise, the first step's result, and those of timesteps 15, 10, 5 and 0
@@ -106,9 +106,9 @@ def test_logvar_weighs_the_loss_of_latents_alone():
     x, t, eps = torch.randn(2, 4, 8, 8), torch.tensor([3, 9]), torch.randn(2, 4, 8, 8)
     latent = latent_diffusion(logvar_init=0.7)
     plain = DDPM(unet(), timesteps=20, use_ema=False, channels=4, image_size=8, logvar_init=0.7)
-    error = (latent.predict(latent.q_sample(x, t, eps), t) - eps).pow(2).mean()
+    error = (latent.apply_model(latent.q_sample(x, t, eps), t, None) - eps).pow(2).mean()
     torch.testing.assert_close(latent.p_losses(x, None, t, eps)[0], error / np.exp(0.7) + 0.7)
-    error = (plain.predict(plain.q_sample(x, t, eps), t) - eps).pow(2).mean()
+    error = (plain.apply_model(plain.q_sample(x, t, eps), t) - eps).pow(2).mean()
     torch.testing.assert_close(plain.p_losses(x, t, eps)[0], error)
 
 

@@ -1,12 +1,12 @@
-"""Denoising diffusion models as Lightning modules: in pixels (DDPM) and in an autoencoder's latents (LatentDiffusion).
+"""Training of diffusion models, as Lightning modules: in pixels (DDPM) and in an autoencoder's latents (LatentDiffusion).
 
-Ho et al. 2020 ("DDPM"); Rombach et al. 2022 ("LDM"); v as in Salimans and Ho 2022.
+Ho et al. 2020 ("DDPM"); Rombach et al. 2022 ("LDM"). The process itself is in `process.py`, the samplers in files of their own.
 
 Shapes: B batch, C h w the diffused picture or latent, M tokens of the context.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,17 +15,12 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ldm.lr_scheduler import with_schedule
-from ldm.models.diffusion.ddim import DDIMSampler, correct_score
-from ldm.models.diffusion.schedule import (
-    diffusion_quantities,
-    extract_into_tensor,
-    make_beta_schedule,
-    noise_like,
-    variational_weights,
-)
+from ldm.models.diffusion.ancestral import AncestralSampling, ConditionalAncestralSampling
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.guidance import Conditioning
+from ldm.models.diffusion.process import DiffusionProcess
 from ldm.models.weights import load_weights
 from ldm.modules.diffusionmodules.util import mean_flat
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -36,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 TEXT_KEYS = ("txt", "caption", "coordinates_bbox")  # entries are taken as they are, encoded texts too
 CLASS_KEYS = ("class_label", "cls")  # under these the conditioning's encoder gets the whole batch
-Conditioning = Tensor | Mapping[str, Sequence[Tensor] | None] | Sequence[Tensor] | None
+LossTerms = dict[str, Tensor]
 
 
 class DiffusionWrapper(pl.LightningModule):
@@ -77,8 +72,8 @@ class DiffusionWrapper(pl.LightningModule):
         return self.diffusion_model(x, t, **arguments)
 
 
-class DDPM(pl.LightningModule):
-    """Gaussian diffusion in picture space: schedule, loss, training and ancestral sampling.
+class DDPM(AncestralSampling, DiffusionProcess, pl.LightningModule):
+    """Gaussian diffusion in picture space.
 
     Args:
         unet_config: the noise predictor.
@@ -140,16 +135,15 @@ class DDPM(pl.LightningModule):
         reset_ema: bool = False,
         reset_num_ema_updates: bool = False,
     ) -> None:
-        super().__init__()
-        if parameterization not in ("eps", "x0", "v"):
-            raise ConfigError(f"parameterization must be eps, x0 or v, found {parameterization!r}")
+        super().__init__(
+            beta_schedule, timesteps, linear_start, linear_end, cosine_s, given_betas, parameterization, v_posterior
+        )
         if loss_type not in ("l1", "l2"):
             raise ConfigError(f"loss_type must be l1 or l2, found {loss_type!r}")
         if make_it_fit:
             raise ConfigError(
                 "make_it_fit (resizing weights of another shape) is not supported; convert the checkpoint instead"
             )
-        self.parameterization = parameterization
         self.loss_type = loss_type
         self.clip_denoised = clip_denoised
         self.log_every_t = log_every_t
@@ -157,7 +151,6 @@ class DDPM(pl.LightningModule):
         self.image_size = image_size
         self.channels = channels
         self.use_positional_encodings = use_positional_encodings
-        self.v_posterior = v_posterior
         self.original_elbo_weight = original_elbo_weight
         self.l_simple_weight = l_simple_weight
         self.learn_logvar = learn_logvar
@@ -171,12 +164,11 @@ class DDPM(pl.LightningModule):
         self.use_ema = use_ema
         if use_ema:
             self.model_ema = LitEma(self.model)
-        self.register_schedule(given_betas, beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        logvar = _float32(np.full(self.num_timesteps, logvar_init))
+        logvar = np.full(self.num_timesteps, logvar_init, dtype=np.float32)
         if learn_logvar:
-            self.logvar = nn.Parameter(logvar)
+            self.logvar = nn.Parameter(torch.from_numpy(logvar))
         else:
-            self.register_buffer("logvar", logvar)
+            self.register_float32("logvar", logvar)
         self._start_from(ckpt_path, ignore_keys, load_only_unet, reset_ema, reset_num_ema_updates)
 
     def _start_from(
@@ -211,213 +203,6 @@ class DDPM(pl.LightningModule):
         else:
             load_weights(self, path, ignore_keys)
 
-    # -- schedule ---------------------------------------------------------------------------------
-
-    def register_schedule(
-        self,
-        given_betas: Sequence[float] | None = None,
-        beta_schedule: str = "linear",
-        timesteps: int = 1000,
-        linear_start: float = 1e-4,
-        linear_end: float = 2e-2,
-        cosine_s: float = 8e-3,
-    ) -> None:
-        """Compute the schedule and keep it as float32 buffers (T,), which are part of the state dict."""
-        if given_betas is not None:
-            betas = np.asarray(given_betas, dtype=np.float64)
-        else:
-            betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
-            raise ConfigError("a noise schedule needs at least one beta, each above 0 and at most 1")
-        quantities = diffusion_quantities(betas, self.v_posterior)
-        self.num_timesteps = len(betas)
-        self.linear_start = linear_start
-        self.linear_end = linear_end
-        for name, values in quantities.items():
-            self.register_buffer(name, _float32(values))
-        weights = variational_weights(quantities, self.parameterization)
-        self.register_buffer("lvlb_weights", _float32(weights), persistent=False)
-
-    def _at(self, quantity: Tensor, t: Tensor, like: Tensor) -> Tensor:
-        return extract_into_tensor(quantity, t, like.shape)
-
-    # -- the forward process and its inversions -------------------------------------------------
-
-    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0) (DDPM, eq. 4)."""
-        return (
-            self._at(self.sqrt_alphas_cumprod, t, x_start) * x_start,
-            self._at(1.0 - self.alphas_cumprod, t, x_start),
-            self._at(self.log_one_minus_alphas_cumprod, t, x_start),
-        )
-
-    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) eps (DDPM, eq. 4); (B, C, h, w) with t (B,)."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        return (
-            self._at(self.sqrt_alphas_cumprod, t, x_start) * x_start
-            + self._at(self.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
-        )
-
-    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_0 from x_t and eps."""
-        return (
-            self._at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-            - self._at(self.sqrt_recipm1_alphas_cumprod, t, x_t) * noise
-        )
-
-    def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
-        """eps from x_t and x_0."""
-        return (self._at(self.sqrt_recip_alphas_cumprod, t, x_t) * x_t - x_start) / self._at(
-            self.sqrt_recipm1_alphas_cumprod, t, x_t
-        )
-
-    def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """v = sqrt(alpha-bar) eps - sqrt(1 - alpha-bar) x_0."""
-        return self._at(self.sqrt_alphas_cumprod, t, x) * noise - self._at(self.sqrt_one_minus_alphas_cumprod, t, x) * x
-
-    def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """x_0 = sqrt(alpha-bar) x_t - sqrt(1 - alpha-bar) v."""
-        return (
-            self._at(self.sqrt_alphas_cumprod, t, x_t) * x_t - self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * v
-        )
-
-    def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """eps = sqrt(alpha-bar) v + sqrt(1 - alpha-bar) x_t."""
-        return (
-            self._at(self.sqrt_alphas_cumprod, t, x_t) * v + self._at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * x_t
-        )
-
-    def predict_eps(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """eps from whatever the network predicts."""
-        if self.parameterization == "v":
-            return self.predict_eps_from_z_and_v(x_t, t, output)
-        return output if self.parameterization == "eps" else self.predict_noise_from_start(x_t, t, output)
-
-    def predict_x0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
-        """x_0 from whatever the network predicts."""
-        if self.parameterization == "v":
-            return self.predict_start_from_z_and_v(x_t, t, output)
-        return output if self.parameterization == "x0" else self.predict_start_from_noise(x_t, t, output)
-
-    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
-        mean = self._at(self.posterior_mean_coef1, t, x_t) * x_start + self._at(self.posterior_mean_coef2, t, x_t) * x_t
-        return mean, self._at(self.posterior_variance, t, x_t), self._at(self.posterior_log_variance_clipped, t, x_t)
-
-    # -- ancestral sampling -----------------------------------------------------------------------
-
-    def predict(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
-        """The network's output for x (B, C, h, w) at t (B,)."""
-        return self.model(x, t)
-
-    def _posterior(
-        self,
-        x: Tensor,
-        t: Tensor,
-        cond: Conditioning,
-        clip_denoised: bool,
-        quantize_denoised: bool = False,
-        score_corrector: Any = None,
-        corrector_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of p(x_{t-1} | x_t), and the predicted x_0."""
-        output = self.predict(x, t, cond)
-        if score_corrector is not None:
-            output = correct_score(score_corrector, self, output, x, t, cond, corrector_kwargs)
-        x_start = self.predict_x0(x, t, output)
-        if clip_denoised:
-            x_start = x_start.clamp(-1, 1)
-        if quantize_denoised:
-            x_start = self.first_stage_model.quantize(x_start)[0]
-        return *self.q_posterior(x_start, x, t), x_start
-
-    def _ancestral_step(
-        self,
-        x: Tensor,
-        t: Tensor,
-        cond: Conditioning = None,
-        clip_denoised: bool = True,
-        repeat_noise: bool = False,
-        temperature: float = 1.0,
-        noise_dropout: float = 0.0,
-        **prediction: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """One step of ancestral sampling (DDPM, algorithm 2): x_{t-1} and the predicted x_0, (B, C, h, w) both."""
-        mean, _, log_variance, x_start = self._posterior(x, t, cond, clip_denoised, **prediction)
-        noise = noise_like(x.shape, x.device, repeat_noise) * temperature
-        if noise_dropout > 0.0:
-            noise = F.dropout(noise, p=noise_dropout)
-        step = (t > 0).reshape(-1, *((1,) * (x.dim() - 1))) * torch.exp(0.5 * log_variance) * noise
-        return mean + step, x_start
-
-    @torch.no_grad()
-    def _ancestral_loop(
-        self,
-        shape: Sequence[int],
-        cond: Conditioning = None,
-        x_T: Tensor | None = None,
-        timesteps: int | None = None,
-        verbose: bool = True,
-        callback: Callable[[int], None] | None = None,
-        img_callback: Callable[[Tensor, int], None] | None = None,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        log_every_t: int | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """All steps from noise (B, C, h, w): the last x, and those kept every `log_every_t` steps.
-
-        `callback` gets the timestep, `img_callback` x and the timestep. Where `mask` is 1, x follows x0.
-        """
-        if mask is not None and (x0 is None or x0.shape[2:] != mask.shape[2:]):
-            raise ValueError("a mask needs x0, latents of the same height and width to keep where it is 1")
-        count = self.num_timesteps if timesteps is None else timesteps
-        if not 1 <= count <= self.num_timesteps:
-            raise ValueError(f"timesteps must be 1 to {self.num_timesteps}, found {count}")
-        every = log_every_t or self.log_every_t
-        img = torch.randn(tuple(shape), device=self.betas.device) if x_T is None else x_T
-        kept = [img]
-        for i in tqdm(reversed(range(count)), desc="ancestral sampling", total=count, disable=not verbose):
-            t = torch.full((shape[0],), i, device=img.device, dtype=torch.long)
-            img, _ = self._ancestral_step(img, t, cond, self.clip_denoised, **options)
-            if mask is not None:
-                img = self.q_sample(x0, t) * mask + (1.0 - mask) * img
-            if i % every == 0 or i == count - 1:
-                kept.append(img)
-            if callback:
-                callback(i)
-            if img_callback:
-                img_callback(img, i)
-        return img, kept
-
-    def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of p(x_{t-1} | x_t)."""
-        return self._posterior(x, t, None, clip_denoised)[:3]
-
-    @torch.no_grad()
-    def p_sample(self, x: Tensor, t: Tensor, clip_denoised: bool = True, repeat_noise: bool = False) -> Tensor:
-        """One step of ancestral sampling: x_t (B, C, h, w) at t (B,) -> x_{t-1}."""
-        return self._ancestral_step(x, t, None, clip_denoised, repeat_noise)[0]
-
-    @torch.no_grad()
-    def p_sample_loop(
-        self, shape: Sequence[int], return_intermediates: bool = False, verbose: bool = True
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Ancestral sampling over all steps, from noise of `shape` (B, C, h, w)."""
-        img, kept = self._ancestral_loop(shape, verbose=verbose)
-        return (img, kept) if return_intermediates else img
-
-    @torch.no_grad()
-    def sample(self, batch_size: int = 16, return_intermediates: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Unconditional ancestral samples (batch_size, C, h, w)."""
-        return self.p_sample_loop(self._sample_shape(batch_size), return_intermediates)
-
-    def _sample_shape(self, batch_size: int) -> tuple[int, int, int, int]:
-        size = self.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return batch_size, self.channels, height, width
-
     # -- loss ---------------------------------------------------------------------------------------
 
     def get_loss(self, pred: Tensor, target: Tensor, mean: bool = True) -> Tensor:
@@ -425,42 +210,51 @@ class DDPM(pl.LightningModule):
         error = (target - pred).abs() if self.loss_type == "l1" else F.mse_loss(target, pred, reduction="none")
         return error.mean() if mean else error
 
-    def loss_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict."""
-        if self.parameterization == "v":
-            return self.get_v(x_start, noise, t)
-        return noise if self.parameterization == "eps" else x_start
+    def draw_steps_and_noise(self, x_start: Tensor) -> tuple[Tensor, Tensor]:
+        """What a training step draws for x_start (B, C, h, w): timesteps (B,) and noise (B, C, h, w)."""
+        t = torch.randint(0, self.num_timesteps, (x_start.shape[0],), device=self.betas.device)
+        return t, torch.randn_like(x_start)
+
+    def loss_weights(self, t: Tensor) -> Tensor | None:
+        """Weights (B,) of the errors at t (B,), such as min-SNR's; None weighs them alike."""
+        return None
 
     def p_losses(
         self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, cond: Conditioning = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, LossTerms]:
         """The training loss for x_start (B, C, h, w) at t (B,) (DDPM, eq. 14), and its named terms."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        output = self.predict(self.q_sample(x_start, t, noise), t, cond)
-        return self._weigh(self.get_loss(output, self.loss_target(x_start, noise, t), mean=False), t)
+        output = self.apply_model(self.q_sample(x_start, t, noise), t, cond)
+        error = self.get_loss(output, self.loss_target(x_start, noise, t), mean=False)
+        return self._total_loss(mean_flat(error), t)
 
-    def _weigh(self, error: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Elementwise errors (B, C, h, w) -> the loss with variational weights, and its terms."""
+    def _total_loss(self, errors: Tensor, t: Tensor) -> tuple[Tensor, LossTerms]:
+        """Errors (B,) at t (B,) -> the loss, and its terms."""
         prefix = "train" if self.training else "val"
-        simple = mean_flat(error)  # (B,)
-        terms = {f"{prefix}/loss_simple": simple.mean()}
-        loss, more = self._uncertain(simple, t)
+        terms = {f"{prefix}/loss_simple": errors.mean()}
+        loss, more = self._divide_by_variance(errors, t)
         terms |= {name.format(prefix=prefix): value for name, value in more.items()}
-        variational = (self.lvlb_weights[t] * simple).mean()
+        weights = self.loss_weights(t)
+        variational = (self.lvlb_weights[t] * errors).mean()
+        loss = loss if weights is None else weights * loss
         loss = self.l_simple_weight * loss.mean() + self.original_elbo_weight * variational
         terms |= {f"{prefix}/loss_vlb": variational, f"{prefix}/loss": loss}
         return loss, {name: value.detach() for name, value in terms.items()}
 
-    def _uncertain(self, simple: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What becomes of the errors (B,) at t (B,) by `logvar`, in pixels nothing, as published; and more named terms."""
-        return simple, {}
+    def _divide_by_variance(self, errors: Tensor, t: Tensor) -> tuple[Tensor, LossTerms]:
+        """Errors (B,) at t (B,) as `logvar` weighs them, and more terms. In pixels `logvar` is not used, as published."""
+        return errors, {}
 
     # -- training with Lightning --------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
+        """The network's output (B, C, h, w) for x_noisy (B, C, h, w) at t (B,)."""
+        return self.model(x_noisy, t)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, LossTerms]:
         """The loss at random timesteps."""
-        t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.betas.device)
-        return self.p_losses(x, t, *args, **kwargs)
+        t, drawn = self.draw_steps_and_noise(x)
+        return self.p_losses(x, t, default(noise, drawn))
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Any:
         """The pictures of a batch, (B, H, W, C) -> float32 (B, C, H, W)."""
@@ -468,7 +262,7 @@ class DDPM(pl.LightningModule):
             raise KeyError(f"the batch has no {k!r}; it has {', '.join(map(repr, batch))}")
         return images_to_nchw(batch[k])
 
-    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, LossTerms]:
         """The loss of a batch."""
         return self(self.get_input(batch, self.first_stage_key))
 
@@ -505,7 +299,7 @@ class DDPM(pl.LightningModule):
         for key, rule in rules.items():
             value = default(rule.get("val"), "")
             entries = batch[key]
-            drawn = torch.rand(len(entries)) < rule["p"]
+            drawn = torch.rand(len(entries), device=self.device) < rule["p"]
             if isinstance(entries, Tensor):  # class labels
                 drawn = drawn.to(entries.device).reshape(-1, *((1,) * (entries.dim() - 1)))
                 batch[key] = torch.where(drawn, torch.as_tensor(value).to(entries), entries)
@@ -564,9 +358,9 @@ class DDPM(pl.LightningModule):
         n_row: int = 2,
         sample: bool = True,
         return_keys: Sequence[str] | None = None,
-        **kwargs: Any,
+        split: str | None = None,
     ) -> dict[str, Tensor]:
-        """Pictures for a logger: inputs, their noised versions and samples, (B, C, h, w)."""
+        """Pictures for a logger: inputs, their noised versions and samples, (B, C, h, w); `split` is accepted for compatibility."""
         x = self.get_input(batch, self.first_stage_key)[:N].to(self.device)
         log = {"inputs": x}
         log["diffusion_row"] = rows_of_steps(self._noised_steps(x[:n_row]))
@@ -583,7 +377,7 @@ class DDPM(pl.LightningModule):
         return [self.q_sample(x, torch.full((len(x),), i, device=x.device)) for i in steps]
 
 
-class LatentDiffusion(DDPM):
+class LatentDiffusion(ConditionalAncestralSampling, DDPM):
     """Diffusion in the latents of a first stage, conditioned on what a second encoder makes of a batch entry.
 
     Args:
@@ -638,7 +432,7 @@ class LatentDiffusion(DDPM):
         if not scale_factor > 0:
             raise ConfigError(f"scale_factor must be positive, found {scale_factor}")
         if scale_by_std:
-            self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+            self.register_float32("scale_factor", float(scale_factor))
         else:
             self.scale_factor = scale_factor
         self.instantiate_first_stage(first_stage_config)
@@ -795,17 +589,17 @@ class LatentDiffusion(DDPM):
         is_picture = key not in TEXT_KEYS and entry.dim() > 2
         return (super().get_input(batch, key) if is_picture else entry).to(self.device)
 
-    def shared_step(self, batch: Mapping[str, Any], **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, LossTerms]:
         """The loss of a batch."""
         x, c = self.get_input(batch, self.first_stage_key)
         return self(x, c)
 
-    def forward(self, x: Tensor, c: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, c: Any, noise: Tensor | None = None) -> tuple[Tensor, LossTerms]:
         """The loss at random timesteps; a trainable conditioning encoder is applied here, with gradients."""
-        t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.betas.device)
+        t, drawn = self.draw_steps_and_noise(x)
         if c is not None and self.cond_stage_trainable:
             c = self.get_learned_conditioning(c)
-        return self.p_losses(x, c, t, *args, **kwargs)
+        return self.p_losses(x, c, t, default(noise, drawn))
 
     def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Conditioning, return_ids: bool = False) -> Tensor:
         """The network's output (B, C, h, w); `cond` is a dict of lists, or what goes under the wrapper's one key.
@@ -819,145 +613,23 @@ class LatentDiffusion(DDPM):
             cond = {key: list(cond) if isinstance(cond, (list, tuple)) else [cond]}
         return self.model(x_noisy, t, **cond)
 
-    def predict(self, x: Tensor, t: Tensor, cond: Conditioning = None) -> Tensor:
-        return self.apply_model(x, t, cond)
-
     def p_losses(  # the order of arguments is the public one of this class
         self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, LossTerms]:
         """The training loss for latents (B, C, h, w) at t (B,), and its named terms (LDM, eq. 3)."""
         return super().p_losses(x_start, t, noise, cond)
 
-    def _uncertain(self, simple: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _divide_by_variance(self, errors: Tensor, t: Tensor) -> tuple[Tensor, LossTerms]:
         """Errors (B,) divided by their variance at t (B,), plus its logarithm, which `learn_logvar` trains."""
         logvar = self.logvar[t]
-        loss = simple / torch.exp(logvar) + logvar
+        loss = errors / torch.exp(logvar) + logvar
         return loss, {"{prefix}/loss_gamma": loss.mean(), "logvar": self.logvar.mean()} if self.learn_logvar else {}
 
     def trained_parameters(self) -> list[nn.Parameter]:
         extra = list(self.cond_stage_model.parameters()) if self.cond_stage_trainable else []
         return list(self.model.parameters()) + extra + ([self.logvar] if self.learn_logvar else [])
 
-    # -- sampling ------------------------------------------------------------------------------------------
-
-    def p_mean_variance(
-        self,
-        x: Tensor,
-        c: Conditioning,
-        t: Tensor,
-        clip_denoised: bool,
-        quantize_denoised: bool = False,
-        return_x0: bool = False,
-        score_corrector: Any = None,
-        corrector_kwargs: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Mean, variance and log-variance of p(x_{t-1} | x_t, c) and, if asked for, the predicted x_0."""
-        found = self._posterior(x, t, c, clip_denoised, quantize_denoised, score_corrector, corrector_kwargs)
-        return found if return_x0 else found[:3]
-
-    @torch.no_grad()
-    def p_sample(
-        self,
-        x: Tensor,
-        c: Conditioning,
-        t: Tensor,
-        clip_denoised: bool = False,
-        repeat_noise: bool = False,
-        quantize_denoised: bool = False,
-        return_x0: bool = False,
-        temperature: float = 1.0,
-        noise_dropout: float = 0.0,
-        score_corrector: Any = None,
-        corrector_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """One step of ancestral sampling: x_t (B, C, h, w) at t (B,) -> x_{t-1} and, if asked for, the predicted x_0."""
-        found = self._ancestral_step(
-            x,
-            t,
-            c,
-            clip_denoised,
-            repeat_noise,
-            temperature,
-            noise_dropout,
-            quantize_denoised=quantize_denoised,
-            score_corrector=score_corrector,
-            corrector_kwargs=corrector_kwargs,
-        )
-        return found if return_x0 else found[0]
-
-    @torch.no_grad()
-    def p_sample_loop(
-        self,
-        cond: Conditioning,
-        shape: Sequence[int],
-        return_intermediates: bool = False,
-        x_T: Tensor | None = None,
-        verbose: bool = True,
-        callback: Callable[[int], None] | None = None,
-        timesteps: int | None = None,
-        quantize_denoised: bool = False,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        img_callback: Callable[[Tensor, int], None] | None = None,
-        start_T: int | None = None,
-        log_every_t: int | None = None,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Ancestral sampling of latents of `shape` (B, C, h, w) from noise, or from `x_T`, over all steps or the first `timesteps`.
-
-        Args:
-            callback: called with each timestep; `img_callback` with x and the timestep.
-            mask, x0: where the mask (B, 1, h, w) is 1, latents follow x0 (B, C, h, w).
-            start_T: an upper limit of `timesteps`.
-            log_every_t: keep intermediate results every so many steps.
-        """
-        count = default(timesteps, self.num_timesteps)
-        count = min(count, default(start_T, count))
-        img, kept = self._ancestral_loop(
-            shape,
-            cond,
-            x_T,
-            count,
-            verbose,
-            callback,
-            img_callback,
-            mask,
-            x0,
-            log_every_t,
-            quantize_denoised=quantize_denoised,
-        )
-        return (img, kept) if return_intermediates else img
-
-    @torch.no_grad()
-    def sample(
-        self,
-        cond: Conditioning,
-        batch_size: int = 16,
-        return_intermediates: bool = False,
-        x_T: Tensor | None = None,
-        verbose: bool = True,
-        timesteps: int | None = None,
-        quantize_denoised: bool = False,
-        mask: Tensor | None = None,
-        x0: Tensor | None = None,
-        shape: Sequence[int] | None = None,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
-        """Ancestral samples of latents (batch_size, C, h, w) over all steps; a longer conditioning is cut to the batch.
-
-        Further options are those of `p_sample_loop`.
-        """
-        return self.p_sample_loop(
-            first_of(cond, batch_size),
-            tuple(shape) if shape is not None else self._sample_shape(batch_size),
-            return_intermediates,
-            x_T,
-            verbose,
-            timesteps=timesteps,
-            quantize_denoised=quantize_denoised,
-            mask=mask,
-            x0=x0,
-            **kwargs,
-        )
+    # -- pictures for a logger ---------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample_log(
@@ -965,18 +637,18 @@ class LatentDiffusion(DDPM):
         cond: Conditioning,
         batch_size: int,
         ddim: bool,
-        ddim_steps: int,
+        ddim_steps: int | None,
         shape: Sequence[int] | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> tuple[Tensor, Any]:
         """Latents (batch_size, *shape) and intermediates, by DDIM in `ddim_steps` steps or over all steps.
 
-        `shape` (C, h, w) is the configured one by default.
+        `shape` (C, h, w) is the configured one by default; other options are those of the sampler.
         """
-        shape = tuple(shape) if shape is not None else self._sample_shape(batch_size)[1:]
+        shape = tuple(shape) if shape is not None else self.sample_shape()
         if ddim:
-            return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **kwargs)
-        return self.sample(cond=cond, shape=(batch_size, *shape), return_intermediates=True, verbose=False, **kwargs)
+            return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **options)
+        return self.sample(cond=cond, shape=(batch_size, *shape), return_intermediates=True, verbose=False, **options)
 
     @torch.no_grad()
     def log_images(
@@ -996,56 +668,66 @@ class LatentDiffusion(DDPM):
         unconditional_guidance_scale: float = 1.0,
         unconditional_guidance_label: Any = None,
         use_ema_scope: bool = True,
-        **kwargs: Any,
+        split: str | None = None,
     ) -> dict[str, Tensor]:
-        """Pictures for a logger, (B, C, H, W): inputs, reconstructions, prompts, and samples with and without guidance.
+        """Pictures for a logger, (B, C, H, W): what `logged_inputs` gives, and samples with and without guidance.
 
         Args:
             N: number of pictures.
             n_row: number of pictures in the rows of steps.
+            sample: also sample without guidance.
             ddim_steps, ddim_eta: of DDIM; `ddim_steps=None` samples over all steps, without guidance.
             return_keys: only these, where there are any of them.
             plot_diffusion_rows: add `diffusion_row`, pictures noised more and more.
-            plot_denoise_rows: add `denoise_row`, the x_0 that DDIM predicts on its way.
-            quantize_denoised, inpaint, plot_progressive_rows: accepted for compatibility.
+            plot_denoise_rows: with `sample`, add `denoise_row`, the x_0 that DDIM predicts on its way.
+            unconditional_guidance_scale: of samples with guidance; 1 or less leaves them out.
+            unconditional_guidance_label: what guidance leads away from, see `get_unconditional_conditioning`.
+            use_ema_scope: sample with averaged weights, where they are kept.
+            quantize_denoised, inpaint, plot_progressive_rows, split: accepted for compatibility.
         """
-        z, c, x, reconstruction = self.get_input(
-            batch, self.first_stage_key, bs=N, force_c_encode=True, return_first_stage_outputs=True
-        )
-        log = {"inputs": x, "reconstruction": reconstruction}
-        if self.cond_stage_key in ("caption", "txt") and not isinstance(batch[self.cond_stage_key], Tensor):
-            log["conditioning"] = log_txt_as_img(
-                (x.shape[3], x.shape[2]), batch[self.cond_stage_key][:N], size=max(x.shape[3] // 25, 8)
-            )
+        z, c, log = self.logged_inputs(batch, N)
+        ddim = ddim_steps is not None
+        steps = {"ddim": ddim, "ddim_steps": ddim_steps, "shape": z.shape[1:], **({"eta": ddim_eta} if ddim else {})}
         if plot_diffusion_rows:
             log["diffusion_row"] = self._decoded_rows(self._noised_steps(z[:n_row]))
-        ddim = ddim_steps is not None
-        options = {"eta": ddim_eta} if ddim else {}
         with self.ema_scope() if use_ema_scope else nullcontext():
             if sample:
-                latents, kept = self.sample_log(c, len(z), ddim, ddim_steps, shape=z.shape[1:], **options)
+                latents, kept = self.sample_log(c, len(z), **steps)
                 log["samples"] = self.decode_first_stage(latents)
                 if plot_denoise_rows and ddim:
                     log["denoise_row"] = self._decoded_rows(kept["pred_x0"])
             if unconditional_guidance_scale > 1.0 and ddim and c is not None:
-                latents, _ = self.sample_log(
-                    c,
-                    len(z),
-                    ddim,
-                    ddim_steps,
-                    shape=z.shape[1:],
-                    unconditional_guidance_scale=unconditional_guidance_scale,
-                    unconditional_conditioning=self.get_unconditional_conditioning(
-                        len(z), unconditional_guidance_label
-                    ),
-                    **options,
-                )
+                guidance = {
+                    "unconditional_guidance_scale": unconditional_guidance_scale,
+                    "unconditional_conditioning": self.unconditional_like(c, len(z), unconditional_guidance_label),
+                }
+                latents, _ = self.sample_log(c, len(z), **steps, **guidance)
                 log[f"samples_cfg_scale_{unconditional_guidance_scale:.2f}"] = self.decode_first_stage(latents)
         return chosen(log, return_keys)
+
+    def logged_inputs(self, batch: Mapping[str, Any], count: int) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """The first few latents and conditionings of a batch, encoded, and the pictures that show them."""
+        z, c, x, reconstruction = self.get_input(
+            batch, self.first_stage_key, bs=count, force_c_encode=True, return_first_stage_outputs=True
+        )
+        log = {"inputs": x, "reconstruction": reconstruction}
+        if self.cond_stage_key in ("caption", "txt") and not isinstance(batch[self.cond_stage_key], Tensor):
+            log["conditioning"] = drawn_prompts(batch[self.cond_stage_key][:count], x)
+        return z, c, log
+
+    def unconditional_like(self, cond: Any, count: int, null_label: Any = None) -> Any:
+        """The other half of the guidance for `count` pictures with these conditionings."""
+        return self.get_unconditional_conditioning(count, null_label)
 
     def _decoded_rows(self, steps: Sequence[Tensor]) -> Tensor:
         """Latents (B, C, h, w) of several steps as one picture; see `rows_of_steps`."""
         return rows_of_steps([self.decode_first_stage(z) for z in steps])
+
+
+def drawn_prompts(prompts: Sequence[str], like: Tensor) -> Tensor:
+    """Prompts drawn as pictures of the height and width of `like` (B, C, H, W)."""
+    height, width = like.shape[2:]
+    return log_txt_as_img((width, height), list(prompts), size=max(width // 25, 8))
 
 
 def rows_of_steps(steps: Sequence[Tensor]) -> Tensor:
@@ -1056,17 +738,3 @@ def rows_of_steps(steps: Sequence[Tensor]) -> Tensor:
 def chosen(log: dict[str, Tensor], keys: Sequence[str] | None) -> dict[str, Tensor]:
     """What a logger asked for by `keys`; everything, where it asked for nothing that there is."""
     return {k: v for k, v in log.items() if k in (keys or ())} or log
-
-
-def first_of(cond: Conditioning, count: int) -> Conditioning:
-    """The first `count` entries of a conditioning: of a tensor, a list of tensors, or a dict of lists of them."""
-    if isinstance(cond, Mapping):
-        return {k: first_of(v, count) for k, v in cond.items()}
-    if isinstance(cond, (list, tuple)):
-        return [first_of(c, count) for c in cond]
-    return cond if cond is None else cond[:count]
-
-
-def _float32(values: np.ndarray) -> Tensor:
-    """A float32 tensor in memory, also while a model is being made on the meta device: the schedule is not read from a file."""
-    return torch.from_numpy(np.asarray(values, dtype=np.float32))

@@ -1,22 +1,23 @@
-"""PLMS sampling: pseudo linear multistep (Liu et al. 2022), with the loop, guidance and schedule of DDIM."""
+"""PLMS sampling: pseudo linear multistep (Liu et al. 2022, "Pseudo numerical methods for diffusion models on manifolds").
 
-from typing import Any
+A step is DDIM's without noise, along a slope that extrapolates over the last four predictions of eps.
+"""
 
 import torch
 from torch import Tensor
 
 from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.schedule import noise_like
+from ldm.models.diffusion.process import x0_from_eps
+from ldm.models.diffusion.sampler import Denoiser, Step
 
-# Adams-Bashforth weights for the newest and the older predictions (Liu et al. 2022, eq. 12, and its lower orders).
+# Adams-Bashforth weights of the newest and the older predictions (eq. 12, and its lower orders).
 _WEIGHTS = {1: (3 / 2, -1 / 2), 2: (23 / 12, -16 / 12, 5 / 12), 3: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
 
 class PLMSSampler(DDIMSampler):
-    """Like DDIMSampler, but each step extrapolates over the last four noise predictions; eta must be 0.
+    """As DDIMSampler, with multistep slopes; eta must be 0."""
 
-    Takes every conditioning that DDIMSampler takes, dicts of lists included (the reference's cannot).
-    """
+    adds_noise = False
 
     def make_schedule(
         self, ddim_num_steps: int, ddim_discretize: str = "uniform", ddim_eta: float = 0.0, verbose: bool = True
@@ -29,22 +30,18 @@ class PLMSSampler(DDIMSampler):
         self._older: list[Tensor] = []  # eps of the last three steps, oldest first
 
     @torch.no_grad()
-    def step(self, x: Tensor, c: Any, t: Tensor, index: int, t_next: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """x_t (B, C, h, w) -> x at `t_next` and the predicted x_0."""
-        alpha, previous, _ = self._alphas(index, kwargs.get("use_original_steps", False))
-
-        def predict_eps(x: Tensor, t: Tensor, alpha: Tensor) -> Tensor:
-            return self.predict(x, c, t, alpha, **kwargs)[0]
+    def step(self, x: Tensor, at: Step, denoiser: Denoiser) -> tuple[Tensor, Tensor]:
+        """x at `at.t` (B, C, h, w) -> x at `at.t_next`, and the predicted x_0."""
 
         def move(eps: Tensor) -> tuple[Tensor, Tensor]:
-            pred_x0 = self.adjust_x0((x - (1 - alpha).sqrt() * eps) / alpha.sqrt(), **kwargs)
-            # Drawn and not used: what else is drawn in a run, as for masks, is to come out as published.
-            noise_like(x.shape, x.device)
-            return previous.sqrt() * pred_x0 + (1 - previous).sqrt() * eps, pred_x0
+            pred_x0 = denoiser.settle(x0_from_eps(x, eps, at.signal, at.noise_level))
+            denoiser.noise.of_step(x, 0.0)  # the global generator is asked as often as published
+            return at.next_signal * pred_x0 + at.next_noise_level * eps, pred_x0
 
-        eps = predict_eps(x, t, alpha)
+        eps, _ = denoiser.predict(x, at.t, at, at.signal, at.noise_level)
         if not self._older:  # the first step averages the slopes at both of its ends (improved Euler)
-            combined = (eps + predict_eps(move(eps)[0], t_next, previous)) / 2
+            ahead, _ = denoiser.predict(move(eps)[0], at.t_next, at, at.next_signal, at.next_noise_level)
+            combined = (eps + ahead) / 2
         else:
             newest_first = [eps, *reversed(self._older)]
             combined = sum(w * e for w, e in zip(_WEIGHTS[len(self._older)], newest_first, strict=True))

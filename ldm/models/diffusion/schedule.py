@@ -133,10 +133,3 @@ def make_ddim_sampling_parameters(
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: torch.Size | tuple[int, ...]) -> Tensor:
     """a[t], shaped (B, 1, 1, ...) to multiply something of shape `x_shape`; `a` is (T,), `t` is (B,) of integers."""
     return a.gather(-1, t).reshape(t.shape[0], *((1,) * (len(x_shape) - 1)))
-
-
-def noise_like(shape: torch.Size | tuple[int, ...], device: torch.device | str | None, repeat: bool = False) -> Tensor:
-    """Standard normal noise from the global generator; `repeat` gives every image of the batch the same."""
-    if repeat:
-        return torch.randn((1, *shape[1:]), device=device).repeat(shape[0], *((1,) * (len(shape) - 1)))
-    return torch.randn(shape, device=device)

@@ -8,13 +8,13 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-# The schedule's functions live in one place; these names are public here for the code that looks for them in this module.
+# Schedule and noise have homes of their own; these names are public here for the code that looks for them in this module.
+from ldm.models.diffusion.noise import noise_like
 from ldm.models.diffusion.schedule import (
     extract_into_tensor,
     make_beta_schedule,
     make_ddim_sampling_parameters,
     make_ddim_timesteps,
-    noise_like,
 )
 
 __all__ = [
