@@ -104,8 +104,9 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: no two whole numbers from 8 to 8192.
     """
-    if len(size) != 2 or any(isinstance(side, bool) or int(side) != side for side in size):
-        raise ValueError(f"size must be (height, width) in pixels, found {tuple(size)}")
+    whole = (int, np.integer)
+    if not isinstance(size, (list, tuple, torch.Size)) or len(size) != 2 or not all(isinstance(side, whole) for side in size):
+        raise ValueError(f"size must be (height, width) in whole pixels, found {size!r}")
     if not all(SHORTEST <= side <= LONGEST for side in size):
         raise ValueError(f"sides must be from {SHORTEST} to {LONGEST} pixels, found {size[0]} x {size[1]} (height x width)")
     return int(size[0]), int(size[1])
