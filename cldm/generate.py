@@ -29,7 +29,7 @@ from annotator.options import Parser
 from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
 from cldm.arguments import check_numbers
-from cldm.checkpoint.layout import identify
+from cldm.checkpoint import identify
 from cldm.command import run_command
 from cldm.model import OPTIONAL, create_model, load_control, load_weights
 from cldm.pipeline import SAMPLERS, ControlPipeline
@@ -230,33 +230,49 @@ def _hash(path: Path) -> str:
 # -- the model -------------------------------------------------------------------------------------------
 
 
-def load_model(weights: str, controls: Sequence[str], config: str | None, device: str, dtype: torch.dtype) -> nn.Module:
+def load_model(
+    weights: str, controls: Sequence[str], config: str | None, device: torch.device, dtype: torch.dtype, steered: bool
+) -> nn.Module:
     """A model from files of any layout: the base, with its own ControlNet or those in `controls`.
 
     Raises:
-        ConfigError, CheckpointError: the files cannot be read, do not fit, or there is no ControlNet.
+        ConfigError, CheckpointError: the files cannot be read or do not fit, or hints are to steer and there is no ControlNet.
     """
     report = identify(weights)
     name = config or report.config
     if name is None:
         raise ConfigError(f"{weights} is of no known family of models; name its configuration with --config")
-    if report.layout in ("full", "diffusers-pipeline") and not report.gaps("control") and not controls:
-        return create_model(name, weights=weights, device=device, dtype=dtype).eval()
+    has_control = report.parts.get("control", 0) > 0
+    if steered and not has_control and not controls:
+        raise ConfigError(f"{weights} holds no ControlNet, and hints are to steer: name one with --control")
+    if has_control and not controls:
+        return create_model(name, weights=weights).to(device=device, dtype=dtype).eval()
     model = create_model(name)
     load_weights(model, weights, optional=(*OPTIONAL, "control_model."))
     for number, file in enumerate(controls):
         if number:
             model.add_control()
-        load_control(model, file)
+        load_control(model, file, number)
     return model.to(device=device, dtype=dtype).eval()
 
 
-def best_device() -> str:
-    """The accelerator of this machine, or the CPU."""
-    accelerator = getattr(torch, "accelerator", None)
-    if accelerator is not None and accelerator.is_available():
-        return accelerator.current_accelerator().type
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or without one the accelerator of this machine, or the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name is None:
+        accelerator = getattr(torch, "accelerator", None)
+        if accelerator is not None and accelerator.is_available():
+            return accelerator.current_accelerator()
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 # -- the command -----------------------------------------------------------------------------------------
@@ -282,6 +298,7 @@ def run(args: argparse.Namespace) -> int:
     for path in {path for job in jobs for path in (*job.hints, job.image, job.mask) if path is not None}:
         if not path.is_file():
             raise ConfigError(f"there is no picture {path}")
+    device = choose_device(args.device)
     options = call_options(args)
     check_numbers(**{name: getattr(args, name) for name in ("steps", "guidance_scale", "eta", "denoise")})
     files = [Path(file).name for file in (args.weights, *args.control)]
@@ -291,9 +308,9 @@ def run(args: argparse.Namespace) -> int:
     missing = sum(len(seeds) for _, seeds in todo)
     failed = 0
     if todo:
-        device = args.device or best_device()
-        home = "cpu" if args.offload else device
-        model = load_model(args.weights, args.control, args.config, home, DTYPES[args.dtype])
+        home = torch.device("cpu") if args.offload else device
+        steered = any(path is not None for job in jobs for path in job.hints)
+        model = load_model(args.weights, args.control, args.config, home, DTYPES[args.dtype], steered)
         pipeline = ControlPipeline(model, device=device, **{name: getattr(args, name) for name in _MEMORY})
         with tqdm(total=total, initial=total - missing, unit="picture", disable=None) as bar:
             for job, seeds in todo:
@@ -301,7 +318,7 @@ def run(args: argparse.Namespace) -> int:
                 if complaint is not None:
                     failed += len(seeds)
                     tqdm.write(f"{PROGRAM}: {job.name}: {' '.join(complaint.split())}", file=sys.stderr)
-    parts = [f"{missing - failed} pictures written to {args.target}"]
+    parts = [f"{missing - failed} written to {args.target}"]
     parts += [f"{total - missing} were there already"] if total > missing else []
     parts += [f"{failed} failed"] if failed else []
     show(", ".join(parts))
@@ -335,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         PROGRAM,
         lambda: run(build_parser().parse_args(argv)),
         interrupted="interrupted; start it again to go on",
-        mistakes=(ValueError, OSError, RuntimeError),
+        mistakes=(ValueError, OSError),
     )
 
 
