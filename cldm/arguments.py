@@ -47,7 +47,9 @@ def one_for_each(value: Any, count: int, name: str) -> list[Any]:
         return [value]
     if not isinstance(value, (list, tuple)):
         if name == "hint" and value is not None and count > 1:
-            raise ValueError(f"this model has {count} ControlNets: give a list of {count} hints, with None for one that is off")
+            raise ValueError(
+                f"this model has {count} ControlNets: give a list of {count} hints, with None for one that is off"
+            )
         return [value] * count
     if len(value) != count:
         raise ValueError(f"{name} has {len(value)} entries for {count} ControlNets")
@@ -74,7 +76,11 @@ def count_pictures(prompt: Any, negative: Any, hints: Sequence[Tensor | None], p
     given = {
         "prompts": 1 if isinstance(prompt, str) else len(prompt),
         "negative prompts": 1 if isinstance(negative, str) else len(negative),
-        **{f"hints{f' of ControlNet {i}' if len(hints) > 1 else ''}": len(h) for i, h in enumerate(hints) if h is not None},
+        **{
+            f"hints{f' of ControlNet {i}' if len(hints) > 1 else ''}": len(h)
+            for i, h in enumerate(hints)
+            if h is not None
+        },
         "images": 1 if picture is None else len(picture),
         "masks": 1 if paint is None else len(paint),
         "seeds": 1 if isinstance(seed, int) else len(seed),
@@ -96,7 +102,11 @@ def read_seed(seed: Any) -> int | list[int]:
     if seed is None:
         return secrets.randbelow(2**32)
     numbers = [seed] if isinstance(seed, (int, np.integer)) else seed
-    if isinstance(numbers, (str, float)) or not all(isinstance(number, (int, np.integer)) for number in numbers) or not len(numbers):
+    if (
+        isinstance(numbers, (str, float))
+        or not all(isinstance(number, (int, np.integer)) for number in numbers)
+        or not len(numbers)
+    ):
         raise ValueError(f"seed must be a whole number, or a list with one for each picture, found {seed!r}")
     return int(seed) if isinstance(seed, (int, np.integer)) else [int(number) for number in numbers]
 

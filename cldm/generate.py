@@ -66,31 +66,49 @@ class Job:
     def notes(self, settings: dict[str, Any], seed: int) -> dict[str, Any]:
         """What a file tells of how it was made, by which a later run recognises it."""
         pictures = [None if path is None else _hash(path) for path in (*self.hints, self.image, self.mask)]
-        return {**settings, "prompt": self.prompt, "negative_prompt": self.negative_prompt, "seed": seed, "pictures": pictures}
+        return {
+            **settings,
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "seed": seed,
+            "pictures": pictures,
+        }
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("source", metavar="HINT", type=Path, help="a picture, a folder of pictures, or a file of prompts")
+    parser.add_argument(
+        "source", metavar="HINT", type=Path, help="a picture, a folder of pictures, or a file of prompts"
+    )
     parser.add_argument("target", metavar="OUT", type=Path, help="folder of the results")
     model = parser.add_argument_group("model")
-    model.add_argument("--weights", required=True, help="file or folder of any layout with the base model, and perhaps a ControlNet")
-    model.add_argument("--control", action="append", default=[], metavar="FILE", help="a ControlNet of any layout; may be repeated")
+    model.add_argument(
+        "--weights", required=True, help="file or folder of any layout with the base model, and perhaps a ControlNet"
+    )
+    model.add_argument(
+        "--control", action="append", default=[], metavar="FILE", help="a ControlNet of any layout; may be repeated"
+    )
     model.add_argument("--config", help="configuration (default: the one that the weights belong to)")
     model.add_argument("--device", help="cpu, cuda, mps, xpu (default: an accelerator if there is one)")
     model.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
     text = parser.add_argument_group("prompts")
     text.add_argument("--prompt", help=f'default: none; "{DEFAULT_PROMPT}" is the paper\'s default')
     text.add_argument("--negative-prompt", default="")
-    text.add_argument("--clip-skip", type=int, metavar="N", help="take the n-th hidden state of the text encoder from the end")
+    text.add_argument(
+        "--clip-skip", type=int, metavar="N", help="take the n-th hidden state of the text encoder from the end"
+    )
     text.add_argument("--long-prompts", action="store_true", help="read prompts of more than 77 tokens whole")
     text.add_argument("--plain-prompts", action="store_true", help="brackets in prompts are characters, not weights")
     control = parser.add_argument_group("control; what is marked * may be repeated, once for each ControlNet")
-    control.add_argument("--hint", action="append", type=Path, default=[], help="* for a text of prompts, and for further ControlNets")
+    control.add_argument(
+        "--hint", action="append", type=Path, default=[], help="* for a text of prompts, and for further ControlNets"
+    )
     control.add_argument("--annotator", action="append", default=[], choices=list_annotators(), metavar="NAME",
                          help="* hints are photographs, of which this condition is made")  # fmt: skip
     control.add_argument("--strength", action="append", type=float, help="* factor of the control (1)")
-    control.add_argument("--start", action="append", type=float, help="* fraction of the run at which the control begins (0)")
+    control.add_argument(
+        "--start", action="append", type=float, help="* fraction of the run at which the control begins (0)"
+    )
     control.add_argument("--end", action="append", type=float, help="* fraction at which it ends (1)")
     control.add_argument("--guess-mode", action="store_true", help="for sampling without a prompt")
     control.add_argument("--conditional-only", action="store_true", help="the hint steers the conditional half only")
@@ -148,7 +166,9 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
     elif source.suffix.lower() in IMAGE_SUFFIXES:
         pictures, names = [source], [source.stem]
     else:
-        raise ConfigError(f"{source} is no picture ({' '.join(IMAGE_SUFFIXES)}) and no file of prompts ({' '.join(_PROMPT_FILES)})")
+        raise ConfigError(
+            f"{source} is no picture ({' '.join(IMAGE_SUFFIXES)}) and no file of prompts ({' '.join(_PROMPT_FILES)})"
+        )
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ConfigError(f"several pictures in {source} are called {min(twice)!r}; rename all but one")
@@ -189,7 +209,12 @@ def _prompt_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def _job(
-    args: argparse.Namespace, name: str, hints: Sequence[Path | None], prompt: str, negative: str | None = None, seed: int | None = None
+    args: argparse.Namespace,
+    name: str,
+    hints: Sequence[Path | None],
+    prompt: str,
+    negative: str | None = None,
+    seed: int | None = None,
 ) -> Job:
     seed = args.seed if seed is None else seed
     seeds = tuple(range(seed, seed + args.samples))
@@ -216,7 +241,9 @@ def unfinished(jobs: Sequence[Job], target: Path, settings: dict[str, Any], forc
             except ValueError:
                 found = None
             if found != job.notes(settings, seed):
-                raise ConfigError(f"{file} is there already and was made in another way; choose another folder, or --force")
+                raise ConfigError(
+                    f"{file} is there already and was made in another way; choose another folder, or --force"
+                )
         if missing:
             todo.append((job, missing))
     return todo
@@ -280,9 +307,13 @@ def choose_device(name: str | None) -> torch.device:
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of the pipeline's call that are the same for all jobs."""
-    options: dict[str, Any] = {name: getattr(args, name) for name in (*_NUMBERS, "sampler", "size") if getattr(args, name) is not None}
+    options: dict[str, Any] = {
+        name: getattr(args, name) for name in (*_NUMBERS, "sampler", "size") if getattr(args, name) is not None
+    }
     options |= {name: True for name in _SWITCHES if getattr(args, name)}
-    options |= {name: _one_or_each(getattr(args, name)) for name in (*_EACH_CONTROL, "annotator") if getattr(args, name)}
+    options |= {
+        name: _one_or_each(getattr(args, name)) for name in (*_EACH_CONTROL, "annotator") if getattr(args, name)
+    }
     return options | {"prompt_weights": not args.plain_prompts}
 
 
@@ -326,12 +357,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make(
-    pipeline: ControlPipeline, job: Job, seeds: Sequence[int], options: dict[str, Any], settings: dict[str, Any], target: Path, bar: tqdm
+    pipeline: ControlPipeline,
+    job: Job,
+    seeds: Sequence[int],
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    target: Path,
+    bar: tqdm,
 ) -> str | None:
     """Make and write the pictures of a job, one at a time; what is wrong with its files or its result, if anything."""
     try:
         hints = [None if path is None else read_image(path) for path in job.hints]
-        given = {name: read_image(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None}
+        given = {
+            name: read_image(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None
+        }
     except ValueError as error:
         return str(error)
     hint = hints[0] if len(hints) == 1 else hints

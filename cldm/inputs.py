@@ -38,7 +38,12 @@ def hint_tensor(hint: Pictures, channels: int = 3, size: tuple[int, int] | None 
     Raises:
         ValueError: no picture, another number of channels, values out of range.
     """
-    return _many(hint, lambda one: _in_range(_with_channels(_tensor(one, "a hint"), channels, "a hint"), "a hint"), size, "a hint")
+    return _many(
+        hint,
+        lambda one: _in_range(_with_channels(_tensor(one, "a hint"), channels, "a hint"), "a hint"),
+        size,
+        "a hint",
+    )
 
 
 def picture_tensor(picture: Pictures, size: tuple[int, int] | None = None) -> Tensor:
@@ -105,10 +110,16 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
         ValueError: no two whole numbers from 8 to 8192.
     """
     whole = (int, np.integer)
-    if not isinstance(size, (list, tuple, torch.Size)) or len(size) != 2 or not all(isinstance(side, whole) for side in size):
+    if (
+        not isinstance(size, (list, tuple, torch.Size))
+        or len(size) != 2
+        or not all(isinstance(side, whole) for side in size)
+    ):
         raise ValueError(f"size must be (height, width) in whole pixels, found {size!r}")
     if not all(SHORTEST <= side <= LONGEST for side in size):
-        raise ValueError(f"sides must be from {SHORTEST} to {LONGEST} pixels, found {size[0]} x {size[1]} (height x width)")
+        raise ValueError(
+            f"sides must be from {SHORTEST} to {LONGEST} pixels, found {size[0]} x {size[1]} (height x width)"
+        )
     return int(size[0]), int(size[1])
 
 
@@ -163,7 +174,11 @@ def _tensor(picture: Picture, what: str) -> Tensor:
         if picture.dim() not in (3, 4):
             raise ValueError(f"{what} as a tensor must be (C, H, W) or (N, C, H, W), found {tuple(picture.shape)}")
         picture = picture.detach()[None] if picture.dim() == 3 else picture.detach()
-        return picture.float() / 255 if picture.dtype == torch.uint8 else _floats(picture, picture.is_floating_point(), what)
+        return (
+            picture.float() / 255
+            if picture.dtype == torch.uint8
+            else _floats(picture, picture.is_floating_point(), what)
+        )
     if not isinstance(picture, np.ndarray):
         raise ValueError(
             f"{what} must be a picture (PIL, path, numpy array, tensor or an annotator's Hint), found {type(picture).__name__}"
@@ -182,7 +197,9 @@ def _tensor(picture: Picture, what: str) -> Tensor:
 
 def _floats(x: Tensor, floating: bool, what: str) -> Tensor:
     if not floating:
-        raise ValueError(f"{what} must be uint8 (0 to 255) or floats (0 to 1), found {str(x.dtype).removeprefix('torch.')}")
+        raise ValueError(
+            f"{what} must be uint8 (0 to 255) or floats (0 to 1), found {str(x.dtype).removeprefix('torch.')}"
+        )
     return x.float()
 
 

@@ -43,7 +43,9 @@ class Pictures(np.ndarray):
     def settings_of(self, index: int) -> dict[str, Any]:
         """The settings that make picture number `index` alone again."""
         if self.settings is None:
-            raise ValueError("these pictures are a part or a copy, which has no settings; ask the pipeline's own result")
+            raise ValueError(
+                "these pictures are a part or a copy, which has no settings; ask the pipeline's own result"
+            )
         chosen = {k: v[index] if k in _OF_EACH_PICTURE and isinstance(v, list) else v for k, v in self.settings.items()}
         return chosen
 

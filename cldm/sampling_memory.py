@@ -74,9 +74,8 @@ def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = N
 def measure(config: str, size: int, case: Case) -> dict[str, int]:
     """The most bytes on the GPU in each of `STAGES`, for pictures of `size` x `size` pixels."""
     with FakeTensorMode(), StorageTracker(DEVICE) as tracker:
-        model = create_model(config).to(case.dtype).eval()
-        if not case.memory.offload:
-            model.to(DEVICE)
+        model = create_model(config).eval()
+        _place(model, "cpu" if case.memory.offload else DEVICE, case.dtype)
         peaks = {}
         kernel = _fused_attention if case.fused else _explicit_attention
         # Slices call the function of that name too.
@@ -84,10 +83,24 @@ def measure(config: str, size: int, case: Case) -> dict[str, int]:
             with case.memory.applied(model.first_stage_model):
                 for stage, parts, work in _stages(model, size, case):
                     tracker.restart_peak()
-                    with case.memory.resident(parts, torch.device(DEVICE)):
-                        work()
+                    for part in parts if case.memory.offload else ():
+                        _place(part, DEVICE, case.dtype)
+                    work()
                     peaks[stage] = tracker.peak.total()
+                    for part in parts if case.memory.offload else ():
+                        _place(part, "cpu", case.dtype)
     return peaks
+
+
+def _place(module: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """What `module.to(device, dtype)` does, which fake tensors cannot: new ones take the places of all weights and buffers."""
+    for part in module.modules():
+        for places in (part._parameters, part._buffers):
+            for name, old in places.items():
+                if old is not None:
+                    kind = dtype if old.is_floating_point() else old.dtype
+                    new = torch.empty(old.shape, dtype=kind, device=device)
+                    places[name] = nn.Parameter(new, requires_grad=False) if places is part._parameters else new
 
 
 def _stages(model: nn.Module, size: int, case: Case) -> list[tuple[str, list[nn.Module], Callable[[], object]]]:

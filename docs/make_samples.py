@@ -44,11 +44,24 @@ def rows(model_file: str) -> Iterator[tuple[str, list[Panel]]]:
     hint, other = outline(0.35, 0.35, 0.24), outline(0.68, 0.7, 0.2)
 
     def make(hint: object, prompt: str = PROMPT, **options: object) -> np.ndarray:
-        return np.asarray(pipeline(hint, prompt, **{"seed": 3, "guidance_scale": GUIDANCE, "size": (SIZE, SIZE), **options})[0])
+        return np.asarray(
+            pipeline(hint, prompt, **{"seed": 3, "guidance_scale": GUIDANCE, "size": (SIZE, SIZE), **options})[0]
+        )
 
     hint_panel = ("hint", hint)
-    prompts = ["red circle with white background", "white circle with navy background", "gold circle with purple background"]
-    yield "prompts", [hint_panel, *((text.split(" circle")[0], make(hint, text)) for text in [PROMPT, *prompts]), ("none", make(hint, ""))]
+    prompts = [
+        "red circle with white background",
+        "white circle with navy background",
+        "gold circle with purple background",
+    ]
+    yield (
+        "prompts",
+        [
+            hint_panel,
+            *((text.split(" circle")[0], make(hint, text)) for text in [PROMPT, *prompts]),
+            ("none", make(hint, "")),
+        ],
+    )
     yield "strength", [hint_panel, *((f"{s:g}", make(hint, strength=s)) for s in (0.0, 0.3, 0.6, 1.0, 1.5))]
     yield "start and end", [hint_panel, *((f"{a:g} to {b:g}", make(hint, start=a, end=b)) for a, b in
                                           ((0, 0.1), (0, 0.3), (0, 0.6), (0.3, 1), (0, 1)))]  # fmt: skip
@@ -58,15 +71,19 @@ def rows(model_file: str) -> Iterator[tuple[str, list[Panel]]]:
                         ("cond. only", make(hint, "", conditional_only=True)),
                         ("paper's weights", make(hint, PROMPT, resolution_weights=True))]  # fmt: skip
     start = draw_fill(index=5, size=SIZE, seed=9).target
-    yield "image to image", [("image", start), *((f"denoise {d:g}", make(None, PROMPT, image=start, denoise=d)) for d in (0.2, 0.4, 0.6, 0.8)),
-                             ("with a hint", make(hint, PROMPT, image=start, denoise=0.8))]  # fmt: skip
+    denoised = [(f"denoise {d:g}", make(None, image=start, denoise=d)) for d in (0.2, 0.4, 0.6, 0.8)]
+    yield "image to image", [("image", start), *denoised, ("with a hint", make(hint, image=start, denoise=0.8))]
     mask = np.zeros((SIZE, SIZE), np.uint8)
     mask[:, SIZE // 2 :] = 255
     whole = make(hint)
-    yield "inpainting", [("image", whole), ("mask", np.dstack([mask] * 3)), ("the right half", make(other, "red circle with white background", image=whole, mask=mask)),
-                         ("without a hint", make(None, "red circle with white background", image=whole, mask=mask))]  # fmt: skip
+    anew = {"prompt": "red circle with white background", "image": whole, "mask": mask}
+    yield "inpainting", [("image", whole), ("mask", np.dstack([mask] * 3)), ("with a hint", make(other, **anew)),
+                         ("without", make(None, **anew))]  # fmt: skip
     photo = draw_fill(index=11, size=SIZE, seed=9).target
-    yield "annotators", [("picture", photo), *((name, make(photo, annotator=name)) for name in ("canny", "shuffle", "tile"))]
+    yield (
+        "annotators",
+        [("picture", photo), *((name, make(photo, annotator=name)) for name in ("canny", "shuffle", "tile"))],
+    )
     second = model.add_control()
     load_control(model, model_file, second)
     yield "several controls", [("first hint", hint), ("second hint", other), ("first", make([hint, None])), ("second", make([None, other])),

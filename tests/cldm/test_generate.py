@@ -26,8 +26,11 @@ def folder(tmp_path_factory):
     fill_(model.control_model)
     weights = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
     save_file(weights, folder / "whole.safetensors")
-    save_file({k: v for k, v in weights.items() if not k.startswith("control_model.")}, folder / "base.safetensors")
-    save_file({k.removeprefix("control_model."): v for k, v in weights.items() if k.startswith("control_model.")}, folder / "control.safetensors")
+    control = {key: value for key, value in weights.items() if key.startswith("control_model.")}
+    save_file({key: value for key, value in weights.items() if key not in control}, folder / "base.safetensors")
+    save_file(
+        {key.removeprefix("control_model."): value for key, value in control.items()}, folder / "control.safetensors"
+    )
     (folder / "hints" / "sub").mkdir(parents=True)
     for i, name in enumerate(("a.png", "sub/b.png")):
         picture = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -51,12 +54,25 @@ def one_model(folder, monkeypatch):
 
 
 def run(folder, source, out, *options, weights="whole.safetensors"):
-    arguments = [str(folder / source), str(out), "--weights", str(folder / weights), "--device", "cpu", "--steps", "1", *options]
+    arguments = [
+        str(folder / source),
+        str(out),
+        "--weights",
+        str(folder / weights),
+        "--device",
+        "cpu",
+        "--steps",
+        "1",
+        *options,
+    ]
     return generate.main(arguments)
 
 
 def test_one_hint_is_what_the_pipeline_makes(folder, tmp_path, capsys):
-    assert run(folder, "hints/a.png", tmp_path, "--prompt", "red", "--samples", "2", "--seed", "4", "--strength", "0.5") == 0
+    assert (
+        run(folder, "hints/a.png", tmp_path, "--prompt", "red", "--samples", "2", "--seed", "4", "--strength", "0.5")
+        == 0
+    )
     assert capsys.readouterr().out.startswith("2 written to")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_4.png", "a_5.png"]
     model = create_model("cldm_tiny", weights=folder / "whole.safetensors").eval()
@@ -110,7 +126,10 @@ def test_files_of_prompts(folder, tmp_path):
     (folder / "prompts.txt").write_text("red circle\n\nß (blue:1.2) circle\n", encoding="utf-8")
     assert run(folder, "prompts.txt", tmp_path / "txt", "--hint", str(folder / "hints/a.png")) == 0
     assert read_settings(tmp_path / "txt" / "3_0.png")["prompt"] == "ß (blue:1.2) circle"
-    lines = [{"source": "hints/a.png", "target": "x.png", "prompt": "red"}, {"prompt": "no hint", "seed": 7, "negative_prompt": "n"}]
+    lines = [
+        {"source": "hints/a.png", "target": "x.png", "prompt": "red"},
+        {"prompt": "no hint", "seed": 7, "negative_prompt": "n"},
+    ]
     (folder / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
     assert run(folder, "prompt.json", tmp_path / "json", "--size", "64x64") == 0
     assert sorted(p.name for p in (tmp_path / "json").iterdir()) == ["1_0.png", "2_7.png"]
@@ -163,7 +182,11 @@ def test_mistakes_are_one_line_and_status_2(folder, tmp_path, capsys, source, op
     (folder / "empty.txt").write_text("\n")
     assert run(folder, source, tmp_path / "out", *options) == 2
     captured = capsys.readouterr()
-    assert message in captured.err and len(captured.err.strip().splitlines()) == 1 and captured.err.startswith(generate.PROGRAM)
+    assert (
+        message in captured.err
+        and len(captured.err.strip().splitlines()) == 1
+        and captured.err.startswith(generate.PROGRAM)
+    )
     assert not (tmp_path / "out").exists()
 
 

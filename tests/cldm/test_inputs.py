@@ -23,7 +23,9 @@ def test_every_form_is_the_same_picture(tmp_path):
             assert found.dtype == torch.float32 and found.is_contiguous()
             torch.testing.assert_close(found, WANTED, atol=1e-6, rtol=0)
         assert count_of(form) == 1
-    assert torch.equal(hint_tensor([RGB, tmp_path / "a.png"]), torch.cat([WANTED, WANTED])) and count_of([RGB, RGB]) == 2
+    assert (
+        torch.equal(hint_tensor([RGB, tmp_path / "a.png"]), torch.cat([WANTED, WANTED])) and count_of([RGB, RGB]) == 2
+    )
 
 
 def test_grey_and_transparent_pictures_and_other_channel_counts():
@@ -72,7 +74,11 @@ def test_fitting_covers_and_cuts_evenly():
     assert fit(x, (16, 64)).shape == (1, 1, 16, 64) and torch.equal(fit(x, (16, 64)), x[:, :, 8:24])
     torch.testing.assert_close(fit(x, (64, 128))[0, 0, 10, 2:-2:2], x[0, 0, 0, 1:-1], atol=0.01, rtol=0)
     padded = pad(x, (40, 72))
-    assert padded.shape == (1, 1, 40, 72) and torch.equal(padded[:, :, :32, :64], x) and (padded[..., 64:] == 63 / 64).all()
+    assert (
+        padded.shape == (1, 1, 40, 72)
+        and torch.equal(padded[:, :, :32, :64], x)
+        and (padded[..., 64:] == 63 / 64).all()
+    )
     assert fingerprint(x) == fingerprint(x.clone()) != fingerprint(x[:, :, :16])
 
 

@@ -7,13 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import annotator
 from cldm.cldm import ControlLDM
 from cldm.guidance import strength_scales
 from cldm.hack import enable_sliced_attention, hack_everything
-from cldm.low_memory import LowMemory
 from cldm.pipeline import ControlPipeline
 from cldm.prompts import DEFAULT_PROMPT
 from cldm.results import read_settings
@@ -84,7 +82,17 @@ def test_a_picture_depends_on_its_own_seed_and_nothing_else_is_changed(model):
 
 def test_a_saved_picture_is_made_again_from_its_settings(model, tmp_path):
     pipeline = ControlPipeline(model)
-    made = pipeline(hint(), ["a (b:1.3)", "c"], steps=3, seed=8, strength=0.7, guess_mode=True, end=0.7, guidance_scale=2.0, sampler="plms")
+    made = pipeline(
+        hint(),
+        ["a (b:1.3)", "c"],
+        steps=3,
+        seed=8,
+        strength=0.7,
+        guess_mode=True,
+        end=0.7,
+        guidance_scale=2.0,
+        sampler="plms",
+    )
     files = made.save(tmp_path / "out.png")
     again = ControlPipeline(model)(hint(), **read_settings(files[1]))
     assert far(again[0], Image.open(files[1])) <= 1
@@ -95,7 +103,9 @@ def test_a_hint_and_a_prompt_are_encoded_once(model):
     hints, texts = [], []
     hooks = [
         model.control_model.input_hint_block.register_forward_pre_hook(lambda _m, inputs: hints.append(len(inputs[0]))),
-        model.cond_stage_model.transformer.text_model.embeddings.register_forward_pre_hook(lambda _m, inputs: texts.append(len(inputs[0]))),
+        model.cond_stage_model.transformer.text_model.embeddings.register_forward_pre_hook(
+            lambda _m, inputs: texts.append(len(inputs[0]))
+        ),
     ]
     ControlPipeline(model)(hint(), "a", num_samples=3, steps=3, seed=0)
     for hook in hooks:
@@ -133,7 +143,10 @@ def test_any_height_and_width(size):
     changes = {"attention_resolutions": [4]} if size[0] > 500 else {}
     config = tiny_config("sd1", cond_stage_config=SMALL_TEXT)["params"]
     unet, control = (config[f"{name}_config"] for name in ("unet", "control_stage"))
-    configs = {f"{n}_config": {**c, "params": {**c["params"], **changes}} for n, c in (("unet", unet), ("control_stage", control))}
+    configs = {
+        f"{n}_config": {**c, "params": {**c["params"], **changes}}
+        for n, c in (("unet", unet), ("control_stage", control))
+    }
     pipeline = ControlPipeline(small_model(**configs), vae_tiles=size[0] > 500)
     height, width = size
     whole = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
@@ -165,25 +178,33 @@ def controls_of(model, monkeypatch, *args, **options):
 
 
 def test_what_a_control_is_told(model, monkeypatch):
-    plain, = controls_of(model, monkeypatch, hint(), strength=0.7, start=0.2, end=0.9)
+    (plain,) = controls_of(model, monkeypatch, hint(), strength=0.7, start=0.2, end=0.9)
     assert (plain.scales, plain.start, plain.end, plain.conditional_only) == ([0.7] * 13, 0.2, 0.9, False)
-    guess, = controls_of(model, monkeypatch, hint(), guess_mode=True)
+    (guess,) = controls_of(model, monkeypatch, hint(), guess_mode=True)
     assert guess.conditional_only and guess.scales == pytest.approx(GUESS_SCALES)
-    flat, = controls_of(model, monkeypatch, hint(), conditional_only=True, scales=[i / 12 for i in range(13)])
+    (flat,) = controls_of(model, monkeypatch, hint(), conditional_only=True, scales=[i / 12 for i in range(13)])
     assert flat.conditional_only and flat.scales == pytest.approx([i / 12 for i in range(13)])
-    paper, = controls_of(model, monkeypatch, hint(), resolution_weights=True)
+    (paper,) = controls_of(model, monkeypatch, hint(), resolution_weights=True)
     assert paper.conditional_only and paper.resolution_weights
     assert controls_of(model, monkeypatch, None, size=(64, 64)) == []
     monkeypatch.setattr(model, "global_average_pooling", True)  # shuffle steers the conditional half alone
-    pooled, = controls_of(model, monkeypatch, hint())
-    assert pooled.conditional_only and not controls_of(model, monkeypatch, hint(), conditional_only=False)[0].conditional_only
+    (pooled,) = controls_of(model, monkeypatch, hint())
+    assert (
+        pooled.conditional_only
+        and not controls_of(model, monkeypatch, hint(), conditional_only=False)[0].conditional_only
+    )
 
 
 def test_several_controls_have_their_own_hints_and_strengths(two, monkeypatch):
     pipeline, settings = ControlPipeline(two), {"prompt": "a", "steps": 2, "seed": 0, "guidance_scale": 2.0}
     both = pipeline([hint(0), hint(1, 128)], size=(64, 64), **settings, strength=[1.0, 0.5], end=[1.0, 0.6])
-    controls = controls_of(two, monkeypatch, [hint(0), hint(1)], strength=[1.0, 0.5], guess_mode=[False, True], end=[1.0, 0.6])
-    assert [(c.network, c.scales[-1], c.end, c.conditional_only) for c in controls] == [(0, 1.0, 1.0, False), (1, 0.5, 0.6, True)]
+    controls = controls_of(
+        two, monkeypatch, [hint(0), hint(1)], strength=[1.0, 0.5], guess_mode=[False, True], end=[1.0, 0.6]
+    )
+    assert [(c.network, c.scales[-1], c.end, c.conditional_only) for c in controls] == [
+        (0, 1.0, 1.0, False),
+        (1, 0.5, 0.6, True),
+    ]
     first, second = (pipeline(one, **settings) for one in ([hint(0), None], [None, hint(1)]))
     assert min(far(both, first), far(both, second), far(first, second)) > 20
     again = pipeline([hint(0), hint(1, 128)], **both.settings)
@@ -258,7 +279,8 @@ def test_image_to_image_keeps_more_with_less_denoising(model):
     settings = {"image": image, "steps": 20, "seed": 0, "guidance_scale": 1.0}
     near, half, far_off = (pipeline(None, "a", denoise=denoise, **settings) for denoise in (0.06, 0.5, 1.0))
     kept = model.decode_first_stage(
-        model.scale_factor * model.encode_first_stage(torch.from_numpy(np.array(image) / 127.5 - 1).float().permute(2, 0, 1)[None]).mean
+        model.scale_factor
+        * model.encode_first_stage(torch.from_numpy(np.array(image) / 127.5 - 1).float().permute(2, 0, 1)[None]).mean
     )
     kept = ((kept + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).detach().numpy()
     errors = [np.abs(made.astype(float) - kept).mean() for made in (near, half, far_off)]
@@ -277,9 +299,16 @@ def test_inpainting_gives_untouched_pixels_back_exactly(model, size, denoise):
     made = ControlPipeline(model)(hint(2, size), "a", image=image, mask=mask, steps=3, seed=0, denoise=denoise)[0]
     assert np.array_equal(made[mask == 0], image[mask == 0])
     assert far(made[20:40, 10:35], image[20:40, 10:35]) > 30
-    by_condition = ControlPipeline(model)(None, "a", annotator="inpaint", image=image, mask=mask, steps=3, seed=0, denoise=denoise)
+    by_condition = ControlPipeline(model)(
+        None, "a", annotator="inpaint", image=image, mask=mask, steps=3, seed=0, denoise=denoise
+    )
     by_hand = annotator.load("inpaint").make_hint(image, resolution=None, mask=mask, blur=0.0)
-    assert far(by_condition, ControlPipeline(model)(by_hand, "a", image=image, mask=mask, steps=3, seed=0, denoise=denoise)) == 0
+    assert (
+        far(
+            by_condition, ControlPipeline(model)(by_hand, "a", image=image, mask=mask, steps=3, seed=0, denoise=denoise)
+        )
+        == 0
+    )
 
 
 def test_annotators_by_name_loaded_or_as_a_function(model):
@@ -294,7 +323,13 @@ def test_annotators_by_name_loaded_or_as_a_function(model):
     assert function.inputs["annotator"] == "<lambda>" and far(by_name, pipeline(photo, "a", **settings)) > 10
     shuffled = [pipeline(photo, "a", annotator="shuffle", **settings) for _ in range(2)]  # follows the seed
     assert far(*shuffled) == 0
-    assert far(pipeline(None, "a", annotator="tile", image=photo, **settings), pipeline(photo, "a", image=photo, **settings)) <= 2
+    assert (
+        far(
+            pipeline(None, "a", annotator="tile", image=photo, **settings),
+            pipeline(photo, "a", image=photo, **settings),
+        )
+        <= 2
+    )
     with pytest.raises(ValueError, match="no annotator 'kanny'|kanny"):
         pipeline(photo, "a", annotator="kanny")
     with pytest.raises(ValueError, match="needs a picture"):
@@ -334,7 +369,9 @@ def test_options_of_prompts(model, caplog):
     pipeline, long = ControlPipeline(model), "cat " * 80 + "red"
     settings = {"steps": 1, "seed": 0}
     cut = pipeline(hint(), long, **settings)
-    assert "a prompt of 81 tokens is cut to 75" in caplog.text and far(cut, pipeline(hint(), "cat " * 75, **settings)) == 0
+    assert (
+        "a prompt of 81 tokens is cut to 75" in caplog.text and far(cut, pipeline(hint(), "cat " * 75, **settings)) == 0
+    )
     assert far(cut, pipeline(hint(), long, long_prompts=True, **settings)) > 1
     assert far(*(pipeline(hint(), "cat", clip_skip=n, **settings) for n in (1, 2))) > 1
     assert far(pipeline(hint(), "(cat:1.0)", **settings), pipeline(hint(), "cat", **settings)) == 0
@@ -369,7 +406,9 @@ def test_long_prompts_of_the_published_hack(model):
 def test_callbacks_get_steps_and_small_pictures(model):
     steps, previews = [], []
     pipeline = ControlPipeline(model)
-    made = pipeline(hint(), "a", num_samples=2, steps=4, seed=0, callback=steps.append, preview=lambda *seen: previews.append(seen))
+    made = pipeline(
+        hint(), "a", num_samples=2, steps=4, seed=0, callback=steps.append, preview=lambda *seen: previews.append(seen)
+    )
     assert steps == [0, 1, 2, 3] and [step for step, _ in previews] == steps
     last = previews[-1][1]
     assert last.shape == (2, 8, 8, 3) and last.dtype == np.uint8
@@ -434,15 +473,28 @@ def test_little_memory_changes_no_picture(model):
     assert far(plain, frugal) <= 1
 
 
-def test_parts_are_on_the_device_only_while_they_are_used():
-    with FakeTensorMode():
-        part, other = nn.Linear(2, 2), nn.Linear(2, 2)
-        device = torch.device("cuda")
-        with LowMemory(offload=True).resident([part], device):
-            assert part.weight.device.type == "cuda" and other.weight.device.type == "cpu"
-        assert part.weight.device.type == "cpu"
-        with LowMemory().resident([part], device):
-            assert part.weight.device.type == "cpu"
+def test_parts_are_on_the_device_only_while_they_are_used(model, monkeypatch):
+    moves = []
+    home = nn.Module.to
+    names = {
+        model.cond_stage_model: "text",
+        model.model: "unet",
+        model.control_model: "control",
+        model.first_stage_model: "vae",
+    }
+
+    def note(self, *args, **kwargs):
+        if self in names:
+            moves.append((names[self], str(args[0])))
+        return home(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "to", note)
+    monkeypatch.setattr(type(model.model), "to", note)
+    monkeypatch.setattr(type(model.first_stage_model), "to", note)
+    pipeline = ControlPipeline(model, offload=True, device="cpu")
+    moves.clear()
+    pipeline(hint(), "a", steps=1)
+    assert [part for part, _ in moves] == ["text", "text", "unet", "control", "unet", "control", "vae", "vae"]
 
 
 def test_another_device_needs_offloading(model):

@@ -28,7 +28,9 @@ def test_saved_pictures_carry_their_own_settings(tmp_path):
     assert [file.name for file in made.save(tmp_path / "a.png")] == ["a_4.png", "a_9.png"]
     assert np.array_equal(np.asarray(Image.open(files[1])), made[1])
     assert read_settings(files[1]) == {**SETTINGS, "prompt": "ß 猫", "seed": 9}
-    assert read_png_text(files[0])["inputs"] == {"hint": ["ab"]} and read_png_text(files[0])["weights"] == "x.safetensors"
+    assert (
+        read_png_text(files[0])["inputs"] == {"hint": ["ab"]} and read_png_text(files[0])["weights"] == "x.safetensors"
+    )
     one = Pictures(np.asarray(made[:1]), {"prompt": "a", "seed": [4]}, {})
     assert one.save(tmp_path / "b.png") == [tmp_path / "b.png"] and read_settings(tmp_path / "b.png")["seed"] == 4
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
@@ -41,6 +43,10 @@ def test_what_cannot_be_saved_or_read_is_named(tmp_path):
         pictures()[:1].save(tmp_path / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "broken.png").write_bytes(b"x")
-    for name, message in (("plain.png", "carries no settings"), ("broken.png", "cannot be read"), ("none.png", "none.png")):
+    for name, message in (
+        ("plain.png", "carries no settings"),
+        ("broken.png", "cannot be read"),
+        ("none.png", "none.png"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_settings(tmp_path / name)
