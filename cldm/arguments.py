@@ -3,6 +3,7 @@
 import math
 import secrets
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def check_numbers(**given: Any) -> None:
         if value is None:
             continue
         low, high = LIMITS[name]
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
         if not is_number or not low <= value <= high or (name in _WHOLE and value != int(value)):
             kind = "a whole number" if name in _WHOLE else "a number"
             bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"

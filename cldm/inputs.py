@@ -123,6 +123,11 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
+def to_array(x: Tensor) -> np.ndarray:
+    """Pictures (N, C, H, W) in [0, 1] as uint8 (N, H, W, C); what came from uint8 is that again."""
+    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
 def size_of(pictures: Pictures) -> tuple[int, int]:
     """(height, width) of a form of picture, of the first of several."""
     if isinstance(pictures, (list, tuple)):

@@ -288,7 +288,7 @@ class ControlPipeline:
             if source is None:
                 raise ValueError("annotator= needs a picture: give it as hint, or as image")
             annotate = self._annotate(maker, paint, seed)
-            made = inputs.hint_tensor([annotate(one) for one in to_uint8(source * 2 - 1)], channels, canvas.size)
+            made = inputs.hint_tensor([annotate(one) for one in inputs.to_array(source)], channels, canvas.size)
         return None if made is None else inputs.pad(made, canvas.padded)
 
     def _annotate(self, maker: Condition, paint: Tensor | None, seed: int) -> Callable[[np.ndarray], Any]:
@@ -303,7 +303,7 @@ class ControlPipeline:
             return maker
         options: dict[str, Any] = {"resolution": None}
         if maker.info.name == "inpaint" and paint is not None:
-            options |= {"mask": to_uint8(paint[:1] * 2 - 1)[0], "blur": 0.0}
+            options |= {"mask": inputs.to_array(paint[:1])[0], "blur": 0.0}
         if "seed" in maker.info.offers:
             options["seed"] = seed % 2**32
         return lambda picture: maker.make_hint(picture, **options)
@@ -382,8 +382,7 @@ class ControlPipeline:
         made = to_uint8(pictures)
         if begin is None or begin.paint is None:
             return made
-        made = begin.merged(torch.from_numpy(made).permute(0, 3, 1, 2).float() / 255)
-        return (made * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        return inputs.to_array(begin.merged(torch.from_numpy(made).permute(0, 3, 1, 2).float() / 255))
 
     def _previewer(self) -> LatentPreview:
         if self._preview is None:
@@ -465,14 +464,22 @@ def _caption(captioner: Captioner, picture: np.ndarray) -> str:
 
 def _noted(settings: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings that a text can hold, and what else was given; what is no plain value is named among the latter by its type."""
-    plain = (str, int, float, bool, type(None))
 
-    def is_plain(value: Any) -> bool:
-        return all(map(is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, plain)
+    def plain(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [plain(entry) for entry in value]
+        value = value.item() if isinstance(value, np.generic) else value
+        if isinstance(value, (str, int, float, bool, type(None))):
+            return value
+        raise TypeError
 
-    noted = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items() if is_plain(value)}
-    others = {key: getattr(value, "__name__", type(value).__name__) for key, value in settings.items() if key not in noted}
-    return noted, {key: value for key, value in given.items() if value not in (None, [None])} | others
+    noted, others = {}, {}
+    for name, value in settings.items():
+        try:
+            noted[name] = plain(value)
+        except TypeError:
+            others[name] = getattr(value, "__name__", type(value).__name__)
+    return noted, {name: value for name, value in given.items() if value not in (None, [None])} | others
 
 
 def _multiple(model: ControlLDM) -> int:
