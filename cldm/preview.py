@@ -25,7 +25,7 @@ class LatentPreview:
         generator = torch.Generator().manual_seed(0)
         colours = torch.rand(3, _GRID, _GRID, generator=generator) * 2 - 1
         picture = colours.repeat_interleave(_PATCH, 1).repeat_interleave(_PATCH, 2)[None]  # (1, 3, H, W)
-        weight = next(model.first_stage_model.parameters())
+        weight = next(model.first_stage_model.parameters(), picture)
         posterior = model.encode_first_stage(picture.to(weight.device))
         mean = getattr(posterior, "mean", posterior)
         latent = mean[0].float().cpu() * float(model.scale_factor)  # (C, h, w)

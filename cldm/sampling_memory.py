@@ -130,7 +130,7 @@ def _stages(model: nn.Module, size: int, case: Case) -> list[tuple[str, list[nn.
     ]
 
 
-def table(config: str, sizes: Sequence[int], cases: Sequence[Case] = CASES) -> list[str]:
+def table(config: str, sizes: Sequence[int], cases: Sequence[Case]) -> list[str]:
     """Peaks in GiB as a Markdown table, a row a case; `most` is the largest of the stages."""
     head = ["", *(f"{stage}, {size}" for size in sizes for stage in (*STAGES, "most"))]
     rows = [head, ["---"] * len(head)]
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong = [size for size in args.sizes if size < 64 or size % 64]
         if wrong:
             raise ValueError(f"sizes must be multiples of 64, found {wrong[0]}")
-        for line in table(args.config, args.sizes):
+        for line in table(args.config, args.sizes, CASES):
             show(line)
 
     return run_command(parser.prog, work, interrupted="interrupted", mistakes=(ValueError, OSError))
