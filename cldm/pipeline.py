@@ -103,6 +103,7 @@ class ControlPipeline:
         sampler: see the call's argument of that name.
         device: where to compute; by default where the model is. Another one needs `offload`.
         sliced_attention, vae_tiles, vae_one_at_a_time, offload: for less memory, see `cldm.low_memory.LowMemory`.
+        compile: compile UNet and ControlNets in place with `torch.compile`; the first run then takes a minute or more.
 
     Raises:
         ValueError: there is no sampler of that name, or the model is on another device and is not to be moved.
@@ -118,6 +119,7 @@ class ControlPipeline:
         vae_tiles: bool = False,
         vae_one_at_a_time: bool = False,
         offload: bool = False,
+        compile: bool = False,
     ) -> None:
         self.model = model
         self.sampler = sampler
@@ -131,6 +133,8 @@ class ControlPipeline:
         self._annotators: dict[str, Annotator] = {}
         self._preview: LatentPreview | None = None
         self._checked_weights = False
+        if compile:
+            model.compile_networks()
 
     @torch.no_grad()
     def __call__(

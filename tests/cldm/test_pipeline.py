@@ -1,6 +1,7 @@
 """The pipeline: whatever is asked of it through its one call, and what is refused."""
 
 import random
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -28,10 +29,22 @@ SMALL_TEXT = {
 }
 
 
-def small_model(control=None, **changes):
+@lru_cache(maxsize=1)
+def weights():
+    return fill_(instantiate_from_config(tiny_config("sd1", cond_stage_config=SMALL_TEXT))).state_dict()
+
+
+def small_model(control=None, target=None, **changes):
+    """A filled model; `control` replaces parameters of the ControlNet, whose other weights stay."""
     config = tiny_config("sd1", cond_stage_config=SMALL_TEXT, **changes)
     config["params"]["control_stage_config"]["params"].update(control or {})
-    return fill_(instantiate_from_config(config)).eval()
+    with torch.device("meta"):
+        model = instantiate_from_config({**config, "target": target or config["target"]})
+    own = model.state_dict()
+    fitting = {key: value.clone() for key, value in weights().items() if key in own and own[key].shape == value.shape}
+    new = {key: torch.randn(value.shape) * 0.05 for key, value in own.items() if key not in fitting}
+    model.load_state_dict(fitting | new, strict=True, assign=True)
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +56,8 @@ def model():
 def two(model):
     """The model with a second ControlNet, for this test alone."""
     number = model.add_control()
-    network = fill_(model.control_networks()[number])
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(0.9)
+    network = model.control_networks()[number]
+    network.load_state_dict({key: value * 0.9 for key, value in model.control_model.state_dict().items()})
     yield model
     del model.more_control_models[number - 1]
 
@@ -250,8 +261,7 @@ class Own(ControlLDM):
 
 @pytest.mark.parametrize("guess_mode", [False, True])
 def test_a_users_own_apply_model_gets_the_hint(model, guess_mode):
-    config = tiny_config("sd1", cond_stage_config=SMALL_TEXT)
-    own = fill_(instantiate_from_config({**config, "target": f"{__name__}.Own"})).eval()
+    own = small_model(target=f"{__name__}.Own")
     settings = {"prompt": "a", "steps": 2, "seed": 3, "guess_mode": guess_mode}
     want, got = (ControlPipeline(m)(hint(), **settings) for m in (model, own))
     without = ControlPipeline(own)(None, size=(64, 64), **settings)
