@@ -22,22 +22,22 @@ from cldm.guidance import (
 )
 from ldm.models.diffusion.ddpm import LatentDiffusion, drawn_prompts
 from ldm.models.diffusion.guidance import Guidance, Scale, make_guidance
-from ldm.modules.diffusionmodules.openaimodel import BlockOptions, TimestepEmbedSequential, UNetModel, build_encoder
-from ldm.modules.diffusionmodules.util import conv_nd, timestep_embedding, zero_module
+from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetEncoder, UNetModel
+from ldm.modules.diffusionmodules.util import conv_nd, zero_module
 from ldm.util import ConfigError, instantiate_from_config
 
 # Output channels and strides of the hint encoder's convolutions before the last: 8 times smaller in all, as the latent is.
 _HINT_ENCODER = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
 
 
-class ControlNet(nn.Module):
+class ControlNet(UNetEncoder):
     """The trainable copy: hint encoder, UNet encoder and middle block, and a zero convolution for each output.
 
     Takes UNetModel's arguments except `out_channels` and `num_classes` (`num_heads_upsample` and `n_embed` have no effect
     here; with them one YAML block serves both), and
 
     Args:
-        hint_channels: of the hint picture.
+        hint_channels: of the hint picture; after `model_channels`, where given by position.
     """
 
     def __init__(
@@ -46,67 +46,15 @@ class ControlNet(nn.Module):
         in_channels: int = 4,
         model_channels: int = 320,
         hint_channels: int = 3,
-        num_res_blocks: int | Sequence[int] = 2,
-        attention_resolutions: Sequence[int] = (4, 2, 1),
-        dropout: float = 0,
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = -1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        use_spatial_transformer: bool = False,
-        transformer_depth: int = 1,
-        context_dim: int | Sequence[int] | None = None,
-        n_embed: int | None = None,
-        legacy: bool = True,
-        disable_self_attentions: Sequence[bool] | None = None,
-        num_attention_blocks: Sequence[int] | None = None,
-        disable_middle_self_attn: bool = False,
-        use_linear_in_transformer: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        options = BlockOptions(
-            model_channels=model_channels,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=attention_resolutions,
-            dropout=dropout,
-            channel_mult=channel_mult,
-            conv_resample=conv_resample,
-            dims=dims,
-            use_checkpoint=use_checkpoint,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            num_heads_upsample=num_heads_upsample,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            use_new_attention_order=use_new_attention_order,
-            use_spatial_transformer=use_spatial_transformer,
-            transformer_depth=transformer_depth,
-            context_dim=context_dim,
-            legacy=legacy,
-            disable_self_attentions=disable_self_attentions,
-            num_attention_blocks=num_attention_blocks,
-            disable_middle_self_attn=disable_middle_self_attn,
-            use_linear_in_transformer=use_linear_in_transformer,
-        )
-        options.publish(self)
-        self.image_size = image_size
-        self.in_channels = in_channels
+        super().__init__(image_size, in_channels, model_channels, *args, **kwargs)
         self.hint_channels = hint_channels
-        self.dtype = torch.float16 if use_fp16 else torch.float32
-
-        self.time_embed = options.timestep_mlp()
-        self.input_blocks, self.middle_block, channels = build_encoder(options, in_channels)
-        self.zero_convs = nn.ModuleList(self.make_zero_conv(c) for c in channels)
+        self.zero_convs = nn.ModuleList(self.make_zero_conv(channels) for channels in self._block_channels)
         self.input_hint_block = self.make_hint_encoder()
-        self.middle_block_out = self.make_zero_conv(channels[-1])
-        if use_fp16:
+        self.middle_block_out = self.make_zero_conv(self._block_channels[-1])
+        if self.use_fp16:
             self.half()
 
     def make_zero_conv(self, channels: int) -> TimestepEmbedSequential:
@@ -162,9 +110,7 @@ class ControlNet(nn.Module):
             raise ValueError("give either hint or guided_hint")
         dtype = self.input_blocks[0][0].weight.dtype
         context = None if context is None else context.to(dtype)
-        emb = self.time_embed(
-            timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype)
-        )  # (B, E)
+        emb = self.embed_timesteps(timesteps)  # (B, E)
         if guided_hint is None:
             guided_hint = self.encode_hint(hint)  # (B, model_channels, h, w)
         if guided_hint.shape[2:] != x.shape[2:]:

@@ -214,3 +214,30 @@ def load_control(model: nn.Module, path: str | Path, number: int = 0) -> LoadRep
         report = _fill(network, opened.state_dict(CONTROL_PREFIX), ())
         beside = [key for key in opened.entries if not key.startswith(CONTROL_PREFIX)]
     return replace(report, ignored=[*report.ignored, *beside])
+
+
+def add_control(model: nn.Module, path: str | Path, **changes: Any) -> int:
+    """Add the ControlNet of a file, of any layout, beside those that `model` has; the base is shared.
+
+    Args:
+        model: a ControlLDM with its weights.
+        **changes: see `ControlLDM.add_control`; where the file tells whether its outputs are averaged, that is followed.
+
+    Returns:
+        its number, for `cldm.guidance.Control(hint, network=number)`.
+
+    Raises:
+        CheckpointError, ConfigError: as `load_control`; the model is as before then.
+    """
+    number = model.add_control(**changes)
+    first, pooling, added = model.control_model, model.global_average_pooling, model.control_networks()[number]
+    try:  # as the model's only one, since that is what files hold
+        model.control_model, model.global_average_pooling = added, added.global_average_pooling
+        load_control(model, path)
+        added.global_average_pooling = model.global_average_pooling
+    except BaseException:
+        del model.more_control_models[number - 1]
+        raise
+    finally:
+        model.control_model, model.global_average_pooling = first, pooling
+    return number

@@ -44,7 +44,7 @@ class DPMSolverSampler(Sampler):
             self._lambda = (np.log(alphas) - np.log1p(-alphas)) / 2  # (S + 1,), at `times`
         self.use_table(StepTable.of(times[1:], alphas[1:], alphas[:-1], np.zeros(ddim_num_steps)))
 
-    def start(self) -> None:
+    def start(self, count: int) -> None:
         self._older: tuple[Tensor, float] | None = None  # the last step's x_0, and its h
 
     @torch.no_grad()

@@ -26,7 +26,7 @@ class PLMSSampler(DDIMSampler):
             raise ValueError(f"PLMS is deterministic: eta must be 0, found {ddim_eta}")
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
-    def start(self) -> None:
+    def start(self, count: int) -> None:
         self._older: list[Tensor] = []  # eps of the last three steps, oldest first
 
     @torch.no_grad()

@@ -164,8 +164,8 @@ class Sampler:
         """Choose the steps, and call `use_table` with them. (The names of the arguments are public.)"""
         raise NotImplementedError
 
-    def start(self) -> None:
-        """Called before the first step of a run; samplers that remember earlier steps forget them here."""
+    def start(self, count: int) -> None:
+        """Called before a run over the first `count` steps; samplers that remember earlier steps forget them here."""
 
     def step(self, x: Tensor, at: Step, denoiser: Denoiser) -> tuple[Tensor, Tensor]:
         """x at `at.t` (B, C, h, w) -> x at `at.t_next`, and the predicted x_0."""
@@ -314,7 +314,7 @@ class Sampler:
             x = noise.normal(full_shape, self.device)
         if init_latents is not None:
             x = self.noised(self._fitted(init_latents, full_shape, "init_latents"), x, index, self.table)
-        elif x_T is None:
+        else:
             x = self.first_x(x)
 
         def on_step(at: Step, x: Tensor, pred_x0: Tensor) -> None:
@@ -394,7 +394,7 @@ class Sampler:
         if mask is not None:
             mask, x0 = self._mask(mask, x0, x)
         kept: Intermediates = {"x_inter": [x], "pred_x0": [x]}
-        self.start()
+        self.start(count)
         for number in tqdm(range(count), desc=type(self).__name__, disable=not verbose):
             at = table.step(number, count, len(x), x.device)
             if mask is not None and self.mask_before_step:

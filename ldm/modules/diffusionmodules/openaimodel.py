@@ -1,13 +1,14 @@
 """The UNet of latent diffusion and its blocks (Dhariwal and Nichol 2021, with the attention of Rombach et al. 2022).
 
-`build_encoder` makes the contracting path and the middle block; `UNetModel` and the ControlNet are both made with it.
+`UNetEncoder` has the options, the timestep embedding, the contracting path and the middle block; `UNetModel` and the ControlNet build
+on it.
 
 Shapes: B batch, C channels, h w the latent's height and width, E width of the timestep embedding, M tokens of the context.
 """
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -225,49 +226,94 @@ class AttentionBlock(nn.Module):
         return (tokens + self.proj_out(out)).reshape(x.shape)
 
 
-PUBLIC_OPTIONS = (
-    "model_channels", "num_res_blocks", "attention_resolutions", "dropout", "channel_mult", "conv_resample", "dims",
-    "use_checkpoint", "num_heads", "num_head_channels", "num_heads_upsample",
-)  # fmt: skip
+class UNetEncoder(nn.Module):
+    """Timestep embedding, contracting path and middle block: what UNetModel and the ControlNet have in common.
 
+    Its arguments are those of both, in their order, and become attributes of the same names.
 
-@dataclass(frozen=True)
-class BlockOptions:
-    """What all blocks of one UNet share; the fields are UNetModel's arguments of the same names."""
+    Args:
+        image_size: accepted for compatibility; any size works whose sides survive the halvings.
+        in_channels: of the latent.
+        model_channels: width of the first level.
+        num_res_blocks: residual blocks a level, or one number for each level.
+        attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention follows each residual block.
+        dropout: inside the residual blocks.
+        channel_mult: width of each level in units of `model_channels`.
+        conv_resample: convolutions in up- and downsampling.
+        dims: axes of the signal.
+        use_checkpoint: recompute activations in the backward pass.
+        use_fp16: convert the weights to half precision.
+        num_heads, num_head_channels: number or width of attention heads; one of them is set, the other -1.
+        num_heads_upsample: heads in the decoder where there is no context; as `num_heads` by default.
+        use_scale_shift_norm: see ResBlock.
+        resblock_updown: residual blocks do the resampling.
+        use_new_attention_order: see AttentionBlock.
+        use_spatial_transformer, transformer_depth, context_dim: attention to a context, see SpatialTransformer.
+        n_embed: predict codebook ids (UNetModel only).
+        legacy: True makes heads of `channels // num_heads` with a context and of `num_head_channels` without; False, as in
+            the published configurations of SD, follows the two head options.
+        disable_self_attentions, num_attention_blocks: one entry a level.
+        disable_middle_self_attn: see BasicTransformerBlock.
+        use_linear_in_transformer: see SpatialTransformer.
+    """
 
-    model_channels: int
-    num_res_blocks: int | Sequence[int]  # a tuple with an entry a level after construction
-    attention_resolutions: Sequence[int]
-    dropout: float = 0
-    channel_mult: Sequence[int] = (1, 2, 4, 8)
-    conv_resample: bool = True
-    dims: int = 2
-    use_checkpoint: bool = False
-    num_heads: int = -1
-    num_head_channels: int = -1
-    num_heads_upsample: int = -1  # `num_heads` after construction, where not given
-    use_scale_shift_norm: bool = False
-    resblock_updown: bool = False
-    use_new_attention_order: bool = False
-    use_spatial_transformer: bool = False
-    transformer_depth: int = 1
-    context_dim: int | Sequence[int] | None = None
-    legacy: bool = True
-    disable_self_attentions: Sequence[bool] | None = None
-    num_attention_blocks: Sequence[int] | None = None
-    disable_middle_self_attn: bool = False
-    use_linear_in_transformer: bool = False
+    def __init__(
+        self,
+        image_size: int | None = None,
+        in_channels: int = 4,
+        model_channels: int = 320,
+        num_res_blocks: int | Sequence[int] = 2,
+        attention_resolutions: Sequence[int] = (4, 2, 1),
+        dropout: float = 0,
+        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | Sequence[int] | None = None,
+        n_embed: int | None = None,
+        legacy: bool = True,
+        disable_self_attentions: Sequence[bool] | None = None,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_middle_self_attn: bool = False,
+        use_linear_in_transformer: bool = False,
+    ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        for name, value in options.items():
+            setattr(self, name, value)
+        self._settle_options()
+        self.dtype = (
+            torch.float16 if use_fp16 else torch.float32
+        )  # public; the weights are converted when all are there
+        self.time_embed = nn.Sequential(
+            linear(self.model_channels, self.emb_channels), nn.SiLU(), linear(self.emb_channels, self.emb_channels)
+        )
+        self.input_blocks, self.middle_block, self._block_channels = build_encoder(self)
 
-    def __post_init__(self) -> None:
+    def _settle_options(self) -> None:
+        """Give options their full form, and check them.
+
+        Raises:
+            ConfigError: they describe no network.
+        """
         levels = len(self.channel_mult)
         if isinstance(self.num_res_blocks, int):
-            object.__setattr__(self, "num_res_blocks", (self.num_res_blocks,) * levels)
+            self.num_res_blocks = (self.num_res_blocks,) * levels
         if self.num_heads_upsample == -1:
-            object.__setattr__(self, "num_heads_upsample", self.num_heads)
+            self.num_heads_upsample = self.num_heads
         for name in ("num_res_blocks", "attention_resolutions", "channel_mult", "context_dim"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):  # lists of a YAML file
-                object.__setattr__(self, name, tuple(value))
+                setattr(self, name, tuple(value))
         if (
             self.model_channels < 1
             or not levels
@@ -297,11 +343,6 @@ class BlockOptions:
     def emb_channels(self) -> int:
         """Width E of the timestep embedding."""
         return self.model_channels * 4
-
-    def publish(self, network: nn.Module) -> None:
-        """Set the attributes by which the reference's networks tell their options."""
-        for name in PUBLIC_OPTIONS:
-            setattr(network, name, getattr(self, name))
 
     def res_block(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
         return ResBlock(
@@ -354,13 +395,12 @@ class BlockOptions:
         disabled = bool(self.disable_self_attentions[level]) if self.disable_self_attentions is not None else False
         return self.attention(channels, disabled, upsampling)
 
-    def timestep_mlp(self) -> nn.Sequential:
-        return nn.Sequential(
-            linear(self.model_channels, self.emb_channels), nn.SiLU(), linear(self.emb_channels, self.emb_channels)
-        )
+    def embed_timesteps(self, timesteps: Tensor) -> Tensor:
+        """timesteps (B,), fractions too -> (B, E)."""
+        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
 
 
-def build_encoder(options: BlockOptions, in_channels: int) -> tuple[nn.ModuleList, TimestepEmbedSequential, list[int]]:
+def build_encoder(options: UNetEncoder) -> tuple[nn.ModuleList, TimestepEmbedSequential, list[int]]:
     """The contracting path and the middle block.
 
     Returns:
@@ -369,7 +409,7 @@ def build_encoder(options: BlockOptions, in_channels: int) -> tuple[nn.ModuleLis
         channels: of each input block's output; the middle block keeps the last.
     """
     width = options.model_channels
-    blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(options.dims, in_channels, width, 3, padding=1))])
+    blocks = nn.ModuleList([TimestepEmbedSequential(conv_nd(options.dims, options.in_channels, width, 3, padding=1))])
     channels = [width]
     downsampling = 1
     for level, mult in enumerate(options.channel_mult):
@@ -397,7 +437,7 @@ def build_encoder(options: BlockOptions, in_channels: int) -> tuple[nn.ModuleLis
     return blocks, middle, channels
 
 
-def build_decoder(options: BlockOptions, skip_channels: Sequence[int]) -> nn.ModuleList:
+def build_decoder(options: UNetEncoder, skip_channels: Sequence[int]) -> nn.ModuleList:
     """The expanding path; each block takes one of the encoder's outputs, the last one first."""
     skips = list(skip_channels)
     width = skips[-1]
@@ -420,34 +460,15 @@ def build_decoder(options: BlockOptions, skip_channels: Sequence[int]) -> nn.Mod
     return blocks
 
 
-class UNetModel(nn.Module):
+class UNetModel(UNetEncoder):
     """The noise predictor: encoder, middle block and decoder with skip connections.
 
+    Takes UNetEncoder's arguments (`out_channels` after `model_channels`, `num_classes` after `dims`, where given by position), and
+
     Args:
-        image_size: accepted for compatibility; any size works whose sides survive the halvings.
-        in_channels, out_channels: of the latent.
-        model_channels: width of the first level.
-        num_res_blocks: residual blocks a level, or one number for each level.
-        attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention follows each residual block.
-        dropout: inside the residual blocks.
-        channel_mult: width of each level in units of `model_channels`.
-        conv_resample: convolutions in up- and downsampling.
-        dims: axes of the signal.
+        out_channels: of the output.
         num_classes: number of class labels, or "continuous" for a number; adds `label_emb`.
-        use_checkpoint: recompute activations in the backward pass.
-        use_fp16: convert the weights to half precision.
-        num_heads, num_head_channels: number or width of attention heads; one of them is set, the other -1.
-        num_heads_upsample: heads in the decoder where there is no context; as `num_heads` by default.
-        use_scale_shift_norm: see ResBlock.
-        resblock_updown: residual blocks do the resampling.
-        use_new_attention_order: see AttentionBlock.
-        use_spatial_transformer, transformer_depth, context_dim: attention to a context, see SpatialTransformer.
         n_embed: predict codebook ids; adds `id_predictor`.
-        legacy: True makes heads of `channels // num_heads` with a context and of `num_head_channels` without; False, as in
-            the published configurations of SD, follows the two head options.
-        disable_self_attentions, num_attention_blocks: one entry a level.
-        disable_middle_self_attn: see BasicTransformerBlock.
-        use_linear_in_transformer: see SpatialTransformer.
     """
 
     def __init__(
@@ -463,73 +484,39 @@ class UNetModel(nn.Module):
         conv_resample: bool = True,
         dims: int = 2,
         num_classes: int | str | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = -1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        use_spatial_transformer: bool = False,
-        transformer_depth: int = 1,
-        context_dim: int | Sequence[int] | None = None,
-        n_embed: int | None = None,
-        legacy: bool = True,
-        disable_self_attentions: Sequence[bool] | None = None,
-        num_attention_blocks: Sequence[int] | None = None,
-        disable_middle_self_attn: bool = False,
-        use_linear_in_transformer: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        options = BlockOptions(
-            model_channels=model_channels,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=attention_resolutions,
-            dropout=dropout,
-            channel_mult=channel_mult,
-            conv_resample=conv_resample,
-            dims=dims,
-            use_checkpoint=use_checkpoint,
-            num_heads=num_heads,
-            num_head_channels=num_head_channels,
-            num_heads_upsample=num_heads_upsample,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            use_new_attention_order=use_new_attention_order,
-            use_spatial_transformer=use_spatial_transformer,
-            transformer_depth=transformer_depth,
-            context_dim=context_dim,
-            legacy=legacy,
-            disable_self_attentions=disable_self_attentions,
-            num_attention_blocks=num_attention_blocks,
-            disable_middle_self_attn=disable_middle_self_attn,
-            use_linear_in_transformer=use_linear_in_transformer,
+        super().__init__(
+            image_size,
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            dims,
+            *args,
+            **kwargs,
         )
-        options.publish(self)
-        self.image_size = image_size
-        self.in_channels = in_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
-        self.predict_codebook_ids = n_embed is not None
-        self.dtype = torch.float16 if use_fp16 else torch.float32
-
-        self.time_embed = options.timestep_mlp()
+        self.predict_codebook_ids = self.n_embed is not None
         if num_classes == "continuous":
-            self.label_emb: nn.Module = nn.Linear(1, options.emb_channels)
+            self.label_emb: nn.Module = nn.Linear(1, self.emb_channels)
         elif isinstance(num_classes, int):
-            self.label_emb = nn.Embedding(num_classes, options.emb_channels)
+            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
         elif num_classes is not None:
             raise ConfigError(f'num_classes must be a number, "continuous" or None, found {num_classes!r}')
-        self.input_blocks, self.middle_block, channels = build_encoder(options, in_channels)
-        self.output_blocks = build_decoder(options, channels)
-        width = int(channel_mult[0] * model_channels)
+        self.output_blocks = build_decoder(self, self._block_channels)
+        width = int(self.channel_mult[0] * model_channels)
         self.out = nn.Sequential(
             normalization(width), nn.SiLU(), zero_module(conv_nd(dims, width, out_channels, 3, padding=1))
         )
         if self.predict_codebook_ids:
-            self.id_predictor = nn.Sequential(normalization(width), conv_nd(dims, width, n_embed, 1))
-        if use_fp16:
+            self.id_predictor = nn.Sequential(normalization(width), conv_nd(dims, width, self.n_embed, 1))
+        if self.use_fp16:
             self.convert_to_fp16()
 
     def convert_to_fp16(self) -> None:
@@ -546,7 +533,7 @@ class UNetModel(nn.Module):
         """timesteps (B,) and, in class-conditional models, labels y (B,) -> (B, E)."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("y must be given if and only if the model is class-conditional")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        emb = super().embed_timesteps(timesteps)
         if y is not None:
             emb = emb + self.label_emb(y.to(emb.dtype).reshape(-1, 1) if self.num_classes == "continuous" else y)
         return emb
