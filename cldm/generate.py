@@ -31,8 +31,8 @@ from annotator.registry import list_annotators
 from cldm.arguments import check_numbers
 from cldm.checkpoint import identify
 from cldm.command import run_command
-from cldm.model import OPTIONAL, create_model, load_control, load_weights
-from cldm.pipeline import SAMPLERS, ControlPipeline
+from cldm.model import OPTIONAL, add_control, create_model, load_control, load_weights
+from cldm.pipeline import SAMPLER_NAMES, ControlPipeline
 from cldm.prompts import DEFAULT_PROMPT
 from cldm.results import read_png_text
 from cldm.terminal import show
@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     image.add_argument("--mask", type=Path, help="white where --image is to be painted anew")
     run = parser.add_argument_group("sampling")
     run.add_argument("--samples", type=int, default=1, help="pictures for each hint or prompt")
-    run.add_argument("--sampler", default="ddim", help=f"{', '.join(SAMPLERS)} (ddim)")
+    run.add_argument("--sampler", default="ddim", help=f"{', '.join(SAMPLER_NAMES)} (ddim)")
     run.add_argument("--steps", type=int, default=20)
     run.add_argument("--guidance-scale", type=float, default=9.0)
     run.add_argument("--eta", type=float, default=0.0, help="of DDIM, 0 to 1")
@@ -277,9 +277,7 @@ def load_model(
     model = create_model(name)
     load_weights(model, weights, optional=(*OPTIONAL, "control_model."))
     for number, file in enumerate(controls):
-        if number:
-            model.add_control()
-        load_control(model, file, number)
+        (add_control if number else load_control)(model, file)
     return model.to(device=device, dtype=dtype).eval()
 
 

@@ -193,8 +193,8 @@ def _misfit(
     return " ".join(lines)
 
 
-def load_control(model: nn.Module, path: str | Path, number: int = 0) -> LoadReport:
-    """Fill a ControlNet of `model`, the first or one that `add_control` gave a number, from any file that holds one.
+def load_control(model: nn.Module, path: str | Path) -> LoadReport:
+    """Fill the ControlNet of `model` from any file that holds one.
 
     It may be a full checkpoint, a ControlNet alone with or without prefix, of diffusers, or stored as the difference to
     its base, which is then added to the UNet that `model` has. The rest of the model stays as it is; what the file holds
@@ -210,8 +210,7 @@ def load_control(model: nn.Module, path: str | Path, number: int = 0) -> LoadRep
     with open_model(path, lazy_entries(model.state_dict())) as opened:
         if not opened.has(CONTROL_PREFIX):
             raise CheckpointError(f"{path} holds no ControlNet: it is a {opened.report.layout} file")
-        network = model.control_networks()[number] if number else control
-        report = _fill(network, opened.state_dict(CONTROL_PREFIX), ())
+        report = _fill(control, opened.state_dict(CONTROL_PREFIX), ())
         beside = [key for key in opened.entries if not key.startswith(CONTROL_PREFIX)]
     return replace(report, ignored=[*report.ignored, *beside])
 

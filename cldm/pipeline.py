@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,24 +34,21 @@ from cldm.pictures import to_uint8
 from cldm.preview import LatentPreview
 from cldm.prompts import Captioner
 from cldm.results import Pictures
-from ldm.models.diffusion.ddim import DDIMSampler
-from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.guidance import Guidance
 from ldm.models.diffusion.noise import picture_generators
-from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampler import Sampler
+from ldm.models.diffusion.samplers import SAMPLER_NAMES, SAMPLERS, make_sampler
 from ldm.modules.encoders.modules import FrozenTextEncoder
 from ldm.modules.precision import is_finite
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["SAMPLERS", "SAMPLER_NAMES", "ControlPipeline", "strength_scales"]
+
 _LATENT_SCALE = 8  # pixels of a hint or picture for one position of the latent
 
 Condition = str | Annotator | Callable[[np.ndarray], Any]  # what makes a hint of a picture
 EachControl = Any  # one value for all ControlNets, or a list of one for each
-
-
-SAMPLERS: dict[str, type[Sampler]] = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm_solver": DPMSolverSampler}
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ class ControlPipeline:
             raise ValueError(
                 f"the model is on {model.device} and the pipeline on {self.device}: move the model there, or give offload=True"
             )
-        self._sampler(sampler)  # an unknown name is an error now, not after the first text is encoded
+        make_sampler(sampler, model, self.device)  # an unknown name is an error now, not after the first text is encoded
         self._annotators: dict[str, Annotator] = {}
         self._preview: LatentPreview | None = None
         self._checked_weights = False
@@ -181,7 +179,7 @@ class ControlPipeline:
                 without a prompt, uint8 (H, W, 3), and the picture is made again with its text.
             negative_prompt: likewise, but for the function.
             num_samples: N, where nothing else says so.
-            sampler: a name, a class or a scheduler of diffusers; see `cldm.pipeline.SAMPLERS`. By default the pipeline's.
+            sampler: one of `SAMPLER_NAMES`, a class, or a scheduler of diffusers; by default the pipeline's.
             steps: of the sampler. DPM-Solver needs fewest; 20 of DDIM's are usual.
             guidance_scale: 1 for no guidance.
             eta: of DDIM, 0 deterministic to 1 as noisy as DDPM; the others take 0 alone.
@@ -214,6 +212,8 @@ class ControlPipeline:
         seed = read_seed(seed)
         self._check_weights()
         check_numbers(steps=steps, guidance_scale=guidance_scale, eta=eta, denoise=denoise, num_samples=num_samples)
+        new_sampler = partial(make_sampler, sampler or self.sampler, self.model, self.device)
+        new_sampler()  # an unknown one is an error before any work
         networks = self._networks()
         hints, makers = one_for_each(hint, len(networks), "hint"), one_for_each(annotator, len(networks), "annotator")
         if mask is not None and image is None:
@@ -249,7 +249,7 @@ class ControlPipeline:
                 def sample(texts: Any) -> np.ndarray:
                     cond, uncond = self._encode_texts(texts, negative_prompt, count, guidance_scale != 1.0, text_options)
                     latents = self._sample(
-                        self._sampler(sampler or self.sampler), cond, uncond, controls, guidance_scale, canvas, seeds, begin,
+                        new_sampler(), cond, uncond, controls, guidance_scale, canvas, seeds, begin,
                         steps=steps, eta=eta, x_T=x_T, denoise=denoise, callback=callback, preview=preview, progress=progress,
                     )  # fmt: skip
                     return self._decode(latents, canvas, begin)
@@ -352,7 +352,7 @@ class ControlPipeline:
         return _Start(picture, paint, latents, keep)
 
     def _sample(
-        self, sampler: Any, cond: Tensor, uncond: Tensor | None, controls: Any, guidance_scale: float, canvas: _Canvas,
+        self, sampler: Sampler, cond: Tensor, uncond: Tensor | None, controls: Any, guidance_scale: float, canvas: _Canvas,
         seeds: list[int], begin: _Start | None, *, steps: int, eta: float, x_T: Tensor | None, denoise: float | None,
         callback: Callable[[int], None] | None, preview: Callable[[int, np.ndarray], None] | None, progress: bool,
     ) -> Tensor:  # fmt: skip
@@ -399,12 +399,6 @@ class ControlPipeline:
     def _networks(self) -> list[nn.Module]:
         """The K ControlNets."""
         return self.model.control_networks()
-
-    def _sampler(self, chosen: Any) -> Sampler:
-        """A new sampler for one run."""
-        if isinstance(chosen, str) and chosen not in SAMPLERS:
-            raise ValueError(f"unknown sampler {chosen!r}; known are {', '.join(SAMPLERS)}")
-        return (SAMPLERS[chosen] if isinstance(chosen, str) else chosen)(self.model, device=self.device)
 
     def _controls(
         self, hints: Sequence[Tensor | None], *, strength: EachControl, scales: EachControl, guess_mode: EachControl,

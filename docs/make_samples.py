@@ -16,7 +16,7 @@ import numpy as np
 
 from cldm.command import run_command
 from cldm.data.fill import draw_fill, paint_circle
-from cldm.model import create_model, load_control
+from cldm.model import add_control, create_model
 from cldm.pictures import save_png
 from cldm.pipeline import SAMPLERS, ControlPipeline
 from cldm.terminal import show
@@ -84,8 +84,7 @@ def rows(model_file: str) -> Iterator[tuple[str, list[Panel]]]:
         "annotators",
         [("picture", photo), *((name, make(photo, annotator=name)) for name in ("canny", "shuffle", "tile"))],
     )
-    second = model.add_control()
-    load_control(model, model_file, second)
+    add_control(model, model_file)
     yield "several controls", [("first hint", hint), ("second hint", other), ("first", make([hint, None])), ("second", make([None, other])),
                                ("both", make([hint, other])), ("1 and 0.4", make([hint, other], strength=[1.0, 0.4]))]  # fmt: skip
 
