@@ -127,7 +127,9 @@ class ControlPipeline:
             raise ValueError(
                 f"the model is on {model.device} and the pipeline on {self.device}: move the model there, or give offload=True"
             )
-        make_sampler(sampler, model, self.device)  # an unknown name is an error now, not after the first text is encoded
+        make_sampler(
+            sampler, model, self.device
+        )  # an unknown name is an error now, not after the first text is encoded
         self._annotators: dict[str, Annotator] = {}
         self._preview: LatentPreview | None = None
         self._checked_weights = False
@@ -224,7 +226,15 @@ class ControlPipeline:
         paint = None if mask is None else mask_for(mask, image, canvas.size)
         picture = None if image is None else inputs.picture_tensor(image, canvas.size)
         hints = [
-            self._hint(one, maker, picture, paint, canvas, getattr(network, "hint_channels", 3), seed if isinstance(seed, int) else seed[0])
+            self._hint(
+                one,
+                maker,
+                picture,
+                paint,
+                canvas,
+                getattr(network, "hint_channels", 3),
+                seed if isinstance(seed, int) else seed[0],
+            )
             for one, maker, network in zip(hints, makers, networks, strict=True)
         ]
         captioner = None
@@ -247,7 +257,9 @@ class ControlPipeline:
                 begin = None if picture is None else self._encode(picture, paint, canvas)
 
                 def sample(texts: Any) -> np.ndarray:
-                    cond, uncond = self._encode_texts(texts, negative_prompt, count, guidance_scale != 1.0, text_options)
+                    cond, uncond = self._encode_texts(
+                        texts, negative_prompt, count, guidance_scale != 1.0, text_options
+                    )
                     latents = self._sample(
                         new_sampler(), cond, uncond, controls, guidance_scale, canvas, seeds, begin,
                         steps=steps, eta=eta, x_T=x_T, denoise=denoise, callback=callback, preview=preview, progress=progress,
@@ -303,7 +315,9 @@ class ControlPipeline:
             maker = self._annotators[maker]
         if not isinstance(maker, Annotator):
             if not callable(maker):
-                raise ValueError(f"annotator must be a condition's name, an Annotator or a function, found {type(maker).__name__}")
+                raise ValueError(
+                    f"annotator must be a condition's name, an Annotator or a function, found {type(maker).__name__}"
+                )
             return maker
         options: dict[str, Any] = {"resolution": None}
         if maker.info.name == "inpaint" and paint is not None:
@@ -319,9 +333,13 @@ class ControlPipeline:
         encoder = self.model.cond_stage_model
         if isinstance(encoder, FrozenTextEncoder):
             # What is not given stays as the encoder's own options say.
-            reading = encoder.using(**{key: value for key, value in options.items() if key == "windows" or value is not None})
+            reading = encoder.using(
+                **{key: value for key, value in options.items() if key == "windows" or value is not None}
+            )
         elif options["clip_skip"] is not None or options.get("windows", 1) != 1:
-            raise ValueError(f"clip_skip and long_prompts are options of CLIP's encoders; this model has a {type(encoder).__name__}")
+            raise ValueError(
+                f"clip_skip and long_prompts are options of CLIP's encoders; this model has a {type(encoder).__name__}"
+            )
         else:
             reading = nullcontext()
         halves = [prompts, negatives] if guided else [prompts]
@@ -411,7 +429,9 @@ class ControlPipeline:
         """
         networks = self._networks()
         count = len(networks)
-        own_scales = [scales] if count == 1 and scales is not None and not isinstance(scales[0], (list, tuple)) else scales
+        own_scales = (
+            [scales] if count == 1 and scales is not None and not isinstance(scales[0], (list, tuple)) else scales
+        )
         each = zip(
             hints, networks, one_for_each(strength, count, "strength"), one_for_each(own_scales, count, "scales"),
             one_for_each(guess_mode, count, "guess_mode"), one_for_each(conditional_only, count, "conditional_only"),
@@ -432,7 +452,11 @@ class ControlPipeline:
                 factors = [a * b for a, b in zip(factors, own, strict=True)]
             only = self.model.pools_control(number) if only is None else only
             if hint is not None:
-                controls.append(Control(hint, number, factors, begin, finish, guess or only or resolution_weights, resolution_weights))
+                controls.append(
+                    Control(
+                        hint, number, factors, begin, finish, guess or only or resolution_weights, resolution_weights
+                    )
+                )
         return controls
 
     def _guidance(self, cond: Tensor, uncond: Tensor | None, scale: float, controls: Sequence[Control]) -> Guidance:
@@ -446,11 +470,15 @@ class ControlPipeline:
         self._checked_weights = True
         out = getattr(self.model.model.diffusion_model, "out", None)
         if out is not None and not bool(out[-1].weight.any()):
-            logger.warning("the UNet's last layer is all zeros: its weights were never loaded or trained, so only noise can come out")
+            logger.warning(
+                "the UNet's last layer is all zeros: its weights were never loaded or trained, so only noise can come out"
+            )
         for network in self._networks():
             zero_convs = [*getattr(network, "zero_convs", ()), *getattr(network, "middle_block_out", ())]
             if zero_convs and not any(bool(p.any()) for part in zero_convs for p in part.parameters()):
-                logger.warning("the ControlNet's zero convolutions are all zeros: it was never trained or loaded, so hints change nothing")
+                logger.warning(
+                    "the ControlNet's zero convolutions are all zeros: it was never trained or loaded, so hints change nothing"
+                )
 
 
 def _caption(captioner: Captioner, picture: np.ndarray) -> str:
