@@ -281,6 +281,21 @@ def test_every_sampler_takes_a_hint_and_they_meet_with_many_steps(model, guess_m
     assert 3 * near < abs(solver - without).mean()
 
 
+@pytest.mark.parametrize("name", ["unipc", "euler_a"])
+def test_samplers_of_diffusers_work_in_every_way(model, name):
+    diffusers = pytest.importorskip("diffusers")
+    pipeline, mask = ControlPipeline(model), np.zeros((64, 64), np.uint8)
+    mask[:32] = 255
+    settings = {"prompt": "a", "steps": 3, "sampler": name, "image": hint(1)}
+    batch = pipeline(hint(), **settings, seed=4, num_samples=2, denoise=0.7)
+    assert far(batch[1], pipeline(hint(), **settings, seed=5, denoise=0.7)[0]) <= 1
+    painted = pipeline(hint(), **settings, seed=4, mask=mask)
+    assert np.array_equal(painted[0][32:], hint(1)[32:]) and painted.settings["sampler"] == name
+    if name == "unipc":
+        by_class = pipeline(hint(), **settings | {"sampler": diffusers.UniPCMultistepScheduler}, seed=4, denoise=0.7)
+        assert far(by_class[0], batch[0]) <= 1 and by_class.inputs["sampler"] == "UniPCMultistepScheduler"
+
+
 # -- pictures to start from -----------------------------------------------------------------------------------
 
 
