@@ -15,6 +15,9 @@ from cldm.results import read_png_text, read_settings
 from tests.parity import fill_
 
 
+LOADED: dict = {}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Hints, and weights of the tiny model: whole, and as base and ControlNet apart."""
@@ -41,14 +44,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def one_model(folder, monkeypatch):
     """Reading and building the model once is enough."""
-    loaded = {}
     load = generate.load_model
 
     def remembered(*args):
         key = str(args)
-        if key not in loaded:
-            loaded[key] = load(*args)
-        return loaded[key]
+        if key not in LOADED:
+            LOADED[key] = load(*args)
+        return LOADED[key]
 
     monkeypatch.setattr(generate, "load_model", remembered)
 

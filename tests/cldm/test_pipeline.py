@@ -135,7 +135,9 @@ def test_every_form_of_hint(model):
              torch.from_numpy(np.stack([grey] * 3)) / 255]  # fmt: skip
     for form in forms:
         assert far(pipeline(form, **settings), want) <= 1
-    hole = annotator.load("inpaint").make_hint(np.dstack([hint(), hint()[:, :, 0]]), resolution=None)
+    with_hole = np.dstack([hint(), np.full((64, 64), 255, np.uint8)])
+    with_hole[10:40, 10:40, 3] = 0
+    hole = annotator.load("inpaint").make_hint(with_hole, resolution=None)
     assert float(hole.hint.min()) == -1 and far(pipeline(hole, **settings), want) > 10
 
 
@@ -348,13 +350,8 @@ def test_annotators_by_name_loaded_or_as_a_function(model):
     assert function.inputs["annotator"] == "<lambda>" and far(by_name, pipeline(photo, "a", **settings)) > 10
     shuffled = [pipeline(photo, "a", annotator="shuffle", **settings) for _ in range(2)]  # follows the seed
     assert far(*shuffled) == 0
-    assert (
-        far(
-            pipeline(None, "a", annotator="tile", image=photo, **settings),
-            pipeline(photo, "a", image=photo, **settings),
-        )
-        <= 2
-    )
+    tile, itself = (pipeline(h, "a", annotator=a, image=photo, **settings) for h, a in ((None, "tile"), (photo, None)))
+    assert far(tile, itself) <= 10  # the hint was rounded to 8 bits in between
     with pytest.raises(ValueError, match="no annotator 'kanny'|kanny"):
         pipeline(photo, "a", annotator="kanny")
     with pytest.raises(ValueError, match="needs a picture"):
