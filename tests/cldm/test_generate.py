@@ -14,7 +14,6 @@ from cldm.pipeline import ControlPipeline
 from cldm.results import read_png_text, read_settings
 from tests.parity import fill_
 
-
 LOADED: dict = {}
 
 
