@@ -121,11 +121,12 @@ class ControlPipeline:
     ) -> None:
         self.model = model
         self.sampler = sampler
-        self.device = torch.device(device) if device is not None else model.device
+        home = next(model.model.parameters()).device
+        self.device = torch.device(device) if device is not None else home
         self.low_memory = LowMemory(sliced_attention, vae_tiles, vae_one_at_a_time, offload)
-        if self.device.type != model.device.type and not offload:
+        if self.device.type != home.type and not offload:
             raise ValueError(
-                f"the model is on {model.device} and the pipeline on {self.device}: move the model there, or give offload=True"
+                f"the model is on {home} and the pipeline on {self.device}: move the model there, or give offload=True"
             )
         make_sampler(
             sampler, model, self.device

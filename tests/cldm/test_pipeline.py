@@ -44,7 +44,7 @@ def small_model(control=None, target=None, **changes):
     fitting = {key: value.clone() for key, value in weights().items() if key in own and own[key].shape == value.shape}
     new = {key: torch.randn(value.shape) * 0.05 for key, value in own.items() if key not in fitting}
     model.load_state_dict(fitting | new, strict=True, assign=True)
-    return model.eval()
+    return model.to("cpu").eval()  # which tells Lightning that it is not on the meta device any more
 
 
 @pytest.fixture(scope="module")
