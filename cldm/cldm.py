@@ -16,15 +16,17 @@ from cldm.guidance import (
     ControlCall,
     ControlGuidance,
     PublishedControlGuidance,
+    add_rows,
     joined,
     published_controls,
+    repeats_latents,
     sum_of_outputs,
 )
 from ldm.models.diffusion.ddpm import LatentDiffusion, drawn_prompts
 from ldm.models.diffusion.guidance import Guidance, Scale, make_guidance
 from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetEncoder, UNetModel
-from ldm.modules.diffusionmodules.util import conv_nd, zero_module
-from ldm.util import ConfigError, instantiate_from_config
+from ldm.modules.diffusionmodules.util import conv_nd, repeat_rows, zero_module
+from ldm.util import ConfigError, images_to_nchw, instantiate_from_config
 
 # Output channels and strides of the hint encoder's convolutions before the last: 8 times smaller in all, as the latent is.
 _HINT_ENCODER = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
@@ -83,6 +85,7 @@ class ControlNet(UNetEncoder):
         weight = self.input_hint_block[0].weight
         return self.input_hint_block(hint.to(weight.dtype), None, None)
 
+    @repeats_latents
     def forward(
         self,
         x: Tensor,
@@ -96,7 +99,7 @@ class ControlNet(UNetEncoder):
         """The K control outputs, each of the shape of the UNet activation that it is added to.
 
         Args:
-            x: noisy latents (B, in_channels, h, w).
+            x: noisy latents (B, in_channels, h, w); or half of them, where both halves are equal.
             hint: (B, hint_channels, 8h, 8w) in [0, 1]; or None with
             guided_hint: what `encode_hint` made of it, so that sampling encodes a hint once.
             timesteps: (B,).
@@ -119,12 +122,12 @@ class ControlNet(UNetEncoder):
                 f"latents of {tuple(x.shape[2:])} need a hint of {size}, eight times their height and width; "
                 f"this one gives features of {tuple(guided_hint.shape[2:])}"
             )
-        if guided_hint.shape[0] not in (1, x.shape[0]):
+        if guided_hint.shape[0] not in (1, x.shape[0], timesteps.shape[0]):
             raise ValueError(
                 f"{guided_hint.shape[0]} hints for {x.shape[0]} latents; give one for all, or one for each"
             )
         hidden = self.input_blocks[0](x.to(dtype), emb, context)  # (B, model_channels, h, w)
-        hidden = hidden + guided_hint
+        hidden = add_rows(hidden, guided_hint)
         outputs = [self.zero_convs[0](hidden, emb, context)]
         for block, zero_conv in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
             hidden = block(hidden, emb, context)  # (B, C_i, h_i, w_i)
@@ -136,6 +139,7 @@ class ControlNet(UNetEncoder):
 class ControlledUnetModel(UNetModel):
     """The locked UNet: encoder and middle block without gradient, control added to the middle and to each skip connection."""
 
+    @repeats_latents
     def forward(
         self,
         x: Tensor,
@@ -148,6 +152,7 @@ class ControlledUnetModel(UNetModel):
         """x (B, in_channels, h, w), timesteps (B,), context (B, M, context_dim) -> (B, out_channels, h, w).
 
         Args:
+            x: noisy latents; or half of them, where both halves are equal.
             control: the ControlNet's K outputs, or None. (The list is left as it is; the reference empties it.)
             only_mid_control: add only the last of them, which may then be the only one.
             **kwargs: `y`, class labels; others are accepted for compatibility.
@@ -159,10 +164,11 @@ class ControlledUnetModel(UNetModel):
             control = [c.to(hidden.dtype) for c in control]
             if len(control) != len(skips) + 1 and not (only_mid_control and control):
                 raise ValueError(f"this UNet takes {len(skips) + 1} control outputs, found {len(control)}")
-            hidden = hidden + control[-1]
+            hidden = add_rows(hidden, control[-1])
             if not only_mid_control:
-                skips = [skip + c for skip, c in zip(skips, control[:-1], strict=True)]
-        return self.decode(hidden, skips, emb, context).to(x.dtype)
+                skips = [add_rows(skip, c) for skip, c in zip(skips, control[:-1], strict=True)]
+        output = self.decode(hidden, skips, emb, context).to(x.dtype)
+        return repeat_rows(output, len(timesteps))  # where nothing looks at a context
 
 
 def _check_alike(control_model: ControlNet, unet: ControlledUnetModel) -> None:
@@ -286,12 +292,15 @@ class ControlLDM(LatentDiffusion):
         if self.control_key not in batch:
             raise KeyError(f"the batch has no {self.control_key!r}; it has {', '.join(map(repr, batch))}")
         z, c = super().get_input(batch, self.first_stage_key, bs=bs)[:2]
-        hint = batch[self.control_key][:bs].to(self.device)
-        hint = hint.permute(0, 3, 1, 2).float().contiguous()
+        hint = images_to_nchw(batch[self.control_key][:bs].to(self.device))
+        if hint.shape[1] == 1:  # grey
+            hint = hint.repeat(1, getattr(self.control_model, "hint_channels", 1), 1, 1)
         return z, {"c_crossattn": [c], "c_concat": [hint]}
 
     def get_learned_conditioning(self, c: Any) -> Any:
-        """Text conditioning; what a dict already holds encoded stays as it is."""
+        """Text conditioning; what is already encoded stays as it is, in a dict too."""
+        if torch.is_tensor(c) and c.is_floating_point():
+            return c
         if isinstance(c, Mapping):
             texts = [
                 entry if torch.is_tensor(entry) else super(ControlLDM, self).get_learned_conditioning(entry)
@@ -314,12 +323,13 @@ class ControlLDM(LatentDiffusion):
             x_noisy: (B, 4, h, w).
             t: (B,).
             cond: `c_crossattn`, a list of (B, M, D), and `c_concat`, a list of hints (B, C, H, W), or None for no control.
-                `c_control`, a list of `ControlCall`, may stand in for `c_concat`.
+                `c_control`, a list of `ControlCall`, may stand in for `c_concat`. `equal_halves` says that the second half of
+                the latents and timesteps repeats the first; the UNet must then be one that `repeats_latents`.
         """
         check_conditioning(cond)
         context = joined(cond["c_crossattn"])
         return self.model.diffusion_model(
-            x=x_noisy,
+            x=x_noisy.chunk(2)[0] if cond.get("equal_halves") else x_noisy,
             timesteps=t,
             context=context,
             control=self.control(x_noisy, t, cond, context),
@@ -333,7 +343,7 @@ class ControlLDM(LatentDiffusion):
             # Nothing more than published, so that another class can be the ControlNet.
             hint = {"hint": joined(cond["c_concat"])}
             calls = [ControlCall(self.control_model, hint, self.control_scales, self.global_average_pooling)]
-        return sum_of_outputs(calls, x_noisy, t, context) if calls else None
+        return sum_of_outputs(calls, x_noisy, t, context, bool(cond.get("equal_halves"))) if calls else None
 
     def make_guidance(
         self,

@@ -9,7 +9,7 @@ Shapes: B batch, C h w the latent, H W pixels, M tokens of the text, K control o
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.diffusion.guidance import Conditioning, Scale, combine, make_guidance, scale_at
+from ldm.modules.diffusionmodules.util import repeat_rows
 
 if TYPE_CHECKING:
     from cldm.cldm import ControlLDM
@@ -60,14 +61,28 @@ class Control:
             raise ValueError(f"a hint must have shape (B, C, H, W), found {tuple(self.hint.shape)}")
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(f"start and end must satisfy 0 <= start < end <= 1, found {self.start} and {self.end}")
-        factors = self.scales if isinstance(self.scales, Sequence) else [1.0 if self.scales is None else self.scales]
-        for factor in factors:
+        scales = 1.0 if self.scales is None else self.scales
+        for factor in [scales] if isinstance(scales, (int, float)) else scales:
             if not math.isfinite(factor):
                 raise ValueError(f"the scales of a control must be finite numbers, found {factor}")
 
     def acts(self, step: int, steps: int) -> bool:
         """Whether the hint acts in number `step` of a run's `steps`."""
         return self.start <= step / steps and (step + 1) / steps <= self.end
+
+
+def repeats_latents(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks the `forward` of a network that takes latents for a fraction of its timesteps and texts.
+
+    The halves of the guidance have the same latents, so what comes before the first look at the text is computed once for both.
+    """
+    forward.repeats_latents = True
+    return forward
+
+
+def can_repeat_latents(network: nn.Module) -> bool:
+    """Whether a network's own `forward`, which a subclass may replace, is marked with `repeats_latents`."""
+    return getattr(getattr(network, "_orig_mod", network).forward, "repeats_latents", False)
 
 
 def takes_guided_hint(network: nn.Module) -> bool:
@@ -96,12 +111,17 @@ class ControlCall:
     resolution_weights: bool = False
     second_half: bool = False
 
-    def outputs(self, x: Tensor, t: Tensor, context: Tensor) -> list[Tensor]:
-        """x (B, C, h, w), t (B,), context (B, M, D) -> the K outputs, scaled and pooled; half as many rows with `second_half`."""
+    def outputs(self, x: Tensor, t: Tensor, context: Tensor, equal_halves: bool = False) -> list[Tensor]:
+        """x (B, C, h, w), t (B,), context (B, M, D) -> the K outputs, scaled and pooled.
+
+        They have half as many rows with `second_half`; with `equal_halves` of x, those may have too that are equal for both.
+        """
         if self.second_half:
             x, t, context = (a.chunk(2)[1] for a in (x, t, context))
+        elif equal_halves and can_repeat_latents(self.network):
+            x = x.chunk(2)[0]
         outputs = self.network(x=x, timesteps=t, context=context, **self.hint)
-        scales = self.scales if isinstance(self.scales, Sequence) else [self.scales] * len(outputs)
+        scales = [self.scales] * len(outputs) if isinstance(self.scales, (int, float)) else list(self.scales)
         # More scales than outputs are usual: everyone writes 13, and smaller networks have fewer.
         if len(scales) < len(outputs):
             raise ValueError(f"control_scales has {len(scales)} entries for {len(outputs)} outputs")
@@ -113,64 +133,72 @@ class ControlCall:
         return scaled
 
 
-def sum_of_outputs(calls: Sequence[ControlCall], x: Tensor, t: Tensor, context: Tensor) -> list[Tensor] | None:
-    """The sum of all outputs, for all rows of x; None without calls."""
+def add_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, where one of them may be given once for all halves of the batch."""
+    return repeat_rows(a, len(b)) + repeat_rows(b, len(a))
+
+
+def sum_of_outputs(
+    calls: Sequence[ControlCall], x: Tensor, t: Tensor, context: Tensor, equal_halves: bool = False
+) -> list[Tensor] | None:
+    """The sum of all outputs, for x (B, C, h, w); None without calls. See `ControlCall.outputs`."""
     totals: dict[bool, list[Tensor]] = {}
     for call in calls:
-        outputs, total = call.outputs(x, t, context), totals.get(call.second_half)
-        totals[call.second_half] = outputs if total is None else [a + b for a, b in zip(total, outputs, strict=True)]
+        outputs, total = call.outputs(x, t, context, equal_halves), totals.get(call.second_half)
+        totals[call.second_half] = outputs if total is None else list(map(add_rows, total, outputs))
     if True in totals:
         missing = len(x) // 2  # rows of the first half, which stay without control
         padded = [F.pad(output, (0, 0) * (output.dim() - 1) + (missing, 0)) for output in totals[True]]
-        return [a + b for a, b in zip(totals[False], padded, strict=True)] if False in totals else padded
+        return list(map(add_rows, totals[False], padded)) if False in totals else padded
     return totals.get(False)
 
 
 class _EncodedControl:
-    """A Control during a run: its hint is encoded once, at the first step that needs it."""
+    """A Control during a run of `batch` pictures: its hint is encoded once, at the first step that needs it."""
 
-    def __init__(self, control: Control, model: "ControlLDM") -> None:
+    def __init__(self, control: Control, model: "ControlLDM", batch: int, equal_halves: bool) -> None:
         networks = model.control_networks()
         if not 0 <= control.network < len(networks):
             raise ValueError(f"there is no ControlNet {control.network}: this model has {len(networks)}")
+        for hint in (control.hint, control.uncond_hint):
+            if hint is not None and len(hint) not in (1, batch):
+                raise ValueError(f"{len(hint)} hints for {batch} pictures; give one for all, or one for each")
         self.control = control
         self.model = model
         self.network = networks[control.network]
+        self.batch = batch
         self.takes_guided = takes_guided_hint(self.network)
-        self._prepared: dict[str, Mapping[str, Tensor | None]] = {}
+        self.equal_halves = equal_halves and can_repeat_latents(self.network)
+        self._hints: dict[str, Tensor] = {}
 
     def call(self, rows: str, device: torch.device) -> ControlCall:
         """What to call for the conditional half (`cond`), for the other (`uncond`), or for both in one batch (`both`)."""
-        conditional_only = self.control.conditional_only
-        if rows == "both" and conditional_only:
-            rows = "cond"
-            second_half = True
-        else:
-            second_half = False
-        if rows not in self._prepared:
-            self._prepared[rows] = self._prepare(rows, device)
+        second_half = rows == "both" and self.control.conditional_only
+        hint = self._hint("cond" if second_half else rows, device)
         scales = self.model.control_scales if self.control.scales is None else self.control.scales
-        pooled = self.model.pools_control(self.control.network)
         return ControlCall(
-            self.network, self._prepared[rows], scales, pooled, self.control.resolution_weights, second_half
+            self.network,
+            {"hint": None, "guided_hint": hint} if self.takes_guided else {"hint": hint},
+            scales,
+            self.model.pools_control(self.control.network),
+            self.control.resolution_weights,
+            second_half,
         )
 
-    def _prepare(self, rows: str, device: torch.device) -> Mapping[str, Tensor | None]:
-        if rows == "both":
-            name = "guided_hint" if self.takes_guided else "hint"
-            uncond, cond = (self._of(half, device)[name] for half in ("uncond", "cond"))
-            one_for_all = uncond is cond and len(cond) == 1
-            return {"hint": None, name: cond if one_for_all else torch.cat([uncond, cond])}
-        return self._of(rows, device)
-
-    def _of(self, half: str, device: torch.device) -> Mapping[str, Tensor | None]:
-        if half == "uncond" and self.control.uncond_hint is None:
-            half = "cond"
-        if half not in self._prepared:
-            hint = (self.control.hint if half == "cond" else self.control.uncond_hint).to(device)
-            encoded = {"hint": None, "guided_hint": self.network.encode_hint(hint)} if self.takes_guided else None
-            self._prepared[half] = encoded or {"hint": hint}
-        return self._prepared[half]
+    def _hint(self, rows: str, device: torch.device) -> Tensor:
+        """The hint for these rows, encoded if the network takes it so."""
+        if rows == "uncond" and self.control.uncond_hint is None:
+            rows = "cond"
+        if rows not in self._hints:
+            if rows == "both":
+                uncond, cond = self._hint("uncond", device), self._hint("cond", device)
+                hint = cond if uncond is cond and self.equal_halves else torch.cat([uncond, cond])
+            else:
+                hint = (self.control.hint if rows == "cond" else self.control.uncond_hint).to(device)
+                hint = self.network.encode_hint(hint) if self.takes_guided else hint
+                hint = hint.expand(self.batch, -1, -1, -1)
+            self._hints[rows] = hint
+        return self._hints[rows]
 
 
 class ControlGuidance:
@@ -203,10 +231,8 @@ class ControlGuidance:
                     f"the unconditional half has {len(self.contexts['uncond'])} texts, the conditional one {len(self.contexts['cond'])}"
                 )
         batch = len(self.contexts["cond"])
-        for hint in (h for c in controls for h in (c.hint, c.uncond_hint) if h is not None):
-            if len(hint) not in (1, batch):
-                raise ValueError(f"{len(hint)} hints for {batch} pictures; give one for all, or one for each")
-        self.controls = [_EncodedControl(control, model) for control in controls]
+        self.equal_halves = can_repeat_latents(model.model.diffusion_model)
+        self.controls = [_EncodedControl(control, model, batch, self.equal_halves) for control in controls]
 
     def __call__(self, x: Tensor, t: Tensor, step: int = 0, steps: int = 1) -> Tensor:
         acting = [c for c in self.controls if c.control.acts(step, steps)]
@@ -221,7 +247,12 @@ class ControlGuidance:
 
     def _output(self, rows: str, x: Tensor, t: Tensor, acting: Sequence[_EncodedControl]) -> Tensor:
         calls = [control.call(rows, x.device) for control in acting]
-        return self.model.apply_model(x, t, {"c_crossattn": [self.contexts[rows]], "c_control": calls})
+        cond = {
+            "c_crossattn": [self.contexts[rows]],
+            "c_control": calls,
+            "equal_halves": rows == "both" and self.equal_halves,
+        }
+        return self.model.apply_model(x, t, cond)
 
 
 class PublishedControlGuidance:
@@ -268,7 +299,7 @@ def _scales(model: "ControlLDM", scales: float | Sequence[float] | None) -> Iter
     """Inside it `control_scales` are these; None leaves them."""
     own = model.control_scales
     if scales is not None:
-        model.control_scales = list(scales) if isinstance(scales, Sequence) else [scales] * len(own)
+        model.control_scales = [scales] * len(own) if isinstance(scales, (int, float)) else list(scales)
     try:
         yield
     finally:

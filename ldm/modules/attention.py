@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.modules.diffusionmodules.util import checkpoint, zero_module
+from ldm.modules.diffusionmodules.util import checkpoint, repeat_rows, zero_module
 from ldm.util import default
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -119,6 +119,8 @@ class CrossAttention(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward; each after a layer norm and added to its input.
 
+    Tokens may come for fewer items than the context, a fraction of them; they are repeated where the context is first looked at.
+
     Args:
         dim: width of the tokens.
         n_heads, d_head: number and width of the heads.
@@ -156,7 +158,11 @@ class BasicTransformerBlock(nn.Module):
         return checkpoint(self._forward, (x, context), self.parameters(), self.checkpoint)
 
     def _forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        rows = len(x) if context is None else len(context)
+        if self.disable_self_attn:
+            x = repeat_rows(x, rows)
         x = x + self.attn1(self.norm1(x), context if self.disable_self_attn else None)
+        x = repeat_rows(x, rows)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -230,4 +236,4 @@ class SpatialTransformer(nn.Module):
         if self.use_linear:
             tokens = self.proj_out(tokens)
         tokens = rearrange(tokens, "b (h w) c -> b c h w", h=height).contiguous()
-        return x + (tokens if self.use_linear else self.proj_out(tokens))
+        return repeat_rows(x, len(tokens)) + (tokens if self.use_linear else self.proj_out(tokens))

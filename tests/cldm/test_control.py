@@ -252,6 +252,17 @@ def test_the_middle_output_alone_is_enough_for_the_middle_alone():
         unet(inputs.x, inputs.t, context, control=control[-1:])
 
 
+@torch.no_grad()
+def test_grey_hints_and_encoded_texts_in_a_batch():
+    model = tiny_model("sd1", cond_stage_config={"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+                                                 "params": {"width": 48, "layers": 1, "heads": 4}})  # fmt: skip
+    text, hint = torch.randn(2, 77, 48), torch.rand(2, 64, 64)
+    batch = {"jpg": torch.zeros(2, 64, 64, 3), "txt": text}
+    _, grey = model.get_input({**batch, "hint": hint}, "jpg")
+    _, colour = model.get_input({**batch, "hint": hint[..., None].repeat(1, 1, 1, 3)}, "jpg")
+    assert torch.equal(grey["c_concat"][0], colour["c_concat"][0]) and torch.equal(grey["c_crossattn"][0], text)
+
+
 def test_what_a_user_has_frozen_stays_frozen():
     model = instantiate_from_config(tiny_config("sd1"))
     model.control_model.input_hint_block.requires_grad_(False)

@@ -163,6 +163,21 @@ def test_corrected_scores_and_quantised_latents(sampler):
         sampler(model).sample(**plain, dynamic_threshold=0.9)
 
 
+class Halving(DDIMSampler):
+    """A user's sampler, with a step of its own under the published name."""
+
+    def p_sample_ddim(self, x, c, t, index, **options):
+        x, pred_x0 = super().p_sample_ddim(x, c, t, index=index, **options)
+        return x / 2, pred_x0
+
+
+def test_a_users_own_step_is_taken():
+    run = {"S": 4, "batch_size": 1, "shape": (4, 8, 8), "x_T": torch.ones(1, 4, 8, 8), "verbose": False}
+    model = Linear("eps", torch.zeros(1, 4, 8, 8))  # every step scales x alone
+    got, want = (cls(model).sample(**run)[0] for cls in (Halving, DDIMSampler))
+    torch.testing.assert_close(got, want / 16)
+
+
 @pytest.mark.parametrize("parameterization", ["eps", "v"])
 def test_inversion_then_sampling_returns_the_start(parameterization):
     model = Linear(parameterization, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)))

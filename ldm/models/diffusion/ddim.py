@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.diffusion.guidance import Conditioning, CorrectedGuidance, ScoreCorrector
+from ldm.models.diffusion.guidance import Conditioning, CorrectedGuidance, ScoreCorrector, scale_at
 from ldm.models.diffusion.noise import Noise
 from ldm.models.diffusion.process import eps_and_x0
 from ldm.models.diffusion.sampler import Denoiser, Sampler, Step, StepTable
@@ -50,7 +50,23 @@ class DDIMSampler(Sampler):
         sigmas = self._eta * np.sqrt((1 - previous) / (1 - alphas) * (1 - alphas / previous))
         return StepTable.of(np.arange(self.ddpm_num_timesteps), alphas, previous, sigmas)
 
-    def step(self, x: Tensor, at: Step, denoiser: Denoiser, repeat_noise: bool = False) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, at: Step, denoiser: Denoiser) -> tuple[Tensor, Tensor]:
+        if type(self).p_sample_ddim is DDIMSampler.p_sample_ddim or denoiser.conditionings is None:
+            return self.ddim_step(x, at, denoiser)
+        cond, uncond, scale = denoiser.conditionings  # a class of a user's, with a published step of its own
+        return self.p_sample_ddim(
+            x,
+            cond,
+            at.t,
+            index=at.index,
+            quantize_denoised=denoiser.quantize,
+            temperature=denoiser.noise.temperature,
+            noise_dropout=denoiser.noise.dropout,
+            unconditional_guidance_scale=scale_at(scale, at.number),
+            unconditional_conditioning=uncond,
+        )
+
+    def ddim_step(self, x: Tensor, at: Step, denoiser: Denoiser, repeat_noise: bool = False) -> tuple[Tensor, Tensor]:
         """x at `at.t` (B, C, h, w) -> x at the next level (eq. 12), and the predicted x_0."""
         eps, pred_x0 = denoiser.predict(x, at.t, at, at.signal, at.noise_level)
         pred_x0 = denoiser.settle(pred_x0)
@@ -93,7 +109,7 @@ class DDIMSampler(Sampler):
             guidance = CorrectedGuidance(guidance, self.model, c, score_corrector, corrector_kwargs)
         denoiser = Denoiser(self.model, guidance, Noise(None, temperature, noise_dropout), quantize_denoised)
         table = self.original_table() if use_original_steps else self.table
-        return self.step(x, table.single(index, t), denoiser, repeat_noise)
+        return self.ddim_step(x, table.single(index, t), denoiser, repeat_noise)
 
     @torch.no_grad()
     def encode(

@@ -107,16 +107,25 @@ class Denoiser:
         guidance: see `ldm.models.diffusion.guidance`.
         noise: of the steps.
         quantize: replace a predicted x_0 by entries of the first stage's codebook.
+        conditionings: conditional, unconditional and scale that the guidance was made of, where a caller gave them.
     """
 
-    def __init__(self, model: DiffusionModel, guidance: Guidance, noise: Noise, quantize: bool = False) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        guidance: Guidance,
+        noise: Noise,
+        quantize: bool = False,
+        conditionings: tuple[Conditioning, Conditioning, Scale] | None = None,
+    ) -> None:
         self.model = model
         self.guidance = guidance
         self.noise = noise
         self.quantize = quantize
+        self.conditionings = conditionings
 
     def output(self, x: Tensor, t: Tensor, at: Step) -> Tensor:
-        """The network's guided output for x (B, C, h, w) at t (B,), in float32 at least."""
+        """The network's guided output for x (B, C, h, w) at t (B,), as the sampler works."""
         return self.guidance(x, t, at.number, at.count)
 
     def predict(self, x: Tensor, t: Tensor, at: Step, signal: float, noise_level: float) -> tuple[Tensor, Tensor]:
@@ -290,6 +299,8 @@ class Sampler:
         if normals_sequence is not None:
             logger.warning("normals_sequence has no effect; give initial noise as x_T, or generators")
         steps = S if S is not None else ddim_steps
+        if steps != int(steps):
+            raise ValueError(f"the number of steps must be a whole number, found {steps}")
         self.make_schedule(steps, ddim_eta=eta, verbose=verbose)
         count = index = len(self.table)
         if init_latents is not None:
@@ -302,7 +313,9 @@ class Sampler:
             raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {count} steps")
 
         scale = unconditional_guidance_scale if ucg_schedule is None else [float(s) for s in ucg_schedule]
+        conditionings = None
         if guidance is None:
+            conditionings = conditioning, unconditional_conditioning, scale
             guidance = self.guidance_for(conditioning, unconditional_conditioning, scale, batch_size)
         if score_corrector is not None:
             guidance = CorrectedGuidance(guidance, self.model, conditioning, score_corrector, corrector_kwargs)
@@ -323,7 +336,7 @@ class Sampler:
             if img_callback:
                 img_callback(pred_x0, at.number)
 
-        denoiser = Denoiser(self.model, guidance, noise, quantize_x0)
+        denoiser = Denoiser(self.model, guidance, noise, quantize_x0, conditionings)
         return self.loop(x, denoiser, self.table, count, mask, x0, on_step, log_every_t, verbose)
 
     def _check_options(self, **given: float) -> None:
@@ -461,7 +474,8 @@ class Sampler:
         """Denoise latents (B, C, h, w) over the first `t_start` steps of the schedule."""
         guidance = self.guidance_for(cond, unconditional_conditioning, unconditional_guidance_scale, len(x_latent))
         table = self.original_table() if use_original_steps else self.table
-        denoiser = Denoiser(self.model, guidance, Noise())
+        conditionings = cond, unconditional_conditioning, unconditional_guidance_scale
+        denoiser = Denoiser(self.model, guidance, Noise(), conditionings=conditionings)
         x = self._fitted(x_latent, x_latent.shape, "x_latent")
         on_step = None if callback is None else lambda at, x, pred_x0: callback(at.number)
         return self.loop(x, denoiser, table, t_start, on_step=on_step, verbose=verbose)[0]

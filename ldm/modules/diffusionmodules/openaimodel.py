@@ -21,6 +21,7 @@ from ldm.modules.diffusionmodules.util import (
     conv_nd,
     linear,
     normalization,
+    repeat_rows,
     timestep_embedding,
     zero_module,
 )
@@ -36,12 +37,16 @@ class TimestepBlock(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """Blocks in a row, each given what it takes: the timestep embedding, the context, or neither."""
+    """Blocks in a row, each given what it takes: the timestep embedding, the context, or neither.
+
+    x may have fewer rows than the embedding and the context, a fraction of them: what is equal for several contexts is
+    computed once, see BasicTransformerBlock.
+    """
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in self:
             if isinstance(layer, TimestepBlock):
-                x = layer(x, emb)
+                x = layer(x, emb if emb is None else emb[: len(x)])
             elif isinstance(layer, SpatialTransformer):
                 x = layer(x, context)
             else:
@@ -552,7 +557,7 @@ class UNetModel(UNetEncoder):
         """Middle output and skip connections -> (B, out_channels, h, w)."""
         context = None if context is None else context.to(hidden.dtype)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
-            hidden = block(torch.cat([hidden, skip], dim=1), emb, context)  # (B, C_i, h_i, w_i)
+            hidden = block(torch.cat([hidden, repeat_rows(skip, len(hidden))], dim=1), emb, context)  # (B, C_i, h_i, w_i)
         return self.id_predictor(hidden) if self.predict_codebook_ids else self.out(hidden)
 
     def forward(

@@ -30,6 +30,7 @@ __all__ = [
     "mean_flat",
     "noise_like",
     "normalization",
+    "repeat_rows",
     "scale_module",
     "timestep_embedding",
     "zero_module",
@@ -96,6 +97,11 @@ def scale_module(module: nn.Module, scale: float) -> nn.Module:
 def mean_flat(tensor: Tensor) -> Tensor:  # (B, ...) -> (B,)
     """Mean over all axes but the first."""
     return tensor.flatten(1).mean(1)
+
+
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """x (B, ...) repeated along its first axis to `rows`, a multiple of B; x itself where it has as many or more."""
+    return x if len(x) >= rows else x.repeat(rows // len(x), *((1,) * (x.dim() - 1)))
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000, repeat_only: bool = False) -> Tensor:
