@@ -2,11 +2,10 @@
 
 import logging
 
-import torch
 from torch import nn
 
 from ldm.modules.attention import full_attention, set_attention, sliced_attention
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.modules.encoders.modules import FrozenTextEncoder, PromptOptions, set_default_options
 
 logger = logging.getLogger(__name__)
 
@@ -18,26 +17,30 @@ def disable_verbosity() -> None:
 
 
 def enable_sliced_attention(enabled: bool = True) -> None:
-    """From now on every cross-attention layer works one image at a time: less memory at once, the same numbers."""
+    """From now on every attention layer computes its scores in slices: less memory at once, the same numbers."""
     set_attention(sliced_attention if enabled else full_attention)
 
 
 def hack_everything(clip_skip: int = 0, model: nn.Module | None = None) -> None:
-    """Prompts of up to 225 tokens in three chunks (231 positions) and an earlier hidden layer, for SD 1.x text encoders.
+    """Prompts of up to 225 tokens in three windows (231 positions) and an earlier hidden layer.
 
     Args:
         clip_skip: n > 1 takes the n-th hidden state from the end, with the final layer norm.
-        model: change only this model's text encoder; by default all that exist and will be made.
+        model: change only this model's text encoder; by default all that exist and will be made, but for those with options of
+            their own. `ldm.modules.encoders.modules.set_default_options(None)` undoes that.
+
+    Raises:
+        ValueError: `model` has no text encoder of this library.
     """
-    if model is not None and not isinstance(model.cond_stage_model, FrozenCLIPEmbedder):
-        raise ValueError(
-            f"long prompts are for SD 1.x text encoders; this model has a {type(model.cond_stage_model).__name__}"
-        )
+    options = PromptOptions(windows=3, clip_skip=clip_skip if clip_skip > 1 else None)
     disable_verbosity()
-    chosen = FrozenCLIPEmbedder if model is None else model.cond_stage_model
-
-    def encode(self: FrozenCLIPEmbedder, text: list[str] | str) -> torch.Tensor:
-        return self.encode_long(text, clip_skip=max(clip_skip, 1))
-
-    chosen.forward = encode if model is None else encode.__get__(chosen)  # type: ignore[method-assign]
-    logger.info("long prompts in three chunks are on, clip skip %d", max(clip_skip, 1))
+    if model is None:
+        set_default_options(options)
+    elif isinstance(model.cond_stage_model, FrozenTextEncoder):
+        model.cond_stage_model.prompt_options = options
+    else:
+        raise ValueError(
+            f"long prompts need one of the text encoders of ldm.modules.encoders; this model has a "
+            f"{type(model.cond_stage_model).__name__}"
+        )
+    logger.info("long prompts in three windows are on, clip skip %d", max(clip_skip, 1))

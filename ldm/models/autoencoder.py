@@ -1,6 +1,6 @@
 """The first stage: an autoencoder between pictures and latents (Rombach et al. 2022, section 3.1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ldm.lr_scheduler import with_schedule
 from ldm.models.weights import load_weights
+from ldm.modules.diffusionmodules.bands import decode_in_bands, encode_in_bands
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_weights
 from ldm.modules.losses import ReconstructionKL
+from ldm.modules.precision import guarded
 from ldm.util import ConfigError, images_to_nchw, instantiate_from_config
 
 
@@ -33,6 +35,11 @@ class AutoencoderKL(pl.LightningModule):
         ema_decay: keep a moving average of the weights; validation uses it.
         learn_logvar: accepted for compatibility.
         scheduler_config: a learning-rate schedule, an object with `schedule(step) -> factor`.
+
+    Attributes:
+        one_at_a_time: encode and decode the pictures of a batch one after the other, for less memory.
+        band_positions: encode and decode in bands of about that many pixels of the largest maps, for less memory (see
+            `ldm.modules.diffusionmodules.bands`); None for whole pictures.
     """
 
     def __init__(
@@ -70,6 +77,8 @@ class AutoencoderKL(pl.LightningModule):
         self.decoder = Decoder(**ddconfig)
         loss = instantiate_from_config(lossconfig) if lossconfig else nn.Identity()
         self.loss = ReconstructionKL() if isinstance(loss, nn.Identity) else loss
+        self.one_at_a_time = False
+        self.band_positions: int | None = None
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         self.use_ema = ema_decay is not None
@@ -91,12 +100,30 @@ class AutoencoderKL(pl.LightningModule):
         return ema_weights(self.model_ema, self) if self.use_ema else nullcontext()
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:  # (B, C, H, W) -> (B, embed_dim, h, w)
-        """The posterior of pictures in [-1, 1]."""
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        """The posterior of pictures in [-1, 1], in their type, whatever the weights' is."""
+        return DiagonalGaussianDistribution(self._run(self._encode, x, "encoding"))
 
     def decode(self, z: Tensor) -> Tensor:  # (B, embed_dim, h, w) -> (B, C, H, W)
-        """Pictures, about in [-1, 1], of latents."""
-        return self.decoder(self.post_quant_conv(z))
+        """Pictures, about in [-1, 1], of latents, in their type, whatever the weights' is.
+
+        Where half precision gives NaN or infinity, the work is repeated in float32, and a warning names the module where it began.
+        """
+        return self._run(self._decode, z, "decoding")
+
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, what: str) -> Tensor:
+        """`function` for all pictures, or one at a time, guarded against overflow in half precision."""
+        if not self.one_at_a_time or len(x) < 2:
+            return guarded(self, function, x, what)
+        return torch.cat([guarded(self, function, part, what) for part in x.split(1)])
+
+    def _encode(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2 * embed_dim, h, w)
+        in_bands = self.band_positions is not None and not torch.is_grad_enabled()
+        return self.quant_conv(encode_in_bands(self.encoder, x, self.band_positions) if in_bands else self.encoder(x))
+
+    def _decode(self, z: Tensor) -> Tensor:  # (B, embed_dim, h, w) -> (B, C, H, W)
+        z = self.post_quant_conv(z)
+        in_bands = self.band_positions is not None and not torch.is_grad_enabled()
+        return decode_in_bands(self.decoder, z, self.band_positions) if in_bands else self.decoder(z)
 
     def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Pictures (B, C, H, W) -> their reconstructions and posteriors."""

@@ -5,7 +5,6 @@ Shapes: B batch, C channels, H W height and width, L tokens, D width, h heads, d
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -21,12 +20,23 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+_SLICE = 2**24  # attention scores that are held at once: 64 MiB in float32
+
+
 def sliced_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same numbers one image at a time: less memory at once where the fused kernels are not available."""
-    masks = [None] * len(q) if mask is None else mask.expand(len(q), *mask.shape[1:]).split(1)
-    return torch.cat(
-        [full_attention(*qkv, m) for *qkv, m in zip(q.split(1), k.split(1), v.split(1), masks, strict=True)]
-    )
+    """The same numbers one image and a few queries at a time: less memory at once where the fused kernels are not available."""
+    rows = max(1, _SLICE // (q.shape[1] * k.shape[2]))
+    out = q.new_empty(*q.shape[:3], v.shape[3])  # (B, h, L, d)
+    for image in range(len(q)):
+        one = slice(image, image + 1)
+        for start in range(0, q.shape[2], rows):
+            part = slice(start, start + rows)
+            seen = None
+            if mask is not None:  # (B or 1, h or 1, L or 1, M)
+                seen = mask[one] if len(mask) == len(q) else mask
+                seen = seen[:, :, part] if seen.shape[2] > 1 else seen
+            out[one, :, part] = full_attention(q[one, :, part], k[one], v[one], seen)
+    return out
 
 
 _attention: AttentionFunction = full_attention

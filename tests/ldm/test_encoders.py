@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.modules.encoders.modules import ClassEmbedder, FrozenCLIPEmbedder, FrozenOpenCLIPEmbedder, IdentityEncoder
+from ldm.modules.encoders.modules import (
+    ClassEmbedder,
+    FrozenCLIPEmbedder,
+    FrozenOpenCLIPEmbedder,
+    IdentityEncoder,
+    PromptOptions,
+    set_default_options,
+)
+from ldm.modules.encoders.prompt_weights import parse_weights
+from ldm.util import ConfigError
 from tests.parity import fill_, load_cases, load_json, relative_error
 
 TEXTS = [
@@ -188,24 +197,113 @@ def test_layers():
     assert torch.equal(last(TEXTS), penultimate(TEXTS))
 
 
-def test_long_prompts():
-    encoder = fill_(small_clip())
-    words = [f"{number}" for number in range(10)] * 30  # one token each
-    texts = ["", " ".join(words[:100]), " ".join(words)]
-    long = encoder.encode_long(texts)
+WORDS = [f"{number}" for number in range(10)] * 30  # one token each
+
+
+@pytest.mark.parametrize("make", [small_clip, small_open_clip])
+def test_long_prompts_are_windows_encoded_apart(make: Any):
+    encoder = fill_(make())
+    texts = ["", " ".join(WORDS[:100]), " ".join(WORDS[:225])]
+    with encoder.using(windows=3):
+        long = encoder(texts)
     assert long.shape == (3, 231, 64)
     assert torch.allclose(long[0], encoder([""] * 3).flatten(0, 1), atol=1e-5)
     for row, count in ((1, 100), (2, 225)):
-        parts = [" ".join(words[:count][start : start + 75]) for start in (0, 75, 150)]
+        parts = [" ".join(WORDS[:count][start : start + 75]) for start in (0, 75, 150)]
         assert torch.allclose(long[row], encoder(parts).flatten(0, 1), atol=1e-5)
-    assert torch.equal(encoder.encode_long(texts[2] + " cut off"), long[2:])
-    skipped = encoder.encode_long(texts, clip_skip=2)
-    states = encoder.transformer.hidden_states(encoder.tokenize([""]))
-    assert torch.allclose(skipped[0, :77], encoder.transformer.final_norm(states[-2])[0], atol=1e-5)
-    assert encoder.encode_long(texts, chunks=2).shape == (3, 154, 64)
-    for options in ({"clip_skip": 0}, {"clip_skip": 4}, {"chunks": 0}):
+    with encoder.using(windows=None):  # as many as the longest needs
+        assert torch.allclose(encoder(texts), long, atol=1e-5) and encoder(texts[:2]).shape == (2, 154, 64)
+        assert encoder("").shape == (1, 77, 64)
+        with pytest.raises(ValueError, match="tokens is too long: at most 20 windows"):
+            encoder("cat " * 1501)
+    with pytest.raises(ValueError, match="30000 characters is too long"):
+        encoder("a" * 30_000)
+    assert encoder(texts).shape == (3, 77, 64)  # the option ended with its block
+
+
+@pytest.mark.parametrize("make", [small_clip, small_open_clip])
+def test_clip_skip_counts_hidden_states_from_the_end(make: Any):
+    encoder = fill_(make())
+    states = encoder._network.hidden_states(encoder.tokenize(TEXTS))
+    for clip_skip in (1, 2, 3):
+        skipped = fill_(make(prompt_options={"clip_skip": clip_skip}))
+        assert torch.allclose(skipped(TEXTS), encoder._network.final_norm(states[-clip_skip]), atol=1e-5)
+    with pytest.raises(ValueError, match="clip_skip must be from 1 to 3 .* found 4"), encoder.using(clip_skip=4):
+        encoder("a")
+
+
+def test_prompts_that_are_cut_are_reported_a_few_times(caplog: Any):
+    encoder = fill_(small_clip())
+    whole = encoder(" ".join(WORDS[:75]))
+    assert not caplog.records
+    assert torch.equal(encoder(" ".join(WORDS[:76])), whole)
+    assert "a prompt of 76 tokens is cut to 75" in caplog.text and "PromptOptions.windows" in caplog.text
+    encoder([f"{i} " * 80 for i in range(20)])
+    assert len(caplog.records) == 10 and caplog.records[-1].message.endswith("further ones are not reported")
+
+
+def test_a_repeated_prompt_is_encoded_once():
+    encoder, seen = fill_(small_clip()), []
+    encoder.transformer.text_model.embeddings.register_forward_hook(
+        lambda _m, inputs, _out: seen.append(len(inputs[0]))
+    )
+    many = encoder(["a", "b", "a", "a"])
+    assert seen == [2] and torch.equal(many[[0, 0, 0]], many[[0, 2, 3]])
+    assert torch.allclose(many[:2], torch.cat([encoder("a"), encoder("b")]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("a (red:1.3) car", [("a ", 1), ("red", 1.3), (" car", 1)]),
+        ("(a) ((b)) [c]", [("a", 1.1), (" ", 1), ("b", 1.21), (" ", 1), ("c", 1 / 1.1)]),
+        ("(a (b:2) c:0.5)", [("a ", 0.5), ("b", 1), (" c", 0.5)]),
+        (r"a \(b\) \[c", [("a (b) [c", 1)]),
+        ("smile :) or (: here", [("smile :) or (: here", 1)]),
+        ("(open [b] (c:1.5)", [("(open ", 1), ("b", 1 / 1.1), (" ", 1), ("c", 1.5)]),
+        ("(12:30) (a:b) c:2", [("12", 30), None]),
+        ("(time 12:30pm)", [("time 12:30pm", 1.1)]),
+        ("", [("", 1)]),
+    ],
+)
+def test_weights_in_brackets(prompt: str, parts: list):
+    if None in parts:
+        with pytest.raises(ValueError, match="weight must lie within -10 and 10, found 30"):
+            parse_weights(prompt)
+        return
+    found = parse_weights(prompt)
+    assert [text for text, _ in found] == [text for text, _ in parts]
+    assert [weight for _, weight in found] == pytest.approx([weight for _, weight in parts])
+
+
+@pytest.mark.parametrize("make", [small_clip, small_open_clip])
+def test_a_weight_moves_its_tokens_away_from_the_empty_prompt(make: Any):
+    encoder = fill_(make())
+    plain, empty = encoder("a red car"), encoder("")
+    # By default brackets are characters.
+    assert torch.equal(encoder("a (red:1.5) car")[0, :2], encoder("a (red")[0, :2])
+    with encoder.using(weights=True):
+        assert torch.allclose(encoder("a (red:1.0) car"), plain, atol=1e-5)
+        weighted = encoder(["a (red:1.5) car", "a cat"])
+        assert torch.allclose(weighted[1], fill_(make())("a cat")[0], atol=1e-5)
+    change = torch.zeros(77)
+    change[2] = 0.5  # begin, a, red, car
+    assert torch.allclose(weighted[0], (plain + change[:, None] * (plain - empty))[0], atol=1e-5)
+
+
+def test_options_of_a_process_and_of_one_encoder():
+    encoder, own = fill_(small_clip()), fill_(small_clip(prompt_options={"windows": 2}))
+    set_default_options(PromptOptions(windows=3))
+    try:
+        assert encoder("a").shape == (1, 231, 64) and own("a").shape == (1, 154, 64)
+    finally:
+        set_default_options(None)
+    assert encoder("a").shape == (1, 77, 64)
+    for options in ({"windows": 0}, {"windows": 21}, {"clip_skip": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            encoder.encode_long("a", **options)
+            small_clip(prompt_options=options)
+    with pytest.raises(ConfigError, match="window_count"):
+        small_clip(prompt_options={"window_count": 2})
 
 
 @pytest.mark.parametrize("make", [small_clip, small_open_clip])

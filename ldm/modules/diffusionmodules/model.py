@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.attention import get_attention
 from ldm.util import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class AttnBlock(nn.Module):
         q, k, v = (
             conv(normed).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v)
         )  # (B, 1, H*W, C)
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
+        out = get_attention()(q, k, v, None)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(out)
 
 

@@ -4,15 +4,20 @@ All are built from their configuration alone; their weights come from the checkp
 Shapes: B prompts, L tokens, D width.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.modules.encoders.clip import CLIPTextTransformer, OpenCLIPTextTransformer, quick_gelu
-from ldm.modules.encoders.tokenizer import BEGIN, END, encode, tokenize
+from ldm.modules.encoders.tokenizer import END, encode, encode_weighted, tokenize, window
 from ldm.util import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class AbstractEncoder(nn.Module):
@@ -66,13 +71,58 @@ class ClassEmbedder(AbstractEncoder):
         return {self.key: torch.full((bs,), self.n_classes - 1, device=device or self.embedding.weight.device)}
 
 
-class _FrozenText(AbstractEncoder):
-    """What both text encoders share: options, freezing, and the way from prompts to the transformer."""
+@dataclass(frozen=True)
+class PromptOptions:
+    """How a text encoder reads prompts. The defaults are the published behaviour.
+
+    Attributes:
+        windows: number of windows of 77 tokens, 75 of them the prompt's own; the context is that many times as long. What does not
+            fit is cut off, with a warning. None takes as many as the longest prompt of a call needs.
+        clip_skip: take the n-th hidden state from the end, with the final norm; None for the layer that the encoder was built for.
+        weights: brackets are weights, as in `(word:1.2)`; otherwise they are characters like any other.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    windows: int | None = 1
+    clip_skip: int | None = None
+    weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.windows is not None and not 1 <= self.windows <= MAX_WINDOWS:
+            raise ValueError(
+                f"windows must be from 1 to {MAX_WINDOWS}, or None for as many as are needed; found {self.windows}"
+            )
+        if self.clip_skip is not None and self.clip_skip < 1:
+            raise ValueError(f"clip_skip must be at least 1, found {self.clip_skip}")
+
+
+MAX_WINDOWS = 20
+_CUT_WARNINGS = 10  # prompts that are reported as too long; a data set may hold thousands
+
+_default_options = PromptOptions()
+
+
+def set_default_options(options: PromptOptions | None) -> None:
+    """Choose how every text encoder without options of its own reads prompts from its next call on; None for the published way."""
+    global _default_options
+    _default_options = options or PromptOptions()
+
+
+class FrozenTextEncoder(AbstractEncoder):
+    """What both text encoders share: options, freezing, and the way from prompts to the transformer.
+
+    Attributes:
+        prompt_options: how prompts are read; None for what `set_default_options` says.
+    """
 
     LAYERS: tuple[str, ...]  # what `layer` may be
     PAD: int  # the token after the end token
 
-    def __init__(self, layer: str, max_length: int, positions: int) -> None:
+    def __init__(
+        self, layer: str, max_length: int, positions: int, depth: int, options: Mapping[str, Any] | None
+    ) -> None:
         super().__init__()
         if layer not in self.LAYERS:
             raise ConfigError(f"layer must be one of {', '.join(self.LAYERS)}, found {layer!r}")
@@ -80,7 +130,10 @@ class _FrozenText(AbstractEncoder):
             raise ConfigError(f"max_length must be from 3 to {positions}, found {max_length}")
         self.layer = layer
         self.max_length = max_length
+        self.depth = depth
         self.frozen = False
+        self.prompt_options = _options_from(options)
+        self._cut_warnings_left = _CUT_WARNINGS
 
     def _place(self, freeze: bool, device: torch.device | str | None) -> None:
         """Last step of construction."""
@@ -94,7 +147,7 @@ class _FrozenText(AbstractEncoder):
         self.frozen = True
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> "_FrozenText":
+    def train(self, mode: bool = True) -> "FrozenTextEncoder":
         return super().train(mode and not self.frozen)
 
     @property
@@ -106,24 +159,112 @@ class _FrozenText(AbstractEncoder):
     def device(self, device: torch.device | str) -> None:
         self.to(device)
 
+    @contextmanager
+    def using(self, **changes: Any) -> Iterator[None]:
+        """Inside it the given fields of `PromptOptions` hold."""
+        before = self.prompt_options
+        self.prompt_options = replace(before or _default_options, **changes)
+        try:
+            yield
+        finally:
+            self.prompt_options = before
+
     def tokenize(self, text: str | Sequence[str]) -> Tensor:
-        """Prompts -> token ids (B, L): begin, prompt, end, padding; what does not fit is cut off before the end."""
+        """Prompts -> token ids (B, L) of one window each: begin, prompt, end, padding."""
         return tokenize(text, self.max_length, pad=self.PAD)
 
     def encode_with_transformer(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, D), of the layer that was chosen."""
-        raise NotImplementedError
+        if self._clip_skip is not None:
+            return self._network.final_norm(self._network.hidden_states(tokens)[-self._clip_skip])
+        return self._chosen_layer(tokens)
 
     def forward(self, text: str | Sequence[str]) -> Tensor:
-        """Prompts -> (B, L, D)."""
-        return self.encode_with_transformer(self.tokenize(text).to(self.device))
+        """Prompts -> (B, windows * L, D); a prompt that comes several times is computed once.
+
+        Raises:
+            TypeError: something that is not a string.
+            ValueError: a prompt of more than 20,000 characters, one that needs more than 20 windows, or a weight out of range.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise TypeError(f"a prompt must be a string, found {type(prompt).__name__}: {prompt!r}")
+        unique = list(dict.fromkeys(prompts))
+        tokens, weights = self._windows(unique)  # (U, n, L), (U, n, L) or None
+        states = self.encode_with_transformer(tokens.flatten(0, 1))  # (U * n, L, D)
+        if weights is not None:
+            # A weight moves a token's vector away from what an empty prompt has in its place, or towards it.
+            empty = self.encode_with_transformer(self.tokenize("").to(tokens.device))  # (1, L, D)
+            states = empty + weights.flatten(0, 1)[:, : states.shape[1], None].to(states) * (states - empty)
+        states = states.unflatten(0, tokens.shape[:2]).flatten(1, 2)  # (U, n * L, D)
+        if len(unique) == len(prompts):
+            return states
+        return states[[unique.index(prompt) for prompt in prompts]]
 
     def encode(self, text: str | Sequence[str]) -> Tensor:
-        """Prompts -> (B, L, D)."""
+        """Prompts -> (B, windows * L, D)."""
         return self(text)
 
+    @property
+    def _network(self) -> CLIPTextTransformer | OpenCLIPTextTransformer:
+        """The transformer."""
+        raise NotImplementedError
 
-class FrozenCLIPEmbedder(_FrozenText):
+    def _chosen_layer(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, L, D), of the layer that the encoder was built for."""
+        raise NotImplementedError
+
+    @property
+    def _clip_skip(self) -> int | None:
+        """The option, checked against this network."""
+        clip_skip = (self.prompt_options or _default_options).clip_skip
+        if clip_skip is not None and clip_skip > self.depth:
+            raise ValueError(f"clip_skip must be from 1 to {self.depth} for this text encoder, found {clip_skip}")
+        return clip_skip
+
+    def _windows(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, n, L) of n windows a prompt, and the weights of the tokens where any is not 1."""
+        options = self.prompt_options or _default_options
+        room = self.max_length - 2
+        read = [encode_weighted(prompt) if options.weights else (encode(prompt), []) for prompt in prompts]
+        count = options.windows or max([1, *(-(-len(ids) // room) for ids, _ in read)])
+        if count > MAX_WINDOWS:
+            longest = max(len(ids) for ids, _ in read)
+            raise ValueError(
+                f"a prompt of {longest} tokens is too long: at most {MAX_WINDOWS} windows of {room} tokens are read; shorten it"
+            )
+        rows, row_weights = [], []
+        for prompt, (ids, weights) in zip(prompts, read, strict=True):
+            if len(ids) > count * room:
+                self._warn_cut(prompt, len(ids), count * room)
+            parts = [ids[i * room : (i + 1) * room] for i in range(count)]
+            rows.append([window(part, self.max_length, self.PAD) for part in parts])
+            own = [weights[i * room : (i + 1) * room] for i in range(count)]
+            row_weights.append([[1.0, *part] + [1.0] * (self.max_length - 1 - len(part)) for part in own])
+        tokens = torch.tensor(rows, dtype=torch.long, device=self.device).reshape(len(rows), count, self.max_length)
+        if all(weight == 1.0 for _, weights in read for weight in weights):
+            return tokens, None
+        return tokens, torch.tensor(row_weights, device=self.device)
+
+    def _warn_cut(self, prompt: str, found: int, room: int) -> None:
+        if not self._cut_warnings_left:
+            return
+        self._cut_warnings_left -= 1
+        logger.warning(
+            "a prompt of %d tokens is cut to %d: %.60r...; long prompts are an option of the text encoder (PromptOptions.windows)%s",
+            found, room, prompt, "" if self._cut_warnings_left else "; further ones are not reported",
+        )  # fmt: skip
+
+
+def _options_from(given: Mapping[str, Any] | None) -> PromptOptions | None:
+    try:
+        return None if given is None else PromptOptions(**given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"prompt_options: {error}") from error
+
+
+class FrozenCLIPEmbedder(FrozenTextEncoder):
     """The text encoder of SD 1.x: CLIP ViT-L/14, padded with the end token, last hidden state after the final norm.
 
     Args:
@@ -134,6 +275,7 @@ class FrozenCLIPEmbedder(_FrozenText):
         layer: `last`, `pooled` (the end token's vector, as one token) or `hidden`, the state number
         layer_idx: 0 being the embeddings, without the final norm; negative counts from the end.
         width, layers, heads: of the transformer.
+        prompt_options: the fields of `PromptOptions`, for long prompts, clip skip and weights.
 
     Raises:
         ConfigError: an option is out of its range.
@@ -153,8 +295,9 @@ class FrozenCLIPEmbedder(_FrozenText):
         width: int = 768,
         layers: int = 12,
         heads: int = 12,
+        prompt_options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(layer, max_length, positions=77)
+        super().__init__(layer, max_length, 77, layers, prompt_options)
         if layer == "hidden" and (layer_idx is None or not -layers - 1 <= layer_idx <= layers):
             raise ConfigError(f"layer hidden needs layer_idx from {-layers - 1} to {layers}, found {layer_idx}")
         self.version = version
@@ -162,7 +305,11 @@ class FrozenCLIPEmbedder(_FrozenText):
         self.transformer = CLIPTextTransformer(width, heads, layers)
         self._place(freeze, device)
 
-    def encode_with_transformer(self, tokens: Tensor) -> Tensor:
+    @property
+    def _network(self) -> CLIPTextTransformer:
+        return self.transformer
+
+    def _chosen_layer(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, D), or (B, 1, D) where pooled."""
         if self.layer == "hidden":
             return self.transformer.hidden_states(tokens)[self.layer_idx]
@@ -172,35 +319,8 @@ class FrozenCLIPEmbedder(_FrozenText):
         ends = (tokens == END).int().argmax(dim=1)  # (B,) the first end token
         return states[torch.arange(len(states), device=states.device), ends][:, None]  # (B, 1, D)
 
-    def encode_long(self, text: str | Sequence[str], clip_skip: int = 1, chunks: int = 3) -> Tensor:
-        """Prompts of up to `chunks` * 75 tokens -> (B, chunks * 77, D); the excess is cut off.
 
-        Each chunk is begin, 75 tokens padded with the end token, end, and goes through the transformer alone.
-
-        Args:
-            clip_skip: n > 1 takes the n-th hidden state from the end, with the final norm.
-            chunks: number of windows.
-
-        Raises:
-            ValueError: `clip_skip` reaches past the first layer, or `chunks` is not positive.
-        """
-        layers = len(self.transformer.text_model.encoder.layers)
-        if not 1 <= clip_skip <= layers:
-            raise ValueError(f"clip_skip must be from 1 to {layers}, found {clip_skip}")
-        if chunks < 1:
-            raise ValueError(f"chunks must be positive, found {chunks}")
-        room = self.max_length - 2
-        rows = []
-        for entry in [text] if isinstance(text, str) else text:
-            ids = encode(entry)[: chunks * room]
-            ids += [END] * (chunks * room - len(ids))
-            rows.append([[BEGIN, *ids[i * room : (i + 1) * room], END] for i in range(chunks)])
-        tokens = torch.tensor(rows, device=self.device)  # (B, chunks, L)
-        states = self.transformer.hidden_states(tokens.flatten(0, 1))[-clip_skip]  # (B * chunks, L, D)
-        return self.transformer.final_norm(states).unflatten(0, tokens.shape[:2]).flatten(1, 2)
-
-
-class FrozenOpenCLIPEmbedder(_FrozenText):
+class FrozenOpenCLIPEmbedder(FrozenTextEncoder):
     """The text encoder of SD 2.x: OpenCLIP ViT-H/14, padded with 0, next-to-last layer, then the final norm.
 
     Args:
@@ -211,6 +331,7 @@ class FrozenOpenCLIPEmbedder(_FrozenText):
         freeze: no training.
         layer: `last` or `penultimate`.
         width, layers, heads: of the transformer, in place of the architecture's.
+        prompt_options: the fields of `PromptOptions`, for long prompts, clip skip and weights.
 
     Raises:
         ConfigError: an option is out of its range, or the architecture has no plain CLIP text tower.
@@ -230,10 +351,11 @@ class FrozenOpenCLIPEmbedder(_FrozenText):
         width: int | None = None,
         layers: int | None = None,
         heads: int | None = None,
+        prompt_options: Mapping[str, Any] | None = None,
     ) -> None:
         config = _architecture(arch)
         tower = config["text_cfg"]
-        super().__init__(layer, max_length, positions=tower["context_length"])
+        super().__init__(layer, max_length, tower["context_length"], layers or tower["layers"], prompt_options)
         self.arch = arch
         self.version = version
         self.model = OpenCLIPTextTransformer(
@@ -247,7 +369,11 @@ class FrozenOpenCLIPEmbedder(_FrozenText):
         )
         self._place(freeze, device)
 
-    def encode_with_transformer(self, tokens: Tensor) -> Tensor:
+    @property
+    def _network(self) -> OpenCLIPTextTransformer:
+        return self.model
+
+    def _chosen_layer(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, D)."""
         return self.model.final_norm(self.model.hidden_states(tokens)[-1 if self.layer == "last" else -2])
 
