@@ -53,24 +53,17 @@ def generate(
 ) -> np.ndarray:
     """Pictures uint8 (N, H, W, 3) for hints uint8 (N, H, W, 3); leaves the global random state as it was."""
     pipeline = ControlPipeline(model)
-    height, width = hints.shape[1:3]
     pictures = []
     with tqdm(total=len(hints), desc="sampling", unit="picture", disable=None if progress else True) as bar:
         for start in range(0, len(hints), sampling.batch_size):
             numbers = range(start, min(start + sampling.batch_size, len(hints)))
-            noise = [
-                torch.randn(
-                    model.channels, height // 8, width // 8, generator=torch.Generator().manual_seed(sampling.seed + i)
-                )
-                for i in numbers
-            ]
             made = pipeline(
                 hints[start : start + len(numbers)],
                 list(prompts[start : start + len(numbers)]),
                 steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
-                x_T=torch.stack(noise).to(model.device),
-                seed=sampling.seed,
+                seed=[sampling.seed + i for i in numbers],
+                prompt_weights=False,  # prompts are data here: brackets in them mean nothing
             )
             pictures.append(made)
             bar.update(len(made))

@@ -45,7 +45,7 @@ class StorageTracker(TorchDispatchMode):
         if key not in self._parts:
             self._parts[key] = (OTHER, storage.nbytes())
             self.live[OTHER] += storage.nbytes()
-            weakref.finalize(storage, self._forget, key)
+            weakref.finalize(storage, self._forget, key).atexit = False
             if self.live.total() > self.peak.total():
                 self.peak = self.live.copy()
 

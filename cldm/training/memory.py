@@ -12,8 +12,6 @@ gaps between allocations come on top: about 0.5 to 1 GiB on a GPU.
 import argparse
 import logging
 import sys
-import weakref
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,73 +20,19 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cldm.command import run_command
 from cldm.config import override
 from cldm.model import create_model
 from cldm.settings import explain, setting
+from cldm.storage_tracker import OTHER, StorageTracker
 from cldm.training.cache import release_encoders
 from cldm.training.precision import PRECISIONS, cast_frozen, forward_context, set_recompute
 from cldm.training.presets import PRESETS
 from ldm.util import ConfigError
 
 GIB = 2**30
-PARTS = ("frozen weights", "trained weights", "gradients", "optimizer", "activations")
-_OTHER = PARTS[-1]
-
-
-class StorageTracker(TorchDispatchMode):
-    """Counts the bytes of all storages that live, by part, while it is entered.
-
-    Attributes:
-        live: bytes by part, now.
-        peak: the same at the moment at which their sum was largest.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        self._parts: dict[int, tuple[str, int]] = {}  # part and bytes, by storage
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
-        return out
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._parts:
-            self._parts[key] = (_OTHER, storage.nbytes())
-            self.live[_OTHER] += storage.nbytes()
-            weakref.finalize(storage, self._forget, key).atexit = False
-            if self.live.total() > self.peak.total():
-                self.peak = self.live.copy()
-
-    def _forget(self, key: int) -> None:
-        part, size = self._parts.pop(key)
-        self.live[part] -= size
-
-    def assign(self, part: str, tensors: Iterable[Tensor | None]) -> None:
-        """From now on count what these tensors hold under `part`."""
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            self._see(tensor)
-            key = tensor.untyped_storage()._cdata
-            before, size = self._parts[key]
-            self._parts[key] = (part, size)
-            self.live[before] -= size
-            self.live[part] += size
-
-    def restart_peak(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self.live.copy()
+PARTS = ("frozen weights", "trained weights", "gradients", "optimizer", OTHER)
 
 
 @dataclass

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W height and width, L tokens, D width, h heads, d
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn

@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cldm.cldm import ControlLDM
 from cldm.data.fill import generate_fill
 from cldm.data.pairs import PairDataset
+from cldm.storage_tracker import StorageTracker
 from cldm.training.cache import CachedPairs, make_cache, release_encoders
-from cldm.training.memory import GIB, AdamMemory, StorageTracker
+from cldm.training.memory import GIB, AdamMemory
 from cldm.training.precision import (
     allow_tf32,
     cast_frozen,

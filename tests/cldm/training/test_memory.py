@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cldm.storage_tracker import StorageTracker
 from cldm.training import memory
-from cldm.training.memory import AdamMemory, Plan, StorageTracker, limit_of, measure, plan_of
+from cldm.training.memory import AdamMemory, Plan, limit_of, measure, plan_of
 from cldm.training.presets import PRESETS
 from ldm.util import ConfigError
 
