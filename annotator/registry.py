@@ -16,8 +16,8 @@ import numpy as np
 from annotator.canny import check_thresholds
 from annotator.detector import VERSIONS, Detector, Parameter, check_version, default_version
 from annotator.inpaint import cut_hole, picture_with_hole, scale_with_hole, show_hole
-from annotator.pictures import HWC3, Picture, as_array, resize, resize_image
-from annotator.scribble import fake_scribble, first_channel
+from annotator.pictures import HWC3, Picture, as_array, resize, resize_image, without_alpha
+from annotator.scribble import fake_scribble
 
 
 def unchanged(map: np.ndarray) -> np.ndarray:
@@ -44,10 +44,6 @@ def invert(map: np.ndarray) -> np.ndarray:
 
 def thicken_and_invert(map: np.ndarray) -> np.ndarray:
     return 255 - cv2.dilate(HWC3(map), np.ones((3, 3), dtype=np.uint8))
-
-
-def mask_to_picture(mask: np.ndarray) -> np.ndarray:
-    return HWC3(first_channel(mask))
 
 
 @dataclass(frozen=True, repr=False)
@@ -286,9 +282,9 @@ CONDITIONS = [
     AnnotatorInfo("scribble", "1.1", "a user's scribble, dark on light", "annotator.scribble.ScribbleDetector",
                   works_at="image"),
     AnnotatorInfo("scribble_interactive", "1.0", "a drawn mask, light on dark",
-                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=mask_to_picture, to_shown=invert),
+                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=without_alpha, to_shown=invert),
     AnnotatorInfo("scribble_interactive", "1.1", "a drawn mask, light on dark",
-                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=mask_to_picture),
+                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=without_alpha),
     AnnotatorInfo("fake_scribble", "1.0", "scribble made from HED edges", "annotator.hed.HEDdetector", HED,
                   finish=fake_scribble, to_shown=invert),
     AnnotatorInfo("fake_scribble", "1.1", "scribble made from HED edges", "annotator.hed.HEDdetector", "ControlNetHED.pth",
