@@ -195,13 +195,13 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
         raise
 
 
-def find_pictures(source: Path, target: Path) -> list[Path]:
+def find_pictures(source: Path, target: Path | None = None) -> list[Path]:
     """The pictures in a folder and its sub-folders, sorted, but for hidden files and folders and what lies in `target`.
 
     Raises:
         ValueError: if there are none.
     """
-    own = target.resolve() if target.resolve().is_relative_to(source.resolve()) else None
+    own = target.resolve() if target and target.resolve().is_relative_to(source.resolve()) else None
     found = sorted(
         path
         for path in source.rglob("*")
