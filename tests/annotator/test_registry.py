@@ -137,7 +137,7 @@ def test_pil_pictures_and_paths_are_pictures_too(tmp_path):
     for picture in (Image.fromarray(IMAGE), tmp_path / "a.png", str(tmp_path / "a.png")):
         assert np.array_equal(canny.make_hint(picture, 128).hint, want.hint)
         assert np.array_equal(canny(picture), canny(IMAGE))
-    assert repr(want) == "Hint(128x192x3, 0 to 1)"
+    assert repr(want) == "Hint(canny 1.0, 128x192)"
 
 
 def test_devices_and_weights_that_make_no_sense_are_refused():
