@@ -47,8 +47,7 @@ def freeze(network: nn.Module, device: torch.device) -> nn.Module:
 class LazyNetwork:
     """A network of a detector that is loaded when it is first asked for, once, whichever thread asks.
 
-    Args:
-        filenames: of its published weights; any of them serves.
+    `filenames` are those of its published weights, any of which serves.
     """
 
     _lock = threading.RLock()
@@ -143,11 +142,6 @@ class NetworkDetector(Detector):
         return self
 
     def load(self, **parameters: Any) -> None:
-        """Load what a call with these arguments needs and is not loaded yet.
-
-        Raises:
-            annotator.weights.WeightsError: if weights cannot be found or read.
-        """
         _ = self.network
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
@@ -180,22 +174,16 @@ class NetworkDetector(Detector):
         return self.network(x)
 
     def decode(self, output: Any, size: tuple[int, int]) -> Maps:
-        """The map (H, W) or (H, W, 3), uint8, of one picture.
+        """The map (H, W) or (H, W, 3), uint8, of one picture of this size, from the network's output without the batch's axis.
 
-        Args:
-            output: the network's for this picture, without the batch's axis; with what was padded.
-            size: height and width of the picture. Arguments of the detector's call follow, each with a default.
+        The output still has what was padded. Arguments of the detector's call follow, each with a default.
         """
         raise NotImplementedError
 
     # What follows joins these steps; `annotator.folder` takes them one by one, with many pictures at once.
 
     def prepare(self, image: np.ndarray) -> Tensor:
-        """The network's input for any picture: checked, padded, encoded: (C, h, w).
-
-        Raises:
-            ValueError: for what is no picture, or is too large for a network.
-        """
+        """The network's input (C, h, w) for any picture: checked, padded, encoded; ValueError if it is none, or too large."""
         image = HWC3(image)
         self.check_size(*image.shape[:2])
         if min(image.shape[:2]) < self.min_side:
