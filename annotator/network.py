@@ -66,7 +66,7 @@ class LazyNetwork:
             if self.name not in loaded:
                 path = detector.find_file(self.name, detector.filenames.get(self.name, self.filenames))
                 loaded[self.name] = freeze(detector.load_network(self.name, path), detector.device)
-                detector.sources[Path(path).name] = detector.source_of(path)
+                detector.loaded_from[Path(path).name] = path
             return loaded[self.name]
 
 
@@ -78,7 +78,6 @@ class NetworkDetector(Detector):
 
     Attributes:
         network: in eval mode, on `device`, without gradients.
-        sources: what was loaded: a fingerprint by file name.
         stride, min_side: pictures are padded, by repeating the last row and column, to multiples of `stride`; and, if a side
             is below `min_side`, to multiples of that. The map is that of the picture without the padding.
         max_pixels: larger pictures are refused, as activations would not fit into memory.
@@ -104,7 +103,7 @@ class NetworkDetector(Detector):
         self.device = choose_device(device)
         self.weights = weights
         self.filenames: dict[str, Any] = {name: (file,) for name, file in (filenames or {}).items()}
-        self.sources: dict[str, str] = {}
+        self.loaded_from: dict[str, Path | str] = {}
         self.load()
 
     @classmethod
@@ -124,6 +123,7 @@ class NetworkDetector(Detector):
             filename: of the weights; `coarse_filename`, `hand_filename`, `face_filename` for further networks.
             device: the CPU, as there, if not given; `.to("cuda")` moves it.
         """
+        options.setdefault("version", "1.1")  # which that library is made from
         filenames = {"network": filename}
         for option in [option for option in options if option.endswith("_filename")]:
             filenames[option.removesuffix("_filename") + "_network"] = options.pop(option)
@@ -151,8 +151,12 @@ class NetworkDetector(Detector):
             weights = Path(weights).expanduser().parent  # beside the file of the first network
         return find_weights(filenames, weights, self.repository)
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Which weights were loaded: by file name, a fingerprint of the content, which takes a second for each gigabyte."""
+        return {name: self.source_of(path) for name, path in self.loaded_from.items()}
+
     def source_of(self, path: Path | str) -> str:
-        """Which weights were loaded from `path`, for the note of a folder of maps."""
         return fingerprint(Path(path)) if Path(path).exists() else str(path)
 
     def load_network(self, name: str, path: Path) -> nn.Module:
@@ -185,18 +189,15 @@ class NetworkDetector(Detector):
     def prepare(self, image: np.ndarray) -> Tensor:
         """The network's input (C, h, w) for any picture: checked, padded, encoded; ValueError if it is none, or too large."""
         image = HWC3(image)
-        self.check_size(*image.shape[:2])
-        if min(image.shape[:2]) < self.min_side:
-            image = pad_to_multiple(image, self.min_side)
-        return self.encode(pad_to_multiple(image, self.stride))
-
-    def check_size(self, height: int, width: int) -> None:
-        """ValueError if a picture is too large for a network."""
+        height, width = image.shape[:2]
         if height * width > self.max_pixels:
             raise ValueError(
                 f"a picture of {height}x{width} pixels is too large for {type(self).__name__} (at most "
                 f"{self.max_pixels} pixels); make it smaller first, e.g. with annotator.util.resize_image"
             )
+        if min(image.shape[:2]) < self.min_side:
+            image = pad_to_multiple(image, self.min_side)
+        return self.encode(pad_to_multiple(image, self.stride))
 
     @torch.no_grad()
     def run(self, x: Tensor, **parameters: Any) -> list[Any]:
