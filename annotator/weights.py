@@ -36,17 +36,17 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository of the Hugging Face hub as the place of weights.
+    """A repository of the Hugging Face hub as the place of weights."""
 
-    Attributes:
-        repository: owner/name.
-        cache_dir: of the hub's client; its usual one if not given.
-        local_files_only: fetch nothing.
-    """
+    repository: str  # owner/name
+    cache_dir: str | None = None  # of the hub's client; its usual one if not given
+    local_files_only: bool = False  # fetch nothing
 
-    repository: str
-    cache_dir: str | None = None
-    local_files_only: bool = False
+
+def search_folders() -> list[Path]:
+    """Where weights are looked for if none are named: `annotator/ckpts/`, then what the variable ANNOTATOR_CKPTS names."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    return [CKPTS] + ([Path(named).expanduser()] if named else [])
 
 
 def find_weights(
@@ -77,8 +77,7 @@ def find_weights(
     address = f"https://huggingface.co/{repository}/resolve/main/{first}"
     if weights is not None and Path(weights).expanduser().is_file():
         return Path(weights).expanduser()
-    named = os.environ.get(FOLDER_VARIABLE)
-    places = [CKPTS] + ([Path(named).expanduser()] if named else [])
+    places = search_folders()
     for place in places if weights is None else [Path(weights).expanduser()]:
         for name in filenames:
             for candidate in (place / name, (place / name).with_suffix(".safetensors")):

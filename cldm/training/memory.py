@@ -12,6 +12,7 @@ gaps between allocations come on top: about 0.5 to 1 GiB on a GPU.
 import argparse
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
