@@ -44,10 +44,9 @@ def colour_labels(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return lookup[np.where(known, labels, len(palette))]
 
 
-def colour_masks(masks: list[np.ndarray], height: int, width: int) -> np.ndarray:
-    """Each mask (H, W), bool, in a colour of its own, small ones over large ones: (height, width, 3), uint8, RGB."""
-    canvas = np.zeros((height, width, 3), dtype=np.uint8)
-    largest_first = sorted(masks, key=lambda mask: -int(mask.sum()))
-    for mask, colour in zip(largest_first, distinct_colours(len(masks)), strict=True):
-        canvas[mask] = colour
-    return canvas
+def stack_masks(masks: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Masks (H, W), bool, as labels: (H, W), int; 0 is the largest mask, small ones lie over large ones, -1 is nothing."""
+    labels = np.full(size, -1)
+    for number, mask in enumerate(sorted(masks, key=lambda mask: -int(mask.sum()))):
+        labels[mask] = number
+    return labels

@@ -1,0 +1,57 @@
+"""All masks that Segment Anything finds in a picture. A. Kirillov et al., "Segment Anything", ICCV 2023."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image
+from torch import nn
+
+from annotator.detector import import_extra
+from annotator.library import EXTRA, HubModelDetector
+from annotator.segmentation.colours import colour_labels, distinct_colours, stack_masks
+
+POINTS_AT_ONCE = 64
+
+
+class SamDetector(HubModelDetector):
+    """Each mask in a colour of its own, small ones over large ones, the rest black (H, W, 3).
+
+    Args:
+        weights: id or folder of a model of transformers that makes masks from points: SAM, SAM 2, SAM-HQ.
+    """
+
+    model = "facebook/sam-vit-base"
+    auto_class = "AutoModelForMaskGeneration"
+
+    def predict(
+        self, images: list[np.ndarray], points: int, pred_iou_thresh: float, stability_score_thresh: float
+    ) -> list[np.ndarray]:
+        """For each picture (H, W), int: numbers of masks, largest first; -1 for nothing."""
+        pipeline = import_extra("transformers", EXTRA).pipeline(
+            "mask-generation", model=self.network, image_processor=self.processor, device=self.device
+        )
+        results = []
+        for image in images:
+            masks = pipeline(
+                Image.fromarray(image),
+                points_per_batch=POINTS_AT_ONCE,
+                points_per_crop=points,
+                pred_iou_thresh=pred_iou_thresh,
+                stability_score_thresh=stability_score_thresh,
+            )["masks"]
+            results.append(stack_masks([np.asarray(mask, dtype=bool) for mask in masks], image.shape[:2]))
+        return results
+
+    def decode(
+        self,
+        output: np.ndarray,
+        size: tuple[int, int],
+        points: Annotated[int, 1, 128, "points along each side of the picture that masks are looked for at"] = 32,
+        pred_iou_thresh: Annotated[float, 0.0, 1.0, "quality, as the network judges it, above which a mask counts"] = 0.88,
+        stability_score_thresh: Annotated[
+            float, 0.0, 1.0, "how little a mask must change with its threshold to count"
+        ] = 0.95,
+    ) -> np.ndarray:
+        labels = output[: size[0], : size[1]]
+        return colour_labels(labels, distinct_colours(labels.max(initial=0) + 1))
