@@ -4,11 +4,12 @@ One package a detector (`annotator.canny.CannyDetector`, ...), and a registry of
 
     import annotator
     annotator.list_annotators()
-    annotator.load("canny").make_hint(image, low_threshold=80).hint
+    annotator.load("canny").make_hint("photo.jpg", low_threshold=80).hint
 
 Nothing is loaded or fetched before `load` or a detector's constructor is called.
 """
 
-from annotator.registry import Annotator, AnnotatorInfo, Hint, Parameter, describe, list_annotators, load
+from annotator.detector import Parameter, use_version
+from annotator.registry import Annotator, AnnotatorInfo, Hint, describe, list_annotators, load
 
-__all__ = ["Annotator", "AnnotatorInfo", "Hint", "Parameter", "describe", "list_annotators", "load"]
+__all__ = ["Annotator", "AnnotatorInfo", "Hint", "Parameter", "describe", "list_annotators", "load", "use_version"]

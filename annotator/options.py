@@ -1,15 +1,16 @@
-"""What command lines that run a detector over pictures have in common: its options, its task, and the progress bar."""
+"""What command lines that run a detector over pictures have in common: its options, and the progress bar."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from annotator.folder import HasPicture, Task, run
-from annotator.registry import REGISTRY, VERSIONS, Parameter, describe
+from annotator.detector import VERSIONS
+from annotator.folder import Job, run
+from annotator.registry import REGISTRY, Annotator, Hint, Request, describe, load
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,58 +20,71 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parameters_of(name: str) -> dict[str, Parameter]:
-    """The parameters that a condition has in any version."""
-    return {p.name: p for (known, _), info in REGISTRY.items() if known == name for p in info.parameters}
-
-
 def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out: Sequence[str] = ()) -> None:
     """Give `command` the options of the condition `name`: how it runs, and its parameters but for those left out."""
+    versions = [info for (known, _), info in REGISTRY.items() if known == name]
     command.add_argument("--version", choices=VERSIONS, help="ControlNet whose conventions hold")
-    command.add_argument("--detect-resolution", type=int, help="shorter side of what the detector sees")
-    command.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    command.add_argument("--weights", help="weight file, or folder that holds it")
+    if any(info.works_at == "detect" for info in versions):
+        command.add_argument("--detect-resolution", type=int, help="shorter side of what the detector sees")
     if describe(name).network:
-        command.add_argument("--batch", type=int, help="pictures at once (default: 1 on the CPU, else 8)")
-    else:
-        command.add_argument("--workers", type=int, help="pictures at once (default: one for each processor)")
-    for parameter in parameters_of(name).values():
+        command.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best there is)")
+        command.add_argument("--weights", help="weight file, or folder that holds it")
+        command.add_argument(
+            "--batch", type=int, help="pictures the network sees at once (default: 1 on the CPU, else 8)"
+        )
+    command.add_argument("--workers", type=int, help="threads that read and write (default: one for each processor)")
+    for parameter in {p.name: p for info in versions for p in info.parameters}.values():
         option = "--" + parameter.name.replace("_", "-")
         if parameter.name in leave_out:
             continue
+        default = next(info.defaults[parameter.name] for info in versions if parameter.name in info.offers)
         if parameter.kind is bool:
             command.add_argument(option, dest=parameter.name, action="store_const", const=True, help=parameter.help)
-        else:
-            limits = f"{parameter.minimum:g} to {parameter.maximum:g}"
-            default = "" if parameter.default is None else f", default {parameter.default:g}"
-            text = f"{parameter.help} ({limits}{default})"
-            command.add_argument(option, dest=parameter.name, type=parameter.kind, metavar="N", help=text)
+            continue
+        limits = ", ".join(parameter.choices) or f"{parameter.minimum:g} to {parameter.maximum:g}"
+        text = (
+            parameter.help
+            + f" ({limits}"
+            + ("" if default is None else f", default {default:{'' if parameter.choices else 'g'}}")
+            + ")"
+        )
+        command.add_argument(option, dest=parameter.name, type=parameter.kind, metavar="N", help=text)
 
 
-def read_task(args: argparse.Namespace, name: str, kind: type[Task] = Task, **facts: object) -> Task:
-    """The task that the options of `add_detector_options` describe, as a `kind` with more `facts`.
+def load_annotator(args: argparse.Namespace, name: str) -> tuple[Annotator, dict[str, Any]]:
+    """The condition with the weights that the options of `add_detector_options` ask for, and all of its parameters.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: for values out of range, before anything is loaded; and for weights that cannot be had.
     """
     info = describe(name, args.version)
     for option in ("workers", "batch"):
         value = getattr(args, option, None)
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
-    check_resolution("--detect-resolution", args.detect_resolution)
-    if args.detect_resolution is not None and info.works_at != "detect":
+    detect_resolution = getattr(args, "detect_resolution", None)
+    check_resolution("--detect-resolution", detect_resolution)
+    if detect_resolution is not None and info.works_at != "detect":
         raise ValueError(f"{name} {info.version} works on the picture itself and takes no --detect-resolution")
-    given = {p: value for p in parameters_of(name) if (value := getattr(args, p, None)) is not None}
-    return kind(
-        name=name,
-        version=info.version,
-        detect_resolution=args.detect_resolution,
-        parameters=info.check_parameters(given),
-        device=args.device,
-        weights=args.weights,
-        **facts,
-    )
+    offered = {p for (known, _), other in REGISTRY.items() if known == name for p in other.offers}
+    given = {p: value for p in sorted(offered) if (value := getattr(args, p, None)) is not None}
+    parameters = info.check_parameters(given)
+    annotator = load(name, getattr(args, "device", None), getattr(args, "weights", None), info.version)
+    if info.network:
+        annotator.detector.load(**parameters)
+    return annotator, parameters
+
+
+def made_with(annotator: Annotator, parameters: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """What decides how a map comes out, as a folder of maps notes it."""
+    info = annotator.info
+    return {
+        "condition": info.name,
+        "version": info.version,
+        "detect_resolution": getattr(args, "detect_resolution", None) or info.detect_resolution,
+        "weights": getattr(annotator.detector, "sources", {}),
+        **parameters,
+    }
 
 
 def check_resolution(option: str, value: int | None) -> None:
@@ -82,17 +96,17 @@ def check_resolution(option: str, value: int | None) -> None:
 def run_with_bar(
     program: str,
     args: argparse.Namespace,
-    task: Task,
-    jobs: Sequence[HasPicture],
+    annotator: Annotator,
+    jobs: Sequence[Job],
+    read: Callable[[Any], Request],
+    write: Callable[[Any, Hint], None],
     total: int,
     unit: str = "picture",
-    processes: bool = True,
 ) -> set[Path]:
     """Do the jobs under a progress bar of `total`; the pictures that failed, each complained about once, on stderr."""
     failed: set[Path] = set()
-    workers, batch = getattr(args, "workers", None), getattr(args, "batch", None)
-    with tqdm(total=total, initial=total - len(jobs), desc=task.name, unit=unit, disable=None) as bar:
-        for job, complaint in run(task, jobs, workers, batch, processes):
+    with tqdm(total=total, initial=total - len(jobs), desc=annotator.info.name, unit=unit, disable=None) as bar:
+        for job, complaint in run(annotator, jobs, read, write, getattr(args, "batch", None), args.workers):
             if complaint and job.picture not in failed:
                 failed.add(job.picture)
                 tqdm.write(f"{program}: {complaint}", file=sys.stderr)

@@ -1,96 +1,56 @@
-"""All conditions by name: detectors, their parameters, the sizes they work at, and how a map becomes a model's hint.
+"""All conditions by name: detectors, the sizes they work at, and how a map becomes a model's hint.
 
-ControlNet 1.0 and 1.1 treat some conditions differently; `version` chooses ("1.0" where a condition has it, else
-"1.1"). In 1.0, Canny and scribbles work on the picture at its final size and white lines on black are shown inverted;
-in 1.1 Canny has a size of its own too, every map is resized linearly and shown as it is.
-
-    from annotator import list_annotators, load
-    canny = load("canny")
-    result = canny.make_hint(image, resolution=512, low_threshold=80)
-    result.hint, result.shown
+ControlNet 1.0 and 1.1 treat some conditions differently: in 1.0, Canny and scribbles work on the picture at its final size and
+white lines on black are shown inverted; in 1.1 Canny has a size of its own too, every map is resized linearly and shown as it is.
 """
 
 import importlib
-import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
 import numpy as np
 
-from annotator.inpaint import inpaint_hint
+from annotator.canny import check_thresholds
+from annotator.detector import VERSIONS, Detector, Parameter, check_version, default_version
+from annotator.inpaint import cut_hole, picture_with_hole, scale_with_hole, show_hole
+from annotator.pictures import HWC3, Picture, as_array, resize, resize_image
 from annotator.scribble import fake_scribble, first_channel
-from annotator.util import HWC3, check_image, resize_image
-
-VERSIONS = ("1.0", "1.1")
-INTERPOLATIONS = {"nearest": cv2.INTER_NEAREST, "linear": cv2.INTER_LINEAR}
-
-# How a user's array becomes the picture that the detector gets.
-INPUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "picture": HWC3,
-    "mask": lambda image: HWC3(first_channel(image)),
-    "rgba": lambda image: image if check_image(image).shape[2:] == (4,) else HWC3(image),
-}
-# What a map undergoes at the size of the result, before anything else.
-FINISHES: dict[str, Callable[[np.ndarray], np.ndarray]] = {"map": lambda image: image, "fake scribble": fake_scribble}
-# How a uint8 map becomes the float32 hint.
-HINTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "map": lambda image: image.astype(np.float32) / 255.0,
-    "inverted": lambda image: 1.0 - image.astype(np.float32) / 255.0,
-    "channels reversed": lambda image: np.ascontiguousarray(image[:, :, ::-1]).astype(np.float32) / 255.0,
-    "hole": lambda image: inpaint_hint(image[:, :, :3], image[:, :, 3] == 0),
-}
-# How a uint8 map is shown to people.
-SHOWN: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "map": lambda image: image,
-    "inverted": lambda image: 255 - image,
-    "dilated, inverted": lambda image: 255 - cv2.dilate(image, np.ones((3, 3), dtype=np.uint8)),
-    "hole": lambda image: np.where(image[:, :, 3:] == 0, 0, image[:, :, :3]).astype(np.uint8),
-}
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One argument of a detector's call.
-
-    Attributes:
-        default: its type is the parameter's; None stands for an int that may be left out.
-        minimum, maximum: what is allowed, both included; None for a bool.
-    """
-
-    name: str
-    default: bool | int | float | None
-    minimum: float | None = None
-    maximum: float | None = None
-    help: str = ""
-
-    @property
-    def kind(self) -> type:
-        return int if self.default is None else type(self.default)
-
-    def check(self, value: object) -> object:
-        """`value` in the parameter's type.
-
-        Raises:
-            ValueError: if it is of another kind or out of range.
-        """
-        if self.default is None and value is None:
-            return None
-        if self.kind is bool:
-            if not isinstance(value, (bool, np.bool_)):
-                raise ValueError(f"{self.name} must be True or False, got {value!r}")
-            return bool(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            raise ValueError(f"{self.name} must be a number, got {value!r}")
-        if not self.minimum <= value <= self.maximum or (self.kind is int and value != int(value)):
-            whole = "a whole number" if self.kind is int else "a number"
-            raise ValueError(f"{self.name} must be {whole} from {self.minimum:g} to {self.maximum:g}, got {value}")
-        return self.kind(value)
+def unchanged(map: np.ndarray) -> np.ndarray:
+    return map
 
 
-@dataclass(frozen=True)
+def scale(map: np.ndarray) -> np.ndarray:
+    """A uint8 map as float32 from 0 to 1."""
+    return HWC3(map).astype(np.float32) / 255.0
+
+
+def scale_inverted(map: np.ndarray) -> np.ndarray:
+    return 1.0 - scale(map)
+
+
+def scale_reversed(map: np.ndarray) -> np.ndarray:
+    """With the channels from last to first."""
+    return np.ascontiguousarray(scale(map)[:, :, ::-1])
+
+
+def invert(map: np.ndarray) -> np.ndarray:
+    return 255 - HWC3(map)
+
+
+def thicken_and_invert(map: np.ndarray) -> np.ndarray:
+    return 255 - cv2.dilate(HWC3(map), np.ones((3, 3), dtype=np.uint8))
+
+
+def mask_to_picture(mask: np.ndarray) -> np.ndarray:
+    return HWC3(first_channel(mask))
+
+
+@dataclass(frozen=True, repr=False)
 class Hint:
     """A condition, ready for a model.
 
@@ -108,66 +68,118 @@ class Hint:
 
     @property
     def source(self) -> np.ndarray:
-        """The hint as an image file of a training set holds it: (H, W, 3), uint8, `hint` times 255."""
-        return np.rint(self.hint.clip(0.0, 1.0) * 255.0).astype(np.uint8)
+        """The hint as an image file of a training set holds it: (H, W, 3), uint8, `hint` times 255.
+
+        Raises:
+            ValueError: for a hint with a hole, whose -1 no picture file can hold.
+        """
+        if self.hint.min() < 0:
+            raise ValueError(
+                "the hole of an inpainting hint is -1, which no picture file can hold; keep its map, which is RGBA"
+            )
+        return np.rint(self.hint * 255.0).astype(np.uint8)
+
+    def __repr__(self) -> str:
+        height, width, channels = self.hint.shape
+        return f"Hint({height}x{width}x{channels}, {self.hint.min():.3g} to {self.hint.max():.3g})"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture on its way to a hint.
+
+    Attributes:
+        view: what the detector sees, (H, W, C), uint8.
+        picture: the picture at the size of the result.
+        parameters: all arguments of the detector's call.
+    """
+
+    view: np.ndarray
+    picture: np.ndarray
+    parameters: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class AnnotatorInfo:
-    """What is to be known about a condition without loading anything.
+    """What is to be known about a condition without loading it.
 
     Attributes:
-        detector: dotted path of the class, imported when it is loaded.
-        network: whether it needs weights.
-        parameters: arguments of the detector's call, with the defaults of the reference's apps.
+        detector: dotted path of the class, imported when it is needed.
+        weights: what must be fetched: published files, or the id of a model; "" for a detector without weights.
+        extra: the extra of this package that the detector needs.
+        offers: arguments of the detector's call that people may choose; ranges and defaults stand in the detector.
+        defaults_here: defaults of this condition, where they are not the detector's own.
+        check: raises ValueError for values that do not fit together.
         works_at: "detect" (the picture at `detect_resolution`), "image" (at its final size), "input" (as it was given).
         detect_resolution: shorter side of what the detector is given, in pixels; None unless `works_at` is "detect".
-        interpolation: how the map is resized to the picture, "linear" or "nearest".
-        hint, shown, finish, takes: keys of `HINTS`, `SHOWN`, `FINISHES` and `INPUTS`.
-        options: arguments of the detector's constructor besides device and weights.
+        makes_size: the detector takes height and width of its result as `h` and `w`.
+        interpolation: OpenCV's, by which the map comes to the size of the picture.
         output: which of the detector's results is the map, where it gives several.
+        takes: makes the detector's input of a user's picture.
+        finish: what becomes of the map at the size of the result, before anything else.
+        to_hint: makes the model's hint, (H, W, 3), float32, of a map; also of one from elsewhere.
+        to_shown: makes the picture that people are shown of a map.
     """
 
     name: str
     version: str
     title: str
     detector: str
-    network: bool = True
-    parameters: tuple[Parameter, ...] = ()
+    weights: str = ""
+    extra: str = ""
+    offers: tuple[str, ...] = ()
+    defaults_here: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[dict[str, Any]], object] | None = None
     works_at: str = "detect"
     detect_resolution: int | None = 512
-    interpolation: str = "linear"
-    hint: str = "map"
-    shown: str = "map"
-    finish: str = "map"
-    takes: str = "picture"
-    options: dict[str, Any] = field(default_factory=dict)
+    makes_size: bool = False
+    interpolation: int = cv2.INTER_LINEAR
     output: int | None = None
+    takes: Callable[[np.ndarray], np.ndarray] = HWC3
+    finish: Callable[[np.ndarray], np.ndarray] = HWC3
+    to_hint: Callable[[np.ndarray], np.ndarray] = scale
+    to_shown: Callable[[np.ndarray], np.ndarray] = HWC3
+
+    def __post_init__(self) -> None:
+        if self.works_at != "detect":
+            object.__setattr__(self, "detect_resolution", None)
 
     @property
-    def defaults(self) -> dict[str, bool | int | float | None]:
-        """Parameters with their default values."""
-        return {parameter.name: parameter.default for parameter in self.parameters}
+    def network(self) -> bool:
+        """Whether it needs weights."""
+        return bool(self.weights)
 
-    def check_parameters(self, values: dict[str, object]) -> dict[str, object]:
+    @property
+    def detector_class(self) -> type[Detector]:
+        module, _, name = self.detector.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """What people may choose; imports the detector."""
+        known = self.detector_class.parameters() if self.offers else {}
+        return tuple(known[name] for name in self.offers)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Parameters with their default values."""
+        return {parameter.name: parameter.default for parameter in self.parameters} | dict(self.defaults_here)
+
+    def check_parameters(self, values: Mapping[str, object]) -> dict[str, Any]:
         """All parameters, `values` before defaults.
 
         Raises:
             ValueError: for an unknown parameter, or a value out of range.
         """
-        unknown = sorted(set(values) - set(self.defaults))
+        unknown = [name for name in values if name not in self.offers]
         if unknown:
-            known = ", ".join(self.defaults) or "none"
+            known = ", ".join(self.offers) or "none"
             raise ValueError(f"{self.name} {self.version} has no parameter {', '.join(unknown)}; it has: {known}")
-        return {p.name: p.check(values.get(p.name, p.default)) for p in self.parameters}
-
-    def to_hint(self, map: np.ndarray) -> np.ndarray:
-        """A detector's map, or one from elsewhere in the same convention, as the model's hint: (H, W, 3), float32."""
-        return HINTS[self.hint](INPUTS["rgba"](map) if self.hint == "hole" else HWC3(map))
-
-    def to_shown(self, map: np.ndarray) -> np.ndarray:
-        """The map as people are shown it: (H, W, 3), uint8."""
-        return SHOWN[self.shown](INPUTS["rgba"](map) if self.hint == "hole" else HWC3(map))
+        checked = {p.name: p.check(values[p.name]) for p in self.parameters if p.name in values}
+        checked = self.defaults | checked
+        if self.check:
+            self.check(checked)
+        return checked
 
 
 class Annotator:
@@ -178,173 +190,160 @@ class Annotator:
         detector: the detector itself, for calls with arguments that only it knows.
     """
 
-    def __init__(self, info: AnnotatorInfo, device: object = None, weights: str | os.PathLike | None = None) -> None:
-        module, _, name = info.detector.rpartition(".")
+    def __init__(self, info: AnnotatorInfo, detector: Detector) -> None:
         self.info = info
-        self.detector = getattr(importlib.import_module(module), name)(device=device, weights=weights, **info.options)
+        self.detector = detector
 
-    def __call__(self, image: np.ndarray, **parameters: object) -> np.ndarray:
-        """The detector's uint8 map of `image`, at the size of `image`, as the detector gives it."""
-        result = self.detector(image, **self.info.check_parameters(parameters))
+    def __call__(self, image: Picture, **parameters: object) -> np.ndarray:
+        """The detector's uint8 map of a picture, at the size of the picture, as the detector gives it."""
+        result = self.detector.detect(as_array(image), **self.info.check_parameters(parameters))
         return result if self.info.output is None else result[self.info.output]
 
     def make_hint(
         self,
-        image: np.ndarray,
+        image: Picture,
         resolution: int | None = 512,
         detect_resolution: int | None = None,
-        picture: np.ndarray | None = None,
+        picture: Picture | None = None,
+        mask: Picture | None = None,
         **parameters: object,
     ) -> Hint:
         """A picture's condition, with the same steps as in the reference's apps.
 
         Args:
-            image: (H, W), (H, W, 3) or RGBA, uint8.
+            image: an array (H, W), (H, W, 3) or RGBA, uint8; a PIL picture; or a path.
             resolution: shorter side of the result (see `annotator.util.resize_image`); None keeps the size of `image`.
             detect_resolution: shorter side of what the detector sees, where it has a size of its own.
             picture: `image` at the size of the result, where the caller has resized it; then `resolution` has no say.
+            mask: for inpainting, white where to paint, of any size.
             parameters: the detector's, see `info.parameters`.
 
         Raises:
             ValueError: for what is no picture, and parameters out of range.
         """
+        request = self.request(image, resolution, detect_resolution, picture, mask, **parameters)
+        return self.finish(request, self.detector.detect(request.view, **request.parameters))
+
+    def request(
+        self,
+        image: Picture,
+        resolution: int | None = 512,
+        detect_resolution: int | None = None,
+        picture: Picture | None = None,
+        mask: Picture | None = None,
+        **parameters: object,
+    ) -> Request:
+        """What the detector is to be called with; the first half of `make_hint`."""
         info = self.info
         if detect_resolution is not None and info.works_at != "detect":
             raise ValueError(f"{info.name} {info.version} works on the picture itself and takes no detect_resolution")
-        image = INPUTS[info.takes](image)
+        image = as_array(image)
+        if mask is not None:
+            if info.takes is not picture_with_hole:
+                raise ValueError(f"{info.name} takes no mask")
+            image = cut_hole(image, as_array(mask))
+        image = info.takes(image)
         if picture is not None:
-            picture = INPUTS[info.takes](picture)
+            picture = info.takes(as_array(picture))
         else:
             picture = image if resolution is None else resize_image(image, resolution)
+        checked = info.check_parameters(parameters)
         if info.works_at == "detect":
             view = resize_image(image, info.detect_resolution if detect_resolution is None else detect_resolution)
         else:
             view = picture if info.works_at == "image" else image
-        found = self(view, **parameters)
-        found = found if found.ndim == 3 and found.shape[2] == 4 else HWC3(found)
-        height, width = picture.shape[:2]
-        if found.shape[:2] != (height, width):
-            found = cv2.resize(found, (width, height), interpolation=INTERPOLATIONS[info.interpolation])
-        found = FINISHES[info.finish](found)
-        return Hint(info.to_hint(found), info.to_shown(found), found, picture[:, :, :3])
+        if info.makes_size:
+            checked |= {"h": picture.shape[0], "w": picture.shape[1]}
+        return Request(view, picture, checked)
+
+    def finish(self, request: Request, found: Any) -> Hint:
+        """What the detector has found as a hint; the second half of `make_hint`."""
+        info, picture = self.info, request.picture
+        map = found if info.output is None else found[info.output]
+        if map.shape[:2] != picture.shape[:2]:
+            map = resize(map, picture.shape[:2], info.interpolation)
+        map = info.finish(map)
+        return Hint(info.to_hint(map), info.to_shown(map), map, picture[:, :, :3])
 
 
-HYSTERESIS = (
-    Parameter("low_threshold", 100, 1, 255, "gradient above which a pixel continues an edge"),
-    Parameter("high_threshold", 200, 1, 255, "gradient above which a pixel starts an edge"),
-)
-LINES = (
-    Parameter("thr_v", 0.1, 0.01, 2.0, "score above which a line is kept"),
-    Parameter("thr_d", 0.1, 0.01, 20.0, "shortest line, in pixels of the network's map"),
-)
-SAFE = Parameter("safe", False, help="quantise the map to three levels, so that it hides less of the picture")
-COARSE = Parameter("coarse", False, help="fewer, bolder lines (sk_model2.pth)")
-SHUFFLE = (
-    Parameter("f", 256, 1, 4096, "size of the bumps of the flow, in pixels"),
-    Parameter("seed", None, 0, 2**32 - 1, "makes the shuffle repeatable"),
-)
-BLUR = Parameter("blur", 5.0, 0.0, 64.0, "sigma that softens the hole's border, in pixels")
+HED = "ControlNetHED.pth or network-bsds500.pth"
+OPENPOSE = "body_pose_model.pth, hand_pose_model.pth"
+THRESHOLDS = ("low_threshold", "high_threshold")
 
-NORMALS = (
-    Parameter("a", 2 * math.pi, 0.1, 20.0, "what z counts against the slopes; larger is flatter"),
-    Parameter("bg_th", 0.4, 0.0, 1.0, "depth below which all is background"),
-)
-HAND = Parameter("hand", False, help="draw hands too")
-HAND_AND_FACE = Parameter("hand_and_face", False, help="draw hands and faces too")
-
-_AT_IMAGE_SIZE = {"network": False, "works_at": "image", "detect_resolution": None}
-# Name: title, class below `annotator`, what differs from the usual.
-_V10: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "canny": ("Canny edges", "canny.CannyDetector", {**_AT_IMAGE_SIZE, "shown": "inverted", "parameters": HYSTERESIS}),
-    "mlsd": (
-        "straight lines (M-LSD)",
-        "mlsd.MLSDdetector",
-        {"interpolation": "nearest", "shown": "dilated, inverted", "parameters": LINES},
-    ),
-    "hed": ("soft edges (HED)", "hed.HEDdetector", {}),
-    "scribble": (
-        "a user's scribble, dark on light", "scribble.ScribbleDetector", {**_AT_IMAGE_SIZE, "shown": "inverted"}
-    ),
-    "scribble_interactive": (
-        "a drawn mask, light on dark",
-        "scribble.InteractiveScribbleDetector",
-        {**_AT_IMAGE_SIZE, "shown": "inverted", "takes": "mask"},
-    ),
-    "fake_scribble": (
-        "scribble made from HED edges", "hed.HEDdetector", {"shown": "inverted", "finish": "fake scribble"}
-    ),
-    "openpose": (
-        "human pose (OpenPose)",
-        "openpose.OpenposeDetector",
-        {"interpolation": "nearest", "parameters": (HAND,), "options": {"version": "1.0"}, "output": 0},
-    ),
-    "seg": ("semantic segmentation (UniFormer)", "uniformer.UniformerDetector", {"interpolation": "nearest"}),
-    "depth": ("depth (MiDaS)", "midas.MidasDetector", {"detect_resolution": 384, "output": 0}),
-    "normal": (
-        "normals from depth (MiDaS)",
-        "midas.MidasDetector",
-        {"detect_resolution": 384, "hint": "channels reversed", "parameters": NORMALS, "output": 1},
-    ),
-}  # fmt: skip
-_IN_BOTH: dict[str, dict[str, Any]] = {  # what 1.1 does otherwise, besides linear resizing and showing the map as it is
-    "canny": {"works_at": "detect", "detect_resolution": 512},
-    "mlsd": {},
-    "hed": {"parameters": (SAFE,)},
-    "scribble": {},
-    "scribble_interactive": {},
-    "fake_scribble": {},
-    "openpose": {"parameters": (HAND_AND_FACE,), "options": {"version": "1.1"}, "output": None},
-    "seg": {},
-    "depth": {"detect_resolution": 384},
-}
-_V11_ONLY: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "fake_scribble_pidinet": (
-        "scribble made from PiDiNet edges", "pidinet.PidiNetDetector", {"finish": "fake scribble"}
-    ),
-    "lineart": ("line art", "lineart.LineartDetector", {"hint": "inverted", "parameters": (COARSE,)}),
-    "lineart_anime": ("anime line art", "lineart_anime.LineartAnimeDetector", {"hint": "inverted"}),
-    "pidinet": ("soft edges (PiDiNet)", "pidinet.PidiNetDetector", {"parameters": (SAFE,)}),
-    "normalbae": ("normals (NormalBae)", "normalbae.NormalBaeDetector", {}),
-    "shuffle": ("shuffled content", "shuffle.ContentShuffleDetector", {"network": False, "parameters": SHUFFLE}),
-    "tile": ("the picture itself", "tile.TileDetector", {**_AT_IMAGE_SIZE, "works_at": "input"}),
-    "inpaint": (
-        "the picture with a hole",
-        "inpaint.InpaintDetector",
-        {**_AT_IMAGE_SIZE, "hint": "hole", "shown": "hole", "takes": "rgba", "parameters": (BLUR,)},
-    ),
-}  # fmt: skip
-
-
-def _build_registry() -> dict[tuple[str, str], AnnotatorInfo]:
-    registry = {}
-    for version, table in (("1.0", _V10), ("1.1", _V11_ONLY)):
-        for name, (title, detector, facts) in table.items():
-            registry[name, version] = AnnotatorInfo(name, version, title, f"annotator.{detector}", **facts)
-    for name, facts in _IN_BOTH.items():
-        changes = {"version": "1.1", "interpolation": "linear", "shown": "map"} | facts
-        registry[name, "1.1"] = replace(registry[name, "1.0"], **changes)
-    return registry
-
-
-REGISTRY = _build_registry()
+# Each line: name, version, title, detector, and what is not the usual. Detectors that ControlNet did not have follow 1.1.
+CONDITIONS = [
+    AnnotatorInfo("canny", "1.0", "Canny edges", "annotator.canny.CannyDetector", offers=THRESHOLDS, check=check_thresholds,
+                  works_at="image", to_shown=invert),
+    AnnotatorInfo("canny", "1.1", "Canny edges", "annotator.canny.CannyDetector", offers=THRESHOLDS, check=check_thresholds),
+    AnnotatorInfo("mlsd", "1.0", "straight lines (M-LSD)", "annotator.mlsd.MLSDdetector", "mlsd_large_512_fp32.pth",
+                  offers=("thr_v", "thr_d"), interpolation=cv2.INTER_NEAREST, to_shown=thicken_and_invert),
+    AnnotatorInfo("mlsd", "1.1", "straight lines (M-LSD)", "annotator.mlsd.MLSDdetector", "mlsd_large_512_fp32.pth",
+                  offers=("thr_v", "thr_d")),
+    AnnotatorInfo("hed", "1.0", "soft edges (HED)", "annotator.hed.HEDdetector", HED),
+    AnnotatorInfo("hed", "1.1", "soft edges (HED)", "annotator.hed.HEDdetector", "ControlNetHED.pth", offers=("safe",)),
+    AnnotatorInfo("scribble", "1.0", "a user's scribble, dark on light", "annotator.scribble.ScribbleDetector",
+                  works_at="image", to_shown=invert),
+    AnnotatorInfo("scribble", "1.1", "a user's scribble, dark on light", "annotator.scribble.ScribbleDetector",
+                  works_at="image"),
+    AnnotatorInfo("scribble_interactive", "1.0", "a drawn mask, light on dark",
+                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=mask_to_picture, to_shown=invert),
+    AnnotatorInfo("scribble_interactive", "1.1", "a drawn mask, light on dark",
+                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=mask_to_picture),
+    AnnotatorInfo("fake_scribble", "1.0", "scribble made from HED edges", "annotator.hed.HEDdetector", HED,
+                  finish=fake_scribble, to_shown=invert),
+    AnnotatorInfo("fake_scribble", "1.1", "scribble made from HED edges", "annotator.hed.HEDdetector", "ControlNetHED.pth",
+                  finish=fake_scribble),
+    AnnotatorInfo("fake_scribble_pidinet", "1.1", "scribble made from PiDiNet edges", "annotator.pidinet.PidiNetDetector",
+                  "table5_pidinet.pth", finish=fake_scribble),
+    AnnotatorInfo("openpose", "1.0", "human pose (OpenPose)", "annotator.openpose.OpenposeDetector", OPENPOSE,
+                  offers=("hand",), interpolation=cv2.INTER_NEAREST, output=0),
+    AnnotatorInfo("openpose", "1.1", "human pose (OpenPose)", "annotator.openpose.OpenposeDetector",
+                  f"{OPENPOSE}, facenet.pth", offers=("hand_and_face",)),
+    AnnotatorInfo("seg", "1.0", "semantic segmentation (UniFormer)", "annotator.uniformer.UniformerDetector",
+                  "upernet_global_small.pth", interpolation=cv2.INTER_NEAREST),
+    AnnotatorInfo("seg", "1.1", "semantic segmentation (UniFormer)", "annotator.uniformer.UniformerDetector",
+                  "upernet_global_small.pth"),
+    AnnotatorInfo("depth", "1.0", "depth (MiDaS)", "annotator.midas.MidasDetector", "dpt_hybrid-midas-501f0c75.pt",
+                  detect_resolution=384, output=0),
+    AnnotatorInfo("depth", "1.1", "depth (MiDaS)", "annotator.midas.MidasDetector", "dpt_hybrid-midas-501f0c75.pt",
+                  detect_resolution=384),
+    AnnotatorInfo("normal", "1.0", "normals from depth (MiDaS)", "annotator.midas.MidasDetector",
+                  "dpt_hybrid-midas-501f0c75.pt", offers=("a", "bg_th"), defaults_here={"bg_th": 0.4}, detect_resolution=384,
+                  output=1, to_hint=scale_reversed),
+    AnnotatorInfo("normalbae", "1.1", "normals (NormalBae)", "annotator.normalbae.NormalBaeDetector", "scannet.pt"),
+    AnnotatorInfo("lineart", "1.1", "line art", "annotator.lineart.LineartDetector", "sk_model.pth or sk_model2.pth",
+                  offers=("coarse",), to_hint=scale_inverted),
+    AnnotatorInfo("lineart_anime", "1.1", "anime line art", "annotator.lineart_anime.LineartAnimeDetector", "netG.pth",
+                  to_hint=scale_inverted),
+    AnnotatorInfo("pidinet", "1.1", "soft edges (PiDiNet)", "annotator.pidinet.PidiNetDetector", "table5_pidinet.pth",
+                  offers=("safe",)),
+    AnnotatorInfo("shuffle", "1.1", "shuffled content", "annotator.shuffle.ContentShuffleDetector", offers=("f", "seed"),
+                  works_at="input", makes_size=True),
+    AnnotatorInfo("tile", "1.1", "the picture itself, resized linearly", "annotator.tile.TileDetector", works_at="input"),
+    AnnotatorInfo("ip2p", "1.1", "the picture itself, to be changed by an instruction", "annotator.tile.TileDetector",
+                  works_at="image"),
+    AnnotatorInfo("inpaint", "1.1", "the picture with a hole", "annotator.inpaint.InpaintDetector", offers=("blur",),
+                  works_at="image", takes=picture_with_hole, finish=unchanged, to_hint=scale_with_hole, to_shown=show_hole),
+]  # fmt: skip
+REGISTRY = {(info.name, info.version): info for info in CONDITIONS}
 
 
 def list_annotators(version: str | None = None) -> list[str]:
     """Names of all conditions, or of those that a version of ControlNet has, in alphabetical order."""
-    if version not in (None, *VERSIONS):
-        raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
+    if version is not None:
+        check_version(version)
     return sorted({name for name, known in REGISTRY if version in (None, known)})
 
 
 def describe(name: str, version: str | None = None) -> AnnotatorInfo:
-    """Facts about a condition, in the first version that has it if none is named.
+    """Facts about a condition, in the version that `use_version` chose (1.0 if none) where it has that, else in the other.
 
     Raises:
         ValueError: if there is no such condition, with those there are.
     """
     if name not in list_annotators():
         raise ValueError(f"no annotator {name!r}; there are: {', '.join(list_annotators())}")
-    for candidate in VERSIONS if version is None else (version,):
+    for candidate in (default_version(), *VERSIONS) if version is None else (version,):
         if (name, candidate) in REGISTRY:
             return REGISTRY[name, candidate]
     known = " and ".join(candidate for candidate in VERSIONS if (name, candidate) in REGISTRY)
@@ -352,17 +351,18 @@ def describe(name: str, version: str | None = None) -> AnnotatorInfo:
 
 
 def load(
-    name: str, device: object = None, weights: str | os.PathLike | None = None, version: str | None = None
+    name: str, device: Any = None, weights: str | os.PathLike | None = None, version: str | None = None
 ) -> Annotator:
     """The condition `name` (see `list_annotators`), its detector imported and its weights loaded.
 
     Args:
         device: where to compute; the best one of this machine if not given.
         weights: a weight file or a folder; see `annotator.weights.find_weights`.
-        version: "1.0" or "1.1"; the first that has the condition if not given.
+        version: "1.0" or "1.1"; see `describe`.
 
     Raises:
         ValueError: if there is no such condition.
         annotator.weights.WeightsError: if its weights cannot be found or read.
     """
-    return Annotator(describe(name, version), device, weights)
+    info = describe(name, version)
+    return Annotator(info, info.detector_class(device=device, weights=weights, version=info.version))

@@ -1,15 +1,20 @@
-"""Image helpers shared by the detectors: pixels in, pixels out, no networks.
+"""The small helpers of the published package under their names: thinning of edges, quantising, noise, masks.
 
-Images are HWC, uint8, RGB. Floats become uint8 by clipping to 0..255 and cutting off the fraction, nowhere by rounding.
+`HWC3` and `resize_image` come from `annotator.pictures`, `annotator_ckpts_path` is where weight files are looked for first.
 """
 
 import random
+from pathlib import Path
 
 import cv2
 import numpy as np
 
-SIZE_STEP = 64
-MAX_PIXELS = 2**27  # what `resize_image` agrees to make: 11,585 pixels a side
+from annotator.pictures import HWC3, check_image, resize_image, resized_shape, to_uint8
+
+__all__ = ["HWC3", "annotator_ckpts_path", "img2mask", "make_noise_disk", "min_max_norm", "nms", "resize_image",
+           "resized_shape", "safe_step", "to_uint8"]  # fmt: skip
+
+annotator_ckpts_path = str(Path(__file__).parent / "ckpts")
 
 # A pixel survives `nms` if it is the maximum along one of these directions: horizontal, vertical, both diagonals.
 LINE_KERNELS = tuple(
@@ -21,101 +26,6 @@ LINE_KERNELS = tuple(
         [[0, 0, 1], [0, 1, 0], [1, 0, 0]],
     )
 )
-
-
-class PixelDetector:
-    """Base of the detectors without a network. They are made like all others; neither argument has a meaning here."""
-
-    def __init__(self, device: object = None, weights: object = None) -> None:
-        pass
-
-
-def check_image(image: np.ndarray) -> np.ndarray:
-    """`image` itself, if it is a uint8 picture: (H, W), or (H, W, C) with 1, 3 or 4 channels, and not empty.
-
-    Raises:
-        ValueError: saying what was given instead.
-    """
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"an image must be a numpy array (height, width, channels), not {type(image).__name__}")
-    if image.dtype != np.uint8:
-        raise ValueError(f"an image must be uint8 with values 0 to 255, not {image.dtype}; convert it first")
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
-        raise ValueError(f"an image must have shape (H, W) or (H, W, 1, 3 or 4), not {image.shape}")
-    if 0 in image.shape:
-        raise ValueError(f"the image is empty: shape {image.shape}")
-    return image
-
-
-def to_uint8(x: np.ndarray) -> np.ndarray:
-    """Numbers of any kind as uint8: clipped to 0..255, the fraction cut off, NaN as 0."""
-    return np.nan_to_num(np.asarray(x), nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255).astype(np.uint8)
-
-
-def HWC3(x: np.ndarray) -> np.ndarray:  # noqa: N802 (the public name)
-    """A uint8 picture with three channels: grey is repeated, RGBA is laid over white, RGB comes back as it is.
-
-    Args:
-        x: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8.
-
-    Returns:
-        (H, W, 3), uint8.
-    """
-    x = check_image(x)
-    if x.ndim == 2:
-        x = x[:, :, None]
-    if x.shape[2] == 3:
-        return x
-    if x.shape[2] == 1:
-        return np.repeat(x, 3, axis=2)
-    alpha = x[:, :, 3:].astype(np.float32) / 255.0
-    return to_uint8(x[:, :, :3].astype(np.float32) * alpha + 255.0 * (1.0 - alpha))
-
-
-def resized_shape(height: int, width: int, resolution: int) -> tuple[int, int]:
-    """Height and width that `resize_image` gives: the shorter side near `resolution`, both multiples of 64.
-
-    Raises:
-        ValueError: if a side would vanish or the picture would have more than 2**27 pixels.
-    """
-    scale = float(resolution) / min(height, width)
-    if not np.isfinite(scale):
-        raise ValueError(f"resolution must be a number of pixels, got {resolution}")
-    new_height, new_width = (round(side * scale / SIZE_STEP) * SIZE_STEP for side in (height, width))
-    if new_height < SIZE_STEP or new_width < SIZE_STEP:
-        raise ValueError(f"resolution {resolution} is too small: sides are rounded to multiples of {SIZE_STEP}")
-    if new_height * new_width > MAX_PIXELS:
-        raise ValueError(
-            f"a picture of {height}x{width} (height x width) at resolution {resolution} would have "
-            f"{new_height}x{new_width} pixels; crop it to a less extreme shape or ask for a lower resolution"
-        )
-    return new_height, new_width
-
-
-def resize_image(image: np.ndarray, resolution: int) -> np.ndarray:
-    """Scale so that the shorter side is about `resolution`, each side rounded to a multiple of 64.
-
-    Lanczos when enlarging, area averaging when shrinking. A side may come out longer than asked (100 gives 128).
-
-    Args:
-        image: (H, W) or (H, W, C), uint8.
-        resolution: pixels of the shorter side.
-    """
-    image = check_image(image)
-    height, width = image.shape[:2]
-    new_height, new_width = resized_shape(height, width, resolution)
-    enlarging = float(resolution) / min(height, width) > 1
-    method = cv2.INTER_LANCZOS4 if enlarging else cv2.INTER_AREA
-    return cv2.resize(image, (new_width, new_height), interpolation=method)
-
-
-def pad_to_multiple(image: np.ndarray, multiple: int) -> np.ndarray:
-    """`image` (H, W[, C]) with its last row and column repeated until both sides are multiples of `multiple`."""
-    height, width = image.shape[:2]
-    bottom, right = -height % multiple, -width % multiple
-    if not bottom and not right:
-        return image
-    return np.pad(image, [(0, bottom), (0, right)] + [(0, 0)] * (image.ndim - 2), mode="edge")
 
 
 def nms(x: np.ndarray, t: float, s: float) -> np.ndarray:

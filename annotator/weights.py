@@ -1,15 +1,15 @@
 """Published weight files of the detectors: finding, fetching, reading and loading them.
 
-Nothing is executed: files are read as safetensors, or by torch's restricted unpickler.
+Nothing is executed: files are read as safetensors, or by torch's restricted unpickler where that one is safe.
 """
 
+import hashlib
 import logging
 import os
 import pickle
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,87 +17,114 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from annotator.util import annotator_ckpts_path
+
 logger = logging.getLogger(__name__)
 
 REPOSITORY = "lllyasviel/Annotators"
+OLDER_REPOSITORY, OLDER_FOLDER = "lllyasviel/ControlNet", "annotator/ckpts"
 FOLDER_VARIABLE = "ANNOTATOR_CKPTS"
-CKPTS = Path(__file__).parent / "ckpts"
+CKPTS = Path(annotator_ckpts_path)
+# torch.load(weights_only=True) runs code of a file before 2.6 (CVE-2025-32434), and corrupts memory before 2.10
+# (CVE-2026-24747).
+SAFE_UNPICKLER = (2, 10)
 
 
 class WeightsError(ValueError):
     """A weight file is missing, unreadable, or belongs to another network."""
 
 
-def _search_folders() -> list[Path]:
-    named = os.environ.get(FOLDER_VARIABLE)
-    return [CKPTS] + ([Path(named).expanduser()] if named else [])
+@dataclass(frozen=True)
+class Hub:
+    """A repository of the Hugging Face hub as the place of weights.
+
+    Attributes:
+        repository: owner/name.
+        cache_dir: of the hub's client; its usual one if not given.
+        local_files_only: fetch nothing.
+    """
+
+    repository: str
+    cache_dir: str | None = None
+    local_files_only: bool = False
 
 
 def find_weights(
-    filename: str | Sequence[str],
-    weights: str | os.PathLike | None = None,
-    repository: str = REPOSITORY,
-    folder: str = "",
+    filenames: Sequence[str], weights: str | os.PathLike | Hub | None = None, repository: str = REPOSITORY
 ) -> Path:
     """Where the published file lies on this machine, fetched once from Hugging Face if it is nowhere.
 
     Args:
-        filename: the published name; with several, the first one found serves, and the first is fetched.
-        weights: a file (of any name), or a folder that holds `filename`; then nowhere else is looked.
+        filenames: published names, any of which serves, also with the suffix `.safetensors`; the first one is fetched.
+        weights: a file (of any name), a folder that holds one of the files, or a repository; then nowhere else is looked.
         repository: Hugging Face repository of the published file.
-        folder: folder of the file in that repository.
 
     Without `weights`: `annotator/ckpts/`, then the folder named by the variable ANNOTATOR_CKPTS, then the download.
 
     Raises:
         WeightsError: naming the file, its address and the folders looked in.
     """
-    names = [filename] if isinstance(filename, str) else list(filename)
+    first = filenames[0]
+    if isinstance(weights, Hub):
+        if weights.repository == OLDER_REPOSITORY and "/" not in first:
+            first = f"{OLDER_FOLDER}/{first}"
+        try:
+            return _fetch(weights, first)
+        except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
+            raise WeightsError(
+                f"cannot get {first} from {weights.repository}, which is no folder here either: {_first_line(err)}"
+            ) from err
+    address = f"https://huggingface.co/{repository}/resolve/main/{first}"
     if weights is not None and Path(weights).expanduser().is_file():
         return Path(weights).expanduser()
-    folders = _search_folders() if weights is None else [Path(weights).expanduser()]
-    for place in folders:
-        for name in names:
-            if (place / name).is_file():
-                return place / name
-    remote = f"{folder}/{names[0]}" if folder else names[0]
-    address = f"https://huggingface.co/{repository}/resolve/main/{remote}"
+    named = os.environ.get(FOLDER_VARIABLE)
+    places = [CKPTS] + ([Path(named).expanduser()] if named else [])
+    for place in places if weights is None else [Path(weights).expanduser()]:
+        for name in filenames:
+            for candidate in (place / name, (place / name).with_suffix(".safetensors")):
+                if candidate.is_file():
+                    return candidate
     if weights is not None:
         raise WeightsError(
-            f"no weights at {weights}: neither a file nor a folder that holds {' or '.join(names)} "
+            f"no weights at {weights}: neither a file nor a folder that holds {' or '.join(filenames)} "
             f"(published at {address})"
         )
-    looked_in = ", ".join(str(place) for place in folders)
-    advice = f"put it into one of the folders, or name a folder with {FOLDER_VARIABLE} or weights="
     try:
-        return _fetch(repository, remote)
-    except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        return _fetch(Hub(repository), first)
+    except Exception as err:
         raise WeightsError(
-            f"cannot get the weights {names[0]}: not in {looked_in}; fetching {address} failed ({reason}); {advice}"
+            f"cannot get the weights {first}: not in {', '.join(map(str, places))}; fetching {address} failed "
+            f"({_first_line(err)}); put the file into {places[-1]}, or name its folder with the environment variable "
+            f"{FOLDER_VARIABLE} or as weights"
         ) from err
 
 
-def _fetch(repository: str, remote: str) -> Path:
-    """A file from the client's cache, or downloaded into it."""
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+def _fetch(hub: Hub, filename: str) -> Path:
+    """A file from the hub client's cache, or downloaded into it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(repository, remote)
+    cached = try_to_load_from_cache(hub.repository, filename, hub.cache_dir)
     if isinstance(cached, str):
         return Path(cached)
-    address = hf_hub_url(repository, remote)
-    if not constants.HF_HUB_OFFLINE:
-        _check_reachable(address)
-    logger.info("fetching %s", address)
-    return Path(hf_hub_download(repo_id=repository, filename=remote))
+    if not hub.local_files_only:
+        address = hf_hub_url(hub.repository, filename)
+        # This question fails at once where there is no way to the server; the download would try again for half a minute.
+        get_hf_file_metadata(address, timeout=10)
+        logger.info("fetching %s", address)
+    return Path(
+        hf_hub_download(hub.repository, filename, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only)
+    )
 
 
-def _check_reachable(address: str) -> None:
-    """Raise OSError if there is no way to the server: the client would try again for half a minute before it says so."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # there is a server; what it does not like is for the client to say
+def fingerprint(path: Path) -> str:
+    """The first 16 digits of the SHA-256 of a file, or of all files in a folder: which weights they are."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb") as opened:
+                while block := opened.read(2**20):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict[str, Tensor]:
@@ -110,17 +137,20 @@ def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict
     A `module.` before every key, which data-parallel training leaves, is dropped; so are entries that are not tensors by name.
 
     Raises:
-        WeightsError: naming the file.
+        WeightsError: naming the file; also for a pickle where this version of torch cannot read it safely.
     """
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
+            _refuse_unsafe_pickle(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError,
             pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as err:  # fmt: skip
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        reason = _first_line(err)
         if isinstance(err, (pickle.UnpicklingError, KeyError)):  # whose texts are about pickles, or are mere numbers
             reason = "it is not a weight file, or holds more than tensors and plain containers"
         raise WeightsError(f"cannot read weights from {path}: {reason}") from err
@@ -130,41 +160,51 @@ def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
     tensors = {key: entry for key, entry in content.items() if isinstance(entry, Tensor) and isinstance(key, str)}
     if not tensors:
-        raise WeightsError(f"{path} holds no tensors at its top level; its entries are {_some(content)}")
+        raise WeightsError(f"{path} holds no tensors at its top level; its entries are {_some(list(content))}")
     if all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): tensor for key, tensor in tensors.items()}
     return tensors
 
 
+def _refuse_unsafe_pickle(path: Path) -> None:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < SAFE_UNPICKLER:
+        safe = ".".join(map(str, SAFE_UNPICKLER))
+        raise WeightsError(
+            f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, CVE-2026-24747); "
+            f"install torch {safe} or later, or give the weights as {path.stem}.safetensors"
+        )
+
+
 def load_weights(
-    network: nn.Module, state_dict: dict[str, Tensor], path: str | os.PathLike, strict: bool = True
+    network: nn.Module, state_dict: dict[str, Tensor], path: str | os.PathLike, optional: str | None = None
 ) -> None:
     """Copy `state_dict` into `network`.
 
     Args:
         path: where it was read, for messages.
-        strict: missing or unexpected entries are an error; else they are logged, unless nothing at all fits.
+        optional: entries that begin with this may be missing, and further ones may be there; both are logged.
 
     Raises:
         WeightsError: naming the file and some of the entries that do not fit.
     """
-    wanted = {key: tensor.shape for key, tensor in network.state_dict().items()}
-    missing = [key for key in wanted if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in wanted]
-    other_shape = [
-        f"{key} (file {tuple(tensor.shape)}, network {tuple(wanted[key])})"
-        for key, tensor in state_dict.items()
-        if key in wanted and tensor.shape != wanted[key]
-    ]
-    found = [("missing", missing), ("unexpected", unexpected), ("of another shape", other_shape)]
+    try:
+        missing, unexpected = network.load_state_dict(state_dict, strict=False)
+    except RuntimeError as err:  # of torch, a line for each entry of another shape
+        shapes = "; ".join(line.strip() for line in str(err).splitlines()[1:4])
+        raise WeightsError(f"{path} does not fit {type(network).__name__}: {shapes}") from err
+    needed = [key for key in missing if optional is None or not key.startswith(optional)]
+    found = [("missing", needed or missing), ("unexpected", unexpected)]
     complaint = "; ".join(f"{len(keys)} entries {kind}: {_some(keys)}" for kind, keys in found if keys)
-    if other_shape or (strict and complaint) or len(missing) == len(wanted):
+    if needed or (unexpected and optional is None):
         raise WeightsError(f"{path} does not fit {type(network).__name__}: {complaint}")
     if complaint:
         logger.warning("%s and %s differ: %s", path, type(network).__name__, complaint)
-    network.load_state_dict(state_dict, strict=False)
 
 
-def _some(keys: Sequence[str] | dict, count: int = 3) -> str:
-    shown = [str(key) for key in list(keys)[:count]]
-    return ", ".join(shown) + (", ..." if len(keys) > count else "")
+def _some(keys: Sequence[object], count: int = 3) -> str:
+    return ", ".join(map(str, keys[:count])) + (", ..." if len(keys) > count else "")
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]

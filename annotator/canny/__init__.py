@@ -1,29 +1,39 @@
 """Canny edges, by OpenCV: three colour channels, no blur, aperture 3, L1 gradient."""
 
 import math
+from collections.abc import Mapping
+from typing import Annotated
 
 import cv2
 import numpy as np
 
-from annotator.util import HWC3, PixelDetector, check_image
+from annotator.detector import Detector
+from annotator.pictures import HWC3, check_image
 
 
-class CannyDetector(PixelDetector):
+class CannyDetector(Detector):
     """J. Canny, "A Computational Approach to Edge Detection", 1986."""
 
-    def __call__(self, img: np.ndarray, low_threshold: float = 100, high_threshold: float = 200) -> np.ndarray:
-        """Edges as 255 on 0.
+    output_type = None
 
-        Args:
-            img: (H, W), (H, W, 3) or RGBA, uint8.
-            low_threshold: gradient above which a pixel continues an edge; 1 to 255 is usual.
-            high_threshold: gradient above which a pixel starts one. OpenCV exchanges the two if this is the lower one.
+    def detect(
+        self,
+        image: np.ndarray,
+        low_threshold: Annotated[int, 1, 255, "gradient above which a pixel continues an edge"] = 100,
+        high_threshold: Annotated[int, 1, 255, "gradient above which a pixel starts an edge"] = 200,
+    ) -> np.ndarray:
+        """Edges of a picture (H, W) or (H, W, C) as 255 on 0: (H, W), uint8.
 
-        Returns:
-            (H, W), uint8.
+        OpenCV exchanges the thresholds, of which any number from 0 upwards will do, if the high one is lower.
         """
-        img = check_image(img)
         for name, threshold in (("low_threshold", low_threshold), ("high_threshold", high_threshold)):
             if not (threshold >= 0 and math.isfinite(threshold)):
                 raise ValueError(f"{name} must be a number from 0 upwards, got {threshold}")
-        return cv2.Canny(img if img.ndim == 2 else HWC3(img), low_threshold, high_threshold)
+        return cv2.Canny(check_image(image) if image.ndim == 2 else HWC3(image), low_threshold, high_threshold)
+
+
+def check_thresholds(parameters: Mapping[str, float]) -> None:
+    """ValueError if the low threshold is above the high one."""
+    low, high = parameters["low_threshold"], parameters["high_threshold"]
+    if low > high:
+        raise ValueError(f"low_threshold must not be above high_threshold, got {low} and {high}")

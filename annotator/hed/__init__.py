@@ -1,15 +1,17 @@
 """Soft edges by HED, with either of the two networks that were published for ControlNet."""
 
-import os
+from pathlib import Path
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from annotator.detector import NetworkDetector, freeze
 from annotator.hed.model import BLOCKS, BSDS500HED, MIN_SIDE, ControlNetHED
-from annotator.util import nms, pad_to_multiple, safe_step, to_uint8
+from annotator.network import LazyNetwork, NetworkDetector, to_tensor
+from annotator.pictures import to_uint8
+from annotator.scribble import fake_scribble
+from annotator.util import nms, safe_step
 from annotator.weights import load_weights, read_state_dict
 
 __all__ = ["BSDS500HED", "ControlNetHED", "HEDdetector", "nms"]
@@ -18,43 +20,48 @@ __all__ = ["BSDS500HED", "ControlNetHED", "HEDdetector", "nms"]
 class HEDdetector(NetworkDetector):
     """Edges of a picture, white on black, soft.
 
-    Takes `ControlNetHED.pth` (1.0's last state and 1.1) and `network-bsds500.pth` (1.0 before April 2023), recognised
-    by their keys.
+    Takes `ControlNetHED.pth` (1.0's last state and 1.1) and, except in version 1.1, `network-bsds500.pth` (1.0 before April
+    2023), recognised by their keys.
     """
 
-    filename = ("ControlNetHED.pth", "network-bsds500.pth")
+    network = LazyNetwork("ControlNetHED.pth", "network-bsds500.pth")
+    min_side = MIN_SIDE
 
-    def load_network(self, path: str | os.PathLike) -> nn.Module:
+    def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
+        return super().find_file(name, filenames[:1] if self.version == "1.1" else filenames)
+
+    def load_network(self, name: str, path: Path) -> nn.Module:
         state_dict = read_state_dict(path)
         older = any(key.startswith("moduleVgg") for key in state_dict)
         network = BSDS500HED() if older else ControlNetHED()
         load_weights(network, state_dict, path)
-        return freeze(network, self.device)
+        return network
 
-    @torch.no_grad()
-    def __call__(self, input_image: np.ndarray, safe: bool = False) -> np.ndarray:
-        """
-        Args:
-            input_image: (H, W, 3), uint8, RGB.
-            safe: quantise to a few levels (1.1), so that the map hides less of the picture.
-
-        Returns:
-            (H, W), uint8.
-        """
-        image = self.prepare(input_image)
-        height, width = image.shape[:2]
-        if min(height, width) < MIN_SIDE:
-            image = pad_to_multiple(image, MIN_SIDE)
-        edge = self._edge(image)[:height, :width]
-        return to_uint8((safe_step(edge) if safe else edge) * 255.0)
-
-    def _edge(self, image: np.ndarray) -> np.ndarray:
-        """Probability of an edge at each pixel of (H, W, 3): (H, W), floats."""
-        height, width = image.shape[:2]
+    def encode(self, image: np.ndarray) -> Tensor:
         if isinstance(self.network, BSDS500HED):
-            return self.network(self.tensor(image[:, :, ::-1]) / 255.0)[0, 0].cpu().numpy()
-        mean = np.zeros((height, width), dtype=np.float32)
-        for projection in self.network(self.tensor(image)):
-            mean += cv2.resize(projection[0, 0].cpu().numpy(), (width, height), interpolation=cv2.INTER_LINEAR)
-        mean = (mean / len(BLOCKS)).astype(np.float64)
-        return 1.0 / (1.0 + np.exp(-mean.clip(-700.0)))  # e**709 is the largest in double precision
+            return to_tensor(image[:, :, ::-1]) / 255.0
+        return to_tensor(image)
+
+    def decode(
+        self,
+        output: Any,
+        size: tuple[int, int],
+        safe: Annotated[bool, "quantise the map to three levels, so that it hides less of the picture"] = False,
+    ) -> np.ndarray:
+        if isinstance(self.network, BSDS500HED):
+            edge = output[0].cpu().numpy()  # (h, w)
+        else:
+            full = output[0].shape[:0:-1]  # width and height of what the network saw
+            mean = sum(cv2.resize(map[0].cpu().numpy(), full, interpolation=cv2.INTER_LINEAR) for map in output)
+            mean = (mean / len(BLOCKS)).astype(np.float64)
+            edge = 1.0 / (1.0 + np.exp(-mean.clip(-700.0)))  # e**709 is the largest in double precision
+        return edges_to_map(edge[: size[0], : size[1]], safe)
+
+    def aux_map(self, view: np.ndarray, size: tuple[int, int], scribble: bool = False, **parameters: Any) -> np.ndarray:
+        found = super().aux_map(view, size, **parameters)
+        return fake_scribble(found) if scribble else found
+
+
+def edges_to_map(edge: np.ndarray, safe: bool) -> np.ndarray:
+    """Probabilities of an edge (H, W), 0..1, as uint8."""
+    return to_uint8((safe_step(edge) if safe else edge) * 255.0)

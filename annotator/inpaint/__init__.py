@@ -1,9 +1,16 @@
-"""Inpainting (ControlNet 1.1): the picture with a hole. In the hint, the hole's pixels are -1 instead of 0 to 1."""
+"""Inpainting (ControlNet 1.1): the picture with a hole. In the hint, the hole's pixels are -1 instead of 0 to 1.
+
+The map carries the hole as transparency, so that it can be kept as a PNG.
+"""
+
+from typing import Annotated
 
 import cv2
 import numpy as np
 
-from annotator.util import HWC3, PixelDetector, check_image
+from annotator.detector import Detector
+from annotator.pictures import HWC3, check_image
+from annotator.scribble import first_channel
 
 
 def soft_mask(mask: np.ndarray, height: int, width: int, blur: float = 5.0) -> np.ndarray:
@@ -13,40 +20,61 @@ def soft_mask(mask: np.ndarray, height: int, width: int, blur: float = 5.0) -> n
         mask: (H, W) or (H, W, C), uint8, white where to paint; the first channel counts.
         blur: sigma of the gaussian that softens the border, in pixels; 0 for none.
     """
-    mask = check_image(mask)
     if not 0 <= blur <= 1000:
         raise ValueError(f"blur must lie within 0 and 1000, got {blur}")
-    mask = mask if mask.ndim == 2 else mask[:, :, 0]
-    mask = cv2.resize(np.ascontiguousarray(mask), (width, height), interpolation=cv2.INTER_LINEAR)
-    mask = mask.astype(np.float32) / 255.0
+    mask = np.ascontiguousarray(first_channel(mask))
+    mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR).astype(np.float32) / 255.0
     return cv2.GaussianBlur(mask, (0, 0), blur) if blur else mask
 
 
-def inpaint_hint(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """The model's hint: (H, W, 3), float32, the picture in 0..1, and -1 where `hole` (H, W, bool) is true."""
-    hint = HWC3(picture).astype(np.float32) / 255.0
-    hint[hole] = -1.0
+def cut_hole(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A picture as RGBA (H, W, 4), uint8, transparent where the mask, of any size, is white."""
+    picture = check_image(image)[:, :, :3] if image.ndim == 3 else image
+    alpha = 255 - soft_mask(mask, *picture.shape[:2], blur=0.0) * 255.0
+    return np.dstack([HWC3(picture), np.rint(alpha).astype(np.uint8)])
+
+
+def picture_with_hole(image: np.ndarray) -> np.ndarray:
+    """An RGBA picture as it is.
+
+    Raises:
+        ValueError: for a picture without transparency, which says nothing of a hole.
+    """
+    if check_image(image).ndim != 3 or image.shape[2] != 4:
+        raise ValueError("inpainting needs a mask, or a picture that is transparent where to paint")
+    return image
+
+
+def scale_with_hole(map: np.ndarray) -> np.ndarray:
+    """The model's hint (H, W, 3), float32, of a map (H, W, 4): the picture in 0..1, and -1 where the map is transparent."""
+    hint = picture_with_hole(map)[:, :, :3].astype(np.float32) / 255.0
+    hint[map[:, :, 3] == 0] = -1.0
     return hint
 
 
-class InpaintDetector(PixelDetector):
-    """Cuts a hole. The map carries it as transparency, so that it can be kept as a PNG."""
+def show_hole(map: np.ndarray) -> np.ndarray:
+    """The picture (H, W, 3), uint8, of a map (H, W, 4), with a black hole."""
+    return np.where(picture_with_hole(map)[:, :, 3:] == 0, 0, map[:, :, :3]).astype(np.uint8)
 
-    def __call__(self, img: np.ndarray, mask: np.ndarray | None = None, blur: float = 5.0) -> np.ndarray:
+
+class InpaintDetector(Detector):
+    """Cuts a hole."""
+
+    def detect(
+        self,
+        image: np.ndarray,
+        mask: np.ndarray | None = None,
+        blur: Annotated[float, 0.0, 64.0, "sigma that softens the hole's border, in pixels"] = 5.0,
+    ) -> np.ndarray:
         """
         Args:
-            img: (H, W, 3), uint8; without `mask` RGBA, where what is transparent is to be painted.
+            image: (H, W, 3), uint8; without `mask` RGBA, where what is transparent is to be painted.
             mask: (h, w) or (h, w, C), uint8, white where to paint, of any size.
             blur: sigma of the gaussian on the mask, in pixels.
 
         Returns:
             (H, W, 4), uint8; the last channel is 0 in the hole and 255 elsewhere.
         """
-        img = check_image(img)
-        if mask is None:
-            if img.ndim == 2 or img.shape[2] != 4:
-                raise ValueError("inpainting needs a mask, or a picture whose alpha channel is 0 in the hole")
-            mask = 255 - img[:, :, 3]
-        picture = img[:, :, :3] if img.ndim == 3 and img.shape[2] == 4 else HWC3(img)
-        hole = soft_mask(mask, *picture.shape[:2], blur) > 0.5
-        return np.dstack([picture, np.where(hole, 0, 255).astype(np.uint8)])
+        rgba = picture_with_hole(image) if mask is None else cut_hole(image, mask)
+        hole = soft_mask(255 - rgba[:, :, 3] if mask is None else mask, *rgba.shape[:2], blur) > 0.5
+        return np.dstack([rgba[:, :, :3], np.where(hole, 0, 255).astype(np.uint8)])

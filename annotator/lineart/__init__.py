@@ -1,65 +1,56 @@
 """Line art of photographs, fine or coarse."""
 
-import functools
-import os
-from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from annotator.detector import NetworkDetector
 from annotator.lineart.model import Generator
-from annotator.util import pad_to_multiple, to_uint8
-from annotator.weights import find_weights
+from annotator.network import LazyNetwork, NetworkDetector, to_tensor
+from annotator.pictures import to_uint8
 
 __all__ = ["Generator", "LineartDetector"]
 
 
 class LineartDetector(NetworkDetector):
-    """A drawing of a picture, dark on white.
+    """A drawing of a picture, dark on white; in controlnet_aux's way white on black.
+
+    Each of the two networks is loaded when it is first needed, or by `load`, and not by the constructor.
 
     Args:
-        weights: a folder with `sk_model.pth` (fine) and `sk_model2.pth` (coarse), or a file with the fine weights
-            beside which the coarse ones lie. These are looked for when they are first asked for.
+        weights: a folder with `sk_model.pth` (fine) and `sk_model2.pth` (coarse), or a file with the fine weights beside which
+            the coarse ones lie.
     """
 
-    filename = "sk_model.pth"
-    coarse_filename = "sk_model2.pth"
+    network = LazyNetwork("sk_model.pth")
+    coarse_network = LazyNetwork("sk_model2.pth")
+    min_side = Generator.MIN_SIDE
 
-    def __init__(self, device: str | torch.device | None = None, weights: str | os.PathLike | None = None) -> None:
-        super().__init__(device, weights)
-        is_file = weights is not None and Path(weights).expanduser().is_file()
-        self._coarse_weights = Path(weights).expanduser().parent if is_file else weights
+    def load(self, coarse: bool | None = None, **parameters: Any) -> None:
+        if coarse is not None:
+            _ = self.coarse_network if coarse else self.network
 
     def build_network(self) -> nn.Module:
         return Generator()
 
-    @functools.cached_property
-    def coarse_network(self) -> nn.Module:
-        """The network that draws fewer, bolder lines.
+    def encode(self, image: np.ndarray) -> Tensor:
+        return to_tensor(image) / 255.0
 
-        Raises:
-            annotator.weights.WeightsError: if its weights cannot be found or read.
-        """
-        return self.load_network(find_weights(self.coarse_filename, self._coarse_weights))
+    def forward(self, x: Tensor, coarse: bool = False, **parameters: Any) -> Tensor:
+        return (self.coarse_network if coarse else self.network)(x)
 
-    @torch.no_grad()
-    def __call__(self, input_image: np.ndarray, coarse: bool = False) -> np.ndarray:
-        """
-        Args:
-            input_image: (H, W, 3), uint8, RGB.
-            coarse: fewer, bolder lines.
+    def decode(
+        self,
+        output: Any,
+        size: tuple[int, int],
+        coarse: Annotated[bool, "fewer, bolder lines (sk_model2.pth)"] = False,
+    ) -> np.ndarray:
+        """(H, W), uint8. As in the reference, a side that is no multiple of 4 comes back as the next one (150 gives 152); but
+        where a side has fewer than 5 pixels, where the reference fails, the size is kept."""
+        drawing = output[0].cpu().numpy()
+        if min(size) < Generator.MIN_SIDE:
+            drawing = drawing[: size[0], : size[1]]
+        return to_uint8(drawing * 255.0)
 
-        Returns:
-            (H, W), uint8. As in the reference, a side that is no multiple of 4 comes back as the next one (150 gives
-            152); but where a side has fewer than 5 pixels, where the reference fails, the size is kept.
-        """
-        image = self.prepare(input_image)
-        height, width = image.shape[:2]
-        tiny = min(height, width) < Generator.MIN_SIDE
-        if tiny:
-            image = pad_to_multiple(image, 8)
-        network = self.coarse_network if coarse else self.network
-        drawing = network(self.tensor(image) / 255.0)[0, 0].cpu().numpy()
-        return to_uint8((drawing[:height, :width] if tiny else drawing) * 255.0)
+    def aux_map(self, view: np.ndarray, size: tuple[int, int], **parameters: Any) -> np.ndarray:
+        return 255 - super().aux_map(view, size, **parameters)

@@ -1,46 +1,61 @@
 """Depth by MiDaS, and normals from that depth."""
 
 import math
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
-import torch
+from torch import Tensor
 
-from annotator.detector import NetworkDetector
+from annotator.detector import Maps
 from annotator.midas.model import STRIDE, DPTDepthModel
-from annotator.util import pad_to_multiple, to_uint8
+from annotator.network import LazyNetwork, NetworkDetector, to_tensor
+from annotator.pictures import HWC3, resize, to_uint8
 
 __all__ = ["DPTDepthModel", "MidasDetector", "depth_to_map", "depth_to_normals"]
 
 
 class MidasDetector(NetworkDetector):
-    """Inverse depth of a picture, near is light, and the normals of its surfaces."""
+    """Inverse depth of a picture (H, W), near is light; in version 1.0 beside the normals of its surfaces (H, W, 3; x, y, z)."""
 
-    filename = "dpt_hybrid-midas-501f0c75.pt"
+    network = LazyNetwork("dpt_hybrid-midas-501f0c75.pt")
     wrapper = "model"  # beside `optimizer`, in files that were saved while training
+    stride = STRIDE
+    output_type = None
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, model_type: str = "dpt_hybrid", **options: Any) -> "MidasDetector":
+        if model_type != "dpt_hybrid":
+            raise ValueError(f"model_type must be dpt_hybrid, got {model_type!r}")
+        return super().from_pretrained(*args, **options)
 
     def build_network(self) -> DPTDepthModel:
         return DPTDepthModel()
 
-    @torch.no_grad()
-    def __call__(
-        self, input_image: np.ndarray, a: float = 2 * math.pi, bg_th: float = 0.1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Args:
-            input_image: (H, W, 3), uint8, RGB.
-            a: what z counts against the slopes in the normals; larger is flatter. Above 0.
-            bg_th: depth, of 0..1, below which all is background, whose normals face the viewer.
+    def encode(self, image: np.ndarray) -> Tensor:
+        return to_tensor(image) / 127.5 - 1.0
 
-        Returns:
-            depth (H, W) and normals (H, W, 3; x, y, z), both uint8.
-        """
-        _check(a, bg_th)
-        image = self.prepare(input_image)
-        height, width = image.shape[:2]
-        x = self.tensor(pad_to_multiple(image, STRIDE)) / 127.5 - 1.0
-        depth = self.network(x)[0, :height, :width].cpu().numpy()
+    def decode(
+        self,
+        output: Any,
+        size: tuple[int, int],
+        a: Annotated[float, 0.1, 20.0, "what z counts against the slopes; larger is flatter"] = 2 * math.pi,
+        bg_th: Annotated[float, 0.0, 1.0, "depth, of 0 to 1, below which all is background, facing the viewer"] = 0.1,
+    ) -> Maps:
+        depth = output[: size[0], : size[1]].cpu().numpy()
+        if self.version == "1.1":
+            return depth_to_map(depth)
         return depth_to_map(depth), depth_to_normals(depth, a, bg_th)
+
+    def aux_map(
+        self, view: np.ndarray, size: tuple[int, int], depth_and_normal: bool = False, **parameters: Any
+    ) -> Maps:
+        (output,) = self.run(self.prepare(view)[None])
+        depth = output[: view.shape[0], : view.shape[1]].cpu().numpy()
+        depth_map = resize(HWC3(depth_to_map(depth)), size)
+        if not depth_and_normal:
+            return depth_map
+        return depth_map, resize(depth_to_normals(depth, **parameters)[:, :, ::-1], size)
 
 
 def _check(a: float, bg_th: float) -> None:
@@ -63,7 +78,7 @@ def depth_to_map(depth: np.ndarray) -> np.ndarray:
 
 
 def depth_to_normals(depth: np.ndarray, a: float = 2 * math.pi, bg_th: float = 0.1) -> np.ndarray:
-    """Normals from the slopes of depth (H, W), float32 -> (H, W, 3), uint8; see `MidasDetector` for `a` and `bg_th`.
+    """Normals from the slopes of depth (H, W), float32 -> (H, W, 3), uint8; see `MidasDetector.decode` for `a` and `bg_th`.
 
     Raises:
         ValueError: a number is out of range.

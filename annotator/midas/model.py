@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDE = 32  # the picture's sides are multiples of it
-TAPPED = (8, 11)  # transformer blocks whose tokens the decoder takes
+HOOKED_BLOCKS = (8, 11)  # transformer blocks whose tokens the decoder takes
 WIDTH = 768  # of a token
 FEATURES = 256  # channels of the decoder
 
@@ -51,21 +51,21 @@ class Backbone(nn.Module):
         self.act_postprocess4 = Reassemble(halve=True)
 
     def activations(self, x: Tensor) -> list[Tensor]:
-        """The first two stages' maps (B, C, h, w), and the tokens (B, 1 + N, C) after the blocks `TAPPED`."""
+        """The first two stages' maps (B, C, h, w), and the tokens (B, 1 + N, C) after the blocks `HOOKED_BLOCKS`."""
         embed = self.model.patch_embed
         x = embed.backbone.stem(x)  # (B, 64, H/4, W/4)
-        taken = []
+        features = []
         for stage in embed.backbone.stages:
             x = stage(x)
-            taken.append(x)  # (B, 256, H/4, W/4), (B, 512, H/8, W/8), (B, 1024, H/16, W/16)
-        x = embed.proj(taken.pop())
+            features.append(x)  # (B, 256, H/4, W/4), (B, 512, H/8, W/8), (B, 1024, H/16, W/16)
+        x = embed.proj(features.pop())
         tokens = torch.cat([self.model.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
         tokens = tokens + self._positions(x.shape[2], x.shape[3])
         for number, block in enumerate(self.model.blocks):
             tokens = block(tokens)
-            if number in TAPPED:
-                taken.append(tokens)
-        return taken
+            if number in HOOKED_BLOCKS:
+                features.append(tokens)
+        return features
 
     def _positions(self, height: int, width: int) -> Tensor:
         """The position embedding for a grid of tokens: (1, 1 + N, C)."""

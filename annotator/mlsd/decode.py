@@ -25,7 +25,13 @@ def decode_lines(
 
     Returns:
         (n, 4), float64: x1, y1, x2, y2 in pixels of the picture; ends may lie outside of it.
+
+    Raises:
+        ValueError: for thresholds that are negative or no numbers.
     """
+    for name, threshold in (("thr_v", thr_v), ("thr_d", thr_d)):
+        if not threshold >= 0:
+            raise ValueError(f"{name} must be a number of at least 0, got {threshold}")
     width = output.shape[2]
     score = torch.sigmoid(output[0])  # (h, w)
     # Compared after the sigmoid: where it saturates, neighbours are equal and all of them stay.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 # Per stage: expansion of the channels inside a block, channels, number of blocks, stride of the first one.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))
-TAKEN = (1, 3, 6, 10, 13)  # features that feed the top-down path
+SKIP_FEATURES = (1, 3, 6, 10, 13)  # whose outputs are skip connections to the top-down path
 STRIDE = 16
 WIDTH = 64  # of the top-down path
 
@@ -56,12 +56,12 @@ class MobileNetV2(nn.Module):
         self.features = nn.Sequential(*features)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        taken = []
+        skips = []
         for number, feature in enumerate(self.features):
             x = feature(x)
-            if number in TAKEN:
-                taken.append(x)
-        return taken  # (B, 16, H/2, W/2), (B, 24, H/4, W/4), (B, 32, H/8, W/8), (B, 64, H/16, W/16), (B, 96, same)
+            if number in SKIP_FEATURES:
+                skips.append(x)
+        return skips  # (B, 16, H/2, W/2), (B, 24, H/4, W/4), (B, 32, H/8, W/8), (B, 64, H/16, W/16), (B, 96, same)
 
 
 def _conv_norm_relu(in_channels: int, out_channels: int, size: int, dilation: int = 1) -> nn.Sequential:

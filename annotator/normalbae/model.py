@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDE = 8  # the picture's sides are multiples of it
-SKIPPED = (0, 1, 2, 4)  # stages whose output the decoder takes, at 1/2, 1/4, 1/8 and 1/16 of the picture's size
+SKIP_STAGES = (
+    0,
+    1,
+    2,
+    4,
+)  # whose outputs are skip connections to the decoder, at 1/2, 1/4, 1/8 and 1/16 of the picture's size
 MIN_KAPPA = 0.01  # least concentration of the distribution of normals
 
 
@@ -22,13 +27,13 @@ class Encoder(nn.Module):
         self.original_model = timm.create_model("tf_efficientnet_b5", pretrained=False, num_classes=0)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> the skipped stages' outputs, finest first, then (B, 2048, H/32, W/32)."""
+        """(B, 3, H, W) -> the outputs of SKIP_STAGES, finest first, then (B, 2048, H/32, W/32)."""
         network = self.original_model
         x = network.bn1(network.conv_stem(x))  # (B, 48, H/2, W/2)
         features = []
         for number, stage in enumerate(network.blocks):
             x = stage(x)
-            if number in SKIPPED:
+            if number in SKIP_STAGES:
                 features.append(x)
         return [*features, network.conv_head(x)]
 
@@ -95,7 +100,7 @@ def _pixelwise(in_channels: int) -> nn.Sequential:
 class NNET(nn.Module):
     """Normals and their concentration.
 
-    Takes RGB, (B, 3, H, W), 0..1 less the mean, divided by the deviation of ImageNet. Gives four maps (B, 4, h, w), at an
+    Takes RGB, (B, 3, H, W), 0..1 less the mean, divided by the std of ImageNet. Gives four maps (B, 4, h, w), at an
     eighth, a quarter, half of the picture's size and all of it: x, y, z, concentration.
     """
 

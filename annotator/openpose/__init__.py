@@ -5,10 +5,9 @@ Reading order: `model` (the networks), `resizing` (what they see, and their maps
 """
 
 import math
-import os
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -16,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from annotator.detector import NetworkDetector, freeze
+from annotator.network import LazyNetwork, NetworkDetector, to_tensor
 from annotator.openpose.assembly import assemble_people
 from annotator.openpose.boxes import face_boxes, hand_boxes
 from annotator.openpose.drawing import draw_body_1_0, draw_hands_1_0, draw_pose
 from annotator.openpose.model import BODY_JOINTS, HAND_POINTS, BodyPoseModel, FacePoseModel, HandPoseModel
 from annotator.openpose.peaks import find_body_peaks, find_face_peaks, find_hand_peaks
 from annotator.openpose.resizing import enlarge, enlarge_one_by_one, network_input, resize, scale
-from annotator.weights import find_weights, load_weights, read_state_dict
+from annotator.pictures import HWC3
+from annotator.pictures import resize as resize_picture
+from annotator.weights import OLDER_REPOSITORY, REPOSITORY, Hub, find_weights, load_weights, read_state_dict
 
 __all__ = ["BodyPoseModel", "FacePoseModel", "HandPoseModel", "OpenposeDetector", "Poses", "draw_pose"]
 
@@ -83,63 +84,64 @@ class Poses:
 class OpenposeDetector(NetworkDetector):
     """People in a picture as coloured skeletons on black.
 
-    The networks of hands and faces are loaded when they are first needed.
+    The versions differ in how pictures are resized, in hands, and in the drawing. The networks of hands and faces are loaded
+    when they are first needed.
 
     Args:
-        device: where to compute; the best one of this machine if not given.
         weights: a folder that holds body_pose_model.pth, hand_pose_model.pth and facenet.pth, of which the last two
             may be absent until they are needed, or the body's file, with the others beside it.
-        version: "1.0" or "1.1" of ControlNet; they differ in how pictures are resized, in hands and in the drawing.
 
     Attributes:
         network, hand_network, face_network: in eval mode, on `device`, without gradients.
     """
 
-    filename = "body_pose_model.pth"
+    call = "finish"
+    network = LazyNetwork("body_pose_model.pth")
+    hand_network = LazyNetwork("hand_pose_model.pth")
+    face_network = LazyNetwork("facenet.pth")
 
-    def __init__(
-        self,
-        device: str | torch.device | None = None,
-        weights: str | os.PathLike | None = None,
-        version: str = "1.0",
-    ) -> None:
-        if version not in ("1.0", "1.1"):
-            raise ValueError(f"version must be 1.0 or 1.1, got {version!r}")
-        self.version = version
-        super().__init__(device, weights)
-        is_file = weights is not None and Path(weights).expanduser().is_file()
-        self._folder = Path(weights).expanduser().parent if is_file else weights
+    def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
+        if name == "face_network" and isinstance(self.weights, Hub) and self.weights.repository == OLDER_REPOSITORY:
+            return find_weights(filenames, Hub(REPOSITORY, self.weights.cache_dir, self.weights.local_files_only))
+        return super().find_file(name, filenames)
 
-    def load_network(self, path: str | os.PathLike) -> nn.Module:
-        return self._load(BodyPoseModel(), path)
-
-    def _load(self, network: nn.Module, path: str | os.PathLike) -> nn.Module:
+    def load_network(self, name: str, path: Path) -> nn.Module:
         """Published names lack the part of ours that says to which stage and branch a convolution belongs."""
+        network = {"network": BodyPoseModel, "hand_network": HandPoseModel, "face_network": FacePoseModel}[name]()
         published = read_state_dict(path)
-        names = {name if name in published else name.split(".", 1)[1]: name for name in network.state_dict()}
-        load_weights(network, {names[name]: tensor for name, tensor in published.items() if name in names}, path)
-        return freeze(network, self.device)
+        names = {key if key in published else key.split(".", 1)[1]: key for key in network.state_dict()}
+        load_weights(network, {names[key]: tensor for key, tensor in published.items() if key in names}, path)
+        return network
 
-    @cached_property
-    def hand_network(self) -> nn.Module:
-        return self._load(HandPoseModel(), find_weights("hand_pose_model.pth", self._folder, self.repository))
-
-    @cached_property
-    def face_network(self) -> nn.Module:
-        return self._load(FacePoseModel(), find_weights("facenet.pth", self._folder, self.repository))
-
-    def load_for(self, **parameters: object) -> None:
-        if parameters.get("hand") or parameters.get("hand_and_face"):
+    def load(self, hand: bool = False, hand_and_face: bool = False, **parameters: Any) -> None:
+        _ = self.network
+        if hand or hand_and_face:
             _ = self.hand_network
             if self.version == "1.1":
                 _ = self.face_network
 
-    def __call__(
-        self, image: np.ndarray, hand: bool = False, return_is_index: bool = False, *, hand_and_face: bool = False
+    def _view(self, bgr: np.ndarray) -> np.ndarray:
+        """The picture at the size of the body's network."""
+        height, width = bgr.shape[:2]
+        # Long thin pictures would need too much memory, as the height alone decides.
+        factor = min(BODY_SCALE * BOX_SIZE / height, math.sqrt(MAX_INPUT_PIXELS / (height * width)))
+        return scale(bgr, factor, self.version)
+
+    def encode(self, image: np.ndarray) -> Tensor:
+        return to_tensor(network_input(self._view(np.ascontiguousarray(image[:, :, ::-1]))))
+
+    @torch.no_grad()
+    def finish(
+        self,
+        output: Any,
+        image: np.ndarray,
+        hand: Annotated[bool, "draw hands too"] = False,
+        return_is_index: bool = False,
+        *,
+        hand_and_face: Annotated[bool, "draw hands and faces too"] = False,
     ) -> np.ndarray | dict | tuple[np.ndarray, dict]:
         """
         Args:
-            image: (H, W, 3), uint8, RGB.
             hand: look for hands too; in 1.1 for hands and faces, as its second argument means.
             return_is_index: 1.1 only: give the poses instead of the drawing.
             hand_and_face: 1.1 only: look for hands and faces too.
@@ -149,25 +151,66 @@ class OpenposeDetector(NetworkDetector):
             1.1: the drawing, or with `return_is_index` a dict, see `Poses.relative`.
 
         Raises:
-            ValueError: for what is no picture, or an argument that the version does not have.
+            ValueError: for an argument that the version does not have.
         """
-        image = self.prepare(image)
+        size = image.shape[:2]
         if self.version == "1.0":
             if return_is_index or hand_and_face:
-                raise ValueError("hand_and_face and return_is_index need OpenposeDetector(version='1.1')")
-            poses = self.find_poses(image, hands=hand)
-            canvas = draw_body_1_0(np.zeros(image.shape, np.uint8), poses.candidates, poses.people)
+                raise ValueError(
+                    "hand_and_face and return_is_index need version 1.1: OpenposeDetector(version='1.1') or use_version('1.1')"
+                )
+            poses = self._find_poses(output, image, hands=hand)
+            canvas = draw_body_1_0(np.zeros((*size, 3), np.uint8), poses.candidates, poses.people)
             draw_hands_1_0(canvas, poses.hands_in_pixels())
             return canvas, {"candidate": poses.candidates.tolist(), "subset": poses.people.tolist()}
         more = hand or hand_and_face
-        pose = self.find_poses(image, hands=more, faces=more).relative(*image.shape[:2])
-        return pose if return_is_index else draw_pose(pose, *image.shape[:2])
+        pose = self._find_poses(output, image, hands=more, faces=more).relative(*size)
+        return pose if return_is_index else draw_pose(pose, *size)
 
     @torch.no_grad()
+    def aux_map(
+        self,
+        view: np.ndarray,
+        size: tuple[int, int],
+        include_body: bool = True,
+        include_hand: bool = False,
+        include_face: bool = False,
+        hand_and_face: bool | None = None,
+        hand: bool = False,
+    ) -> np.ndarray:
+        """Drawn person by person, as there; the other arguments say what is drawn."""
+        if hand_and_face is not None:
+            include_hand = include_face = hand_and_face
+        include_hand = include_hand or hand
+        everyone = self.find_poses(view)
+        canvas = np.zeros_like(view)
+        for person in everyone.people:
+            poses = self._add_parts(view, everyone.candidates, person[None], include_hand, include_face)
+            draw_pose(poses.relative(*view.shape[:2]), *view.shape[:2], draw_body=include_body, canvas=canvas)
+        return resize_picture(canvas, size)
+
     def find_poses(self, image: np.ndarray, hands: bool = False, faces: bool = False) -> Poses:
         """The bodies in a picture (H, W, 3), uint8, RGB, with what was asked for besides."""
-        bgr = np.ascontiguousarray(self.prepare(image)[:, :, ::-1])
-        candidates, people = self._find_bodies(bgr)
+        (output,) = self.run(self.prepare(image)[None])
+        return self._find_poses(output, image, hands, faces)
+
+    def _find_poses(self, output: Any, image: np.ndarray, hands: bool = False, faces: bool = False) -> Poses:
+        image = HWC3(image)
+        height, width = image.shape[:2]
+        pafs, heatmaps = (_channels_last(maps) for maps in output)
+        sizes = self._view(image).shape, height, width, self.version
+        peaks = find_body_peaks(enlarge_one_by_one(heatmaps, BODY_JOINTS, *sizes))
+        candidates, people = assemble_people(
+            peaks, lambda channel: enlarge(pafs[:, :, channel : channel + 2], *sizes), height
+        )
+        return self._add_parts(image, candidates, people, hands, faces)
+
+    @torch.no_grad()
+    def _add_parts(
+        self, image: np.ndarray, candidates: np.ndarray, people: np.ndarray, hands: bool, faces: bool
+    ) -> Poses:
+        """People, some of those that were found in a picture, with their hands and faces."""
+        bgr = np.ascontiguousarray(image[:, :, ::-1])
         around_hands = hand_boxes(candidates, people, *bgr.shape[:2]) if hands else []
         around_faces = face_boxes(candidates, people, *bgr.shape[:2]) if faces else []
         return Poses(
@@ -178,16 +221,6 @@ class OpenposeDetector(NetworkDetector):
             around_faces,
             [self.find_face(bgr[y : y + side, x : x + side]) for x, y, side in around_faces],
         )
-
-    def _find_bodies(self, bgr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        height, width = bgr.shape[:2]
-        # Long thin pictures would need too much memory, as the height alone decides.
-        factor = min(BODY_SCALE * BOX_SIZE / height, math.sqrt(MAX_INPUT_PIXELS / (height * width)))
-        seen = scale(bgr, factor, self.version)
-        fields, heatmaps = (_channels_last(maps) for maps in self.network(self.tensor(network_input(seen))))
-        sizes = seen.shape, height, width, self.version
-        peaks = find_body_peaks(enlarge_one_by_one(heatmaps, BODY_JOINTS, *sizes))
-        return assemble_people(peaks, lambda channel: enlarge(fields[:, :, channel : channel + 2], *sizes), height)
 
     @torch.no_grad()
     def find_hand(self, bgr: np.ndarray) -> np.ndarray:
@@ -206,7 +239,7 @@ class OpenposeDetector(NetworkDetector):
             map_height = map_width = HAND_MAP_SIZE
         means = np.zeros((HAND_POINTS, map_height, map_width))
         for view in views:
-            maps = _channels_last(self.hand_network(self.tensor(network_input(view))))
+            maps = _channels_last(self.hand_network(self._batch_of_one(view))[0])
             seen = enlarge_one_by_one(maps, HAND_POINTS, view.shape, map_height, map_width, self.version)
             for mean, heatmap in zip(means, seen, strict=True):
                 mean += heatmap / len(views)
@@ -219,11 +252,14 @@ class OpenposeDetector(NetworkDetector):
     def find_face(self, bgr: np.ndarray) -> np.ndarray:
         """The landmarks of the face in a picture of one face (h, w, 3), uint8, BGR: (n, 2), int64, x, y in pixels."""
         view = resize(bgr, FACE_SIZE, FACE_SIZE, "1.1")
-        heatmaps = self.face_network(self.tensor(network_input(view)))[-1]  # (1, 71, 48, 48)
+        heatmaps = self.face_network(self._batch_of_one(view))[-1]  # (1, 71, 48, 48)
         heatmaps = F.interpolate(heatmaps, bgr.shape[:2], mode="bilinear", align_corners=True)
         return find_face_peaks(heatmaps[0].cpu().numpy())
 
+    def _batch_of_one(self, view: np.ndarray) -> Tensor:
+        return to_tensor(network_input(view))[None].to(self.device)
+
 
 def _channels_last(maps: Tensor) -> np.ndarray:
-    """(1, C, h, w) as float32 (h, w, C)."""
-    return maps[0].float().permute(1, 2, 0).cpu().numpy()
+    """(C, h, w) as float32 (h, w, C)."""
+    return maps.float().permute(1, 2, 0).cpu().numpy()

@@ -14,12 +14,12 @@ from annotator.openpose.model import BODY_JOINTS
 # 14 right eye, 15 left eye, 16 right ear, 17 left ear. The last two limbs only help to assemble.
 LIMBS = ((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13), (1, 0),
          (0, 14), (14, 16), (0, 15), (15, 17), (2, 16), (5, 17))  # fmt: skip
-# The first of the two channels that hold x and y of each limb's field.
+# The first of the two channels that hold x and y of each limb's part affinity field (PAF).
 LIMB_CHANNELS = (12, 20, 14, 16, 22, 24, 0, 2, 4, 6, 8, 10, 28, 30, 34, 32, 36, 18, 26)
 FOUNDING_LIMBS = 17  # only these make a new person
 
-SAMPLES = 10  # points along a limb at which its field is read
-FIELD_THRESHOLD = 0.05
+SAMPLES = 10  # points along a limb at which its PAF is read
+PAF_THRESHOLD = 0.05
 SAMPLES_NEEDED = 9  # of them above the threshold
 MIN_JOINTS = 4
 MIN_MEAN_SCORE = 0.4
@@ -27,10 +27,10 @@ MIN_MEAN_SCORE = 0.4
 TOTAL, COUNT = BODY_JOINTS, BODY_JOINTS + 1  # columns of a person's row after the joints
 _PAIRS_AT_ONCE = 2**17  # bounds the memory for pictures with very many joints
 
-Field = Callable[[int], np.ndarray]
+PartAffinityField = Callable[[int], np.ndarray]
 
 
-def _score_pairs(field: np.ndarray, starts: np.ndarray, ends: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray]:
+def _score_pairs(paf: np.ndarray, starts: np.ndarray, ends: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray]:
     """Score of the limb between each start and each end, and whether it can be one: both (starts, ends).
 
     Sums run in the order of the points, as the reference's do: equal limbs stay equal, so that ties fall alike.
@@ -40,17 +40,17 @@ def _score_pairs(field: np.ndarray, starts: np.ndarray, ends: np.ndarray, height
     unit = vector / length
     steps = np.arange(SAMPLES)[:, None, None] / (SAMPLES - 1)
     x, y = (np.rint(starts[:, axis, None] + steps * vector[axis]).astype(np.int64) for axis in (0, 1))  # (10, s, e)
-    along = field[y, x]  # (10, s, e, 2)
+    along = paf[y, x]  # (10, s, e, 2)
     along = along[..., 0] * unit[0] + along[..., 1] * unit[1]  # (10, s, e), float64
     score = along.sum(axis=0) / SAMPLES + np.minimum(0.5 * height / length - 1, 0)
-    return score, ((along > FIELD_THRESHOLD).sum(axis=0) >= SAMPLES_NEEDED) & (score > 0)
+    return score, ((along > PAF_THRESHOLD).sum(axis=0) >= SAMPLES_NEEDED) & (score > 0)
 
 
-def connect_joints(field: np.ndarray, starts: np.ndarray, ends: np.ndarray, height: int) -> list[tuple]:
+def connect_joints(paf: np.ndarray, starts: np.ndarray, ends: np.ndarray, height: int) -> list[tuple]:
     """The limbs of one type: the best first, each joint used once.
 
     Args:
-        field: (H, W, 2), x and y of the limb's field, at the picture's size.
+        paf: (H, W, 2), x and y of the limb's part affinity field, at the picture's size.
         starts, ends: (n, 4) candidates, see `find_body_peaks`.
         height: of the picture; limbs longer than half of it are held to be less likely.
 
@@ -60,7 +60,7 @@ def connect_joints(field: np.ndarray, starts: np.ndarray, ends: np.ndarray, heig
     firsts, seconds, scores = [], [], []
     rows = max(1, _PAIRS_AT_ONCE // max(1, len(ends)))
     for row in range(0, len(starts), rows):
-        score, possible = _score_pairs(field, starts[row : row + rows], ends, height)
+        score, possible = _score_pairs(paf, starts[row : row + rows], ends, height)
         first, second = np.nonzero(possible)
         firsts.append(first + row)
         seconds.append(second)
@@ -76,7 +76,7 @@ def connect_joints(field: np.ndarray, starts: np.ndarray, ends: np.ndarray, heig
     return limbs
 
 
-def assemble_people(peaks: list[np.ndarray], field: Field, height: int) -> tuple[np.ndarray, np.ndarray]:
+def assemble_people(peaks: list[np.ndarray], paf: PartAffinityField, height: int) -> tuple[np.ndarray, np.ndarray]:
     """Joints to people.
 
     A limb belongs to the people that hold one of its joints, which are two at most: the limbs are a tree, but for the
@@ -85,7 +85,7 @@ def assemble_people(peaks: list[np.ndarray], field: Field, height: int) -> tuple
 
     Args:
         peaks: for each of 18 joints (n, 4), see `find_body_peaks`.
-        field: gives (H, W, 2), x and y of the field, for the first of its two channels; called only for limbs that have
+        paf: gives (H, W, 2), x and y of the part affinity field, for the first of its two channels; called only for limbs that have
             candidates at both ends.
         height: of the picture.
 
@@ -98,7 +98,7 @@ def assemble_people(peaks: list[np.ndarray], field: Field, height: int) -> tuple
     for limb, ((a, b), channel) in enumerate(zip(LIMBS, LIMB_CHANNELS, strict=True)):
         if not len(peaks[a]) or not len(peaks[b]):
             continue
-        for first, second, score in connect_joints(field(channel), peaks[a], peaks[b], height):
+        for first, second, score in connect_joints(paf(channel), peaks[a], peaks[b], height):
             holders = [i for i, row in enumerate(people) if row[a] == first or row[b] == second]
             if not holders:
                 if limb < FOUNDING_LIMBS:

@@ -1,7 +1,7 @@
 """Poses as pictures: limbs as ellipses, joints as discs, fingers as lines, faces as white dots, on black.
 
 Canvases are (H, W, 3), uint8, RGB, and are drawn on in place. Version 1.0 takes coordinates in pixels and mixes limb
-by limb with what is there; 1.1 takes coordinates relative to width and height, and darkens all limbs at once.
+by limb with what is there; 1.1 takes coordinates relative to width and height, and draws opaque limbs in darker colours.
 """
 
 import colorsys
@@ -68,12 +68,11 @@ def draw_body_1_0(canvas: np.ndarray, candidates: np.ndarray, people: np.ndarray
 
 
 def draw_body_1_1(canvas: np.ndarray, candidates: np.ndarray, people: np.ndarray) -> np.ndarray:
-    """Limbs, darkened together with all that is on the canvas, and over them joints; candidates (n, 2) are relative."""
+    """Darkened limbs, and over them joints; candidates (n, 2) are relative."""
     height, width = canvas.shape[:2]
     points = candidates * (width, height)
     for limb, polygon in _limb_polygons(points, people):
-        cv2.fillConvexPoly(canvas, polygon, COLOURS[limb])
-    np.copyto(canvas, canvas * LIMB_OPACITY, casting="unsafe")
+        cv2.fillConvexPoly(canvas, polygon, [int(part * LIMB_OPACITY) for part in COLOURS[limb]])
     _draw_joints(canvas, points, people)
     return canvas
 
@@ -120,11 +119,26 @@ def _to_pixels(points: np.ndarray, canvas: np.ndarray) -> np.ndarray:
     return (np.asarray(points, dtype=np.float64) * (width, height)).astype(np.int64)
 
 
-def draw_pose(pose: dict, height: int, width: int) -> np.ndarray:
-    """The drawing of version 1.1 (height, width, 3), uint8, RGB, of what `annotator.openpose.Poses.relative` gives."""
-    canvas = np.zeros((height, width, 3), dtype=np.uint8)
-    candidates = np.array(pose["bodies"]["candidate"], dtype=np.float64).reshape(-1, 2)
-    people = np.array(pose["bodies"]["subset"], dtype=np.float64).reshape(-1, BODY_JOINTS + 2)
-    draw_body_1_1(canvas, candidates, people)
-    draw_hands_1_1(canvas, pose["hands"])
-    return draw_faces(canvas, pose["faces"])
+def draw_pose(
+    pose: dict,
+    H: int,  # noqa: N803
+    W: int,  # noqa: N803
+    draw_body: bool = True,
+    draw_hand: bool = True,
+    draw_face: bool = True,
+    canvas: np.ndarray | None = None,
+) -> np.ndarray:
+    """The drawing of version 1.1 (H, W, 3), uint8, RGB, of what `annotator.openpose.Poses.relative` gives.
+
+    Args:
+        draw_body, draw_hand, draw_face: what is drawn of it.
+        canvas: (H, W, 3), uint8, on which to draw; a black one if not given.
+    """
+    canvas = np.zeros((H, W, 3), dtype=np.uint8) if canvas is None else canvas
+    if draw_body:
+        candidates = np.array(pose["bodies"]["candidate"], dtype=np.float64).reshape(-1, 2)
+        people = np.array(pose["bodies"]["subset"], dtype=np.float64).reshape(-1, BODY_JOINTS + 2)
+        draw_body_1_1(canvas, candidates, people)
+    if draw_hand:
+        draw_hands_1_1(canvas, pose["hands"])
+    return draw_faces(canvas, pose["faces"]) if draw_face else canvas

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDE = 8  # pixels of the picture a pixel of a map
-BODY_JOINTS, BODY_FIELDS = 18, 38
+BODY_JOINTS, BODY_PAFS = 18, 38
 HAND_POINTS = 21
 FACE_MAPS = 71
 STAGES = 6
@@ -63,7 +63,7 @@ def _run(convs: Iterable[tuple[str, nn.Module]], x: Tensor, linear_end: bool = T
 
 
 class BodyPoseModel(nn.Module):
-    """Part affinity fields, and heat maps of 18 joints and the background.
+    """Part affinity fields (PAFs), and heat maps of 18 joints and the background.
 
     The last stage's heat maps go through a ReLU, other than those of all stages before: published weights expect it.
     """
@@ -71,7 +71,7 @@ class BodyPoseModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.model0 = nn.ModuleDict(_features(_BODY_FEATURES))
-        outputs = {1: BODY_FIELDS, 2: BODY_JOINTS + 1}
+        outputs = {1: BODY_PAFS, 2: BODY_JOINTS + 1}
         joined = _FEATURE_CHANNELS + sum(outputs.values())
         for branch, channels in outputs.items():
             first = _first_stage([f"conv5_{i}_CPM_L{branch}" for i in range(1, 6)], channels)
@@ -86,9 +86,9 @@ class BodyPoseModel(nn.Module):
         joined = features
         for stage in range(1, STAGES + 1):
             branches = (getattr(self, f"model{stage}_{branch}") for branch in (1, 2))
-            fields, heatmaps = (_run(branch.items(), joined) for branch in branches)  # (B, 38, h, w), (B, 19, h, w)
-            joined = torch.cat([fields, heatmaps, features], dim=1)  # (B, 185, h, w)
-        return fields, F.relu(heatmaps)
+            pafs, heatmaps = (_run(branch.items(), joined) for branch in branches)  # (B, 38, h, w), (B, 19, h, w)
+            joined = torch.cat([pafs, heatmaps, features], dim=1)  # (B, 185, h, w)
+        return pafs, F.relu(heatmaps)
 
 
 class HandPoseModel(nn.Module):

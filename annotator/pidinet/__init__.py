@@ -1,12 +1,14 @@
 """Soft edges by PiDiNet."""
 
-import numpy as np
-import torch
-from torch import nn
+from typing import Annotated, Any
 
-from annotator.detector import NetworkDetector
+import numpy as np
+from torch import Tensor, nn
+
+from annotator.hed import edges_to_map
+from annotator.network import LazyNetwork, NetworkDetector, to_tensor
 from annotator.pidinet.model import MIN_SIDE, PiDiNet
-from annotator.util import pad_to_multiple, safe_step, to_uint8
+from annotator.scribble import fake_scribble
 
 __all__ = ["PiDiNet", "PidiNetDetector"]
 
@@ -14,26 +16,26 @@ __all__ = ["PiDiNet", "PidiNetDetector"]
 class PidiNetDetector(NetworkDetector):
     """Edges of a picture, white on black, soft."""
 
-    filename = "table5_pidinet.pth"
+    network = LazyNetwork("table5_pidinet.pth")
     wrapper = "state_dict"
+    min_side = MIN_SIDE
 
     def build_network(self) -> nn.Module:
         return PiDiNet()
 
-    @torch.no_grad()
-    def __call__(self, input_image: np.ndarray, safe: bool = False) -> np.ndarray:
-        """
-        Args:
-            input_image: (H, W, 3), uint8, RGB.
-            safe: quantise to a few levels, so that the map hides less of the picture.
+    def encode(self, image: np.ndarray) -> Tensor:
+        return to_tensor(image[:, :, ::-1]) / 255.0
 
-        Returns:
-            (H, W), uint8.
-        """
-        image = self.prepare(input_image)
-        height, width = image.shape[:2]
-        if min(height, width) < MIN_SIDE:
-            image = pad_to_multiple(image, MIN_SIDE)
-        *_, fused = self.network(self.tensor(image[:, :, ::-1]) / 255.0)
-        edge = fused[0, 0, :height, :width].cpu().numpy()
-        return to_uint8((safe_step(edge) if safe else edge) * 255.0)
+    def decode(
+        self,
+        output: Any,
+        size: tuple[int, int],
+        safe: Annotated[bool, "quantise the map to three levels, so that it hides less of the picture"] = False,
+        apply_filter: bool = False,
+    ) -> np.ndarray:
+        edge = output[-1][0, : size[0], : size[1]].cpu().numpy()  # the fused one of five
+        return edges_to_map((edge > 0.5).astype(np.float32) if apply_filter else edge, safe)
+
+    def aux_map(self, view: np.ndarray, size: tuple[int, int], scribble: bool = False, **parameters: Any) -> np.ndarray:
+        found = super().aux_map(view, size, **parameters)
+        return fake_scribble(found) if scribble else found

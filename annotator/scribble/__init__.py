@@ -3,33 +3,34 @@
 import cv2
 import numpy as np
 
-from annotator.util import HWC3, PixelDetector, check_image, nms
+from annotator.detector import Detector
+from annotator.pictures import HWC3, check_image
+from annotator.util import nms
 
 
 def _binary(is_line: np.ndarray) -> np.ndarray:
     return HWC3(np.where(is_line, 255, 0).astype(np.uint8))
 
 
-class ScribbleDetector(PixelDetector):
+class ScribbleDetector(Detector):
     """Dark strokes on a light ground."""
 
-    def __call__(self, img: np.ndarray) -> np.ndarray:
+    def detect(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 picture; (H, W, 3) with 255 where the darkest channel is below 127, else 0."""
-        return _binary(HWC3(img).min(axis=2) < 127)
+        return _binary(HWC3(image).min(axis=2) < 127)
 
 
-class InteractiveScribbleDetector(PixelDetector):
+class InteractiveScribbleDetector(Detector):
     """Light strokes on a dark ground: the mask that a drawing tool hands out."""
 
-    def __call__(self, img: np.ndarray) -> np.ndarray:
+    def detect(self, image: np.ndarray) -> np.ndarray:
         """(H, W) or (H, W, C) uint8 mask, whose first channel counts; (H, W, 3) with 255 where it is above 127."""
-        return _binary(first_channel(img) > 127)
+        return _binary(first_channel(image) > 127)
 
 
-def first_channel(img: np.ndarray) -> np.ndarray:
+def first_channel(mask: np.ndarray) -> np.ndarray:
     """(H, W) of a (H, W) or (H, W, C) uint8 mask."""
-    img = check_image(img)
-    return img if img.ndim == 2 else img[:, :, 0]
+    return np.atleast_3d(check_image(mask))[:, :, 0]
 
 
 def fake_scribble(edge: np.ndarray) -> np.ndarray:

@@ -5,11 +5,14 @@ Each detector draws from numpy's and Python's global generators, or, with `seed`
 
 import random
 from types import ModuleType
+from typing import Annotated
 
 import cv2
 import numpy as np
 
-from annotator.util import HWC3, PixelDetector, make_noise_disk, to_uint8
+from annotator.detector import Detector
+from annotator.pictures import HWC3, to_uint8
+from annotator.util import make_noise_disk
 
 REMAP_LIMIT = 2**15 - 2  # OpenCV's remap counts pixels in 16 bits
 
@@ -22,24 +25,29 @@ def _generators(seed: int | None) -> tuple[Numbers, random.Random | ModuleType]:
     return (np.random, random) if seed is None else (np.random.RandomState(seed), random.Random(seed))
 
 
-class ContentShuffleDetector(PixelDetector):
+class ContentShuffleDetector(Detector):
     """Moves the content along a smooth random flow; colours and textures stay."""
 
-    def __call__(
-        self, img: np.ndarray, h: int | None = None, w: int | None = None, f: int | None = None, seed: int | None = None
+    def detect(
+        self,
+        image: np.ndarray,
+        h: int | None = None,
+        w: int | None = None,
+        f: Annotated[int | None, 1, 4096, "size of the bumps of the flow, in pixels"] = 256,
+        seed: Annotated[int | None, 0, 2**32 - 1, "makes the shuffle repeatable"] = None,
     ) -> np.ndarray:
         """
         Args:
-            img: (H, W, 3), uint8.
-            h: height of the result, that of `img` if not given.
+            image: (H, W, 3), uint8.
+            h: height of the result, that of `image` if not given.
             w: width of the result.
-            f: size of the bumps of the flow in pixels, 256 if not given.
+            f: size of the bumps of the flow in pixels, 256 if None.
 
         Returns:
             (h, w, 3), uint8.
         """
-        img = HWC3(img)
-        height, width = img.shape[:2]
+        image = HWC3(image)
+        height, width = image.shape[:2]
         h, w, f = (height if h is None else h), (width if w is None else w), (256 if f is None else f)
         if min(h, w, f) < 1:
             raise ValueError(f"h, w and f must be at least 1, got {h}, {w} and {f}")
@@ -51,55 +59,55 @@ class ContentShuffleDetector(PixelDetector):
         x = make_noise_disk(h, w, 1, f, numbers) * float(width - 1)
         y = make_noise_disk(h, w, 1, f, numbers) * float(height - 1)
         flow = np.concatenate([x, y], axis=2).astype(np.float32)  # (h, w, 2)
-        return cv2.remap(img, flow, None, cv2.INTER_LINEAR)
+        return cv2.remap(image, flow, None, cv2.INTER_LINEAR)
 
 
-class ColorShuffleDetector(PixelDetector):
+class ColorShuffleDetector(Detector):
     """Paints the picture's brightness with two random smooth colour fields."""
 
-    def __call__(self, img: np.ndarray, seed: int | None = None) -> np.ndarray:
+    def detect(self, image: np.ndarray, seed: int | None = None) -> np.ndarray:
         """(H, W, 3) uint8 to the same."""
-        img = HWC3(img)
-        height, width = img.shape[:2]
+        image = HWC3(image)
+        height, width = image.shape[:2]
         numbers, choices = _generators(seed)
         bump = choices.randint(64, 384)
         light, dark = (make_noise_disk(height, width, 3, bump, numbers) for _ in range(2))
         mean = (light + dark) / 2.0
         light, dark = ((mean + (field - mean) * 3.0).clip(0, 1) for field in (light, dark))
-        level = img.astype(np.float32) / 255.0
+        level = image.astype(np.float32) / 255.0
         mixed = light * level + dark * (1 - level)
         mixed -= mixed.min(axis=(0, 1), keepdims=True)
         mixed /= np.maximum(mixed.max(axis=(0, 1), keepdims=True), 1e-5)
         return to_uint8(mixed * 255.0)
 
 
-class GrayDetector(PixelDetector):
+class GrayDetector(Detector):
     """Grey with random weights of the three channels."""
 
-    def __call__(self, img: np.ndarray, seed: int | None = None) -> np.ndarray:
+    def detect(self, image: np.ndarray, seed: int | None = None) -> np.ndarray:
         """(H, W, 3) uint8 to the same."""
-        img = HWC3(img).astype(np.float32)
+        image = HWC3(image).astype(np.float32)
         _, choices = _generators(seed)
         weights = [choices.random() + 1e-5 for _ in range(3)]
         red, green, blue = (weight / sum(weights) for weight in weights)
-        grey = img[:, :, 0] * red + img[:, :, 1] * green + img[:, :, 2] * blue
+        grey = image[:, :, 0] * red + image[:, :, 1] * green + image[:, :, 2] * blue
         return to_uint8(np.repeat(grey[:, :, None], 3, axis=2))
 
 
-class DownSampleDetector(PixelDetector):
+class DownSampleDetector(Detector):
     """Halves the picture a few times, with noise before each, then doubles it as often, with noise after each."""
 
-    def __call__(self, img: np.ndarray, level: int = 3, k: float = 16.0, seed: int | None = None) -> np.ndarray:
+    def detect(self, image: np.ndarray, level: int = 3, k: float = 16.0, seed: int | None = None) -> np.ndarray:
         """
         Args:
-            img: (H, W, 3), uint8.
+            image: (H, W, 3), uint8.
             level: how often the size is halved, at most 12.
             k: standard deviation of the noise, in levels.
 
         Returns:
             (H, W, 3), uint8.
         """
-        img = HWC3(img)
+        image = HWC3(image)
         if level < 0 or not k >= 0:
             raise ValueError(f"level and k must be 0 or above, got {level} and {k}")
         if level > MAX_LEVEL:
@@ -111,10 +119,10 @@ class DownSampleDetector(PixelDetector):
             image += numbers.normal(loc=0.0, scale=k, size=image.shape)  # rounded to float32 once, after adding
             return image
 
-        noisy = img.astype(np.float32)
+        noisy = image.astype(np.float32)
         for _ in range(level):
             noisy = cv2.pyrDown(add_noise(noisy))
         for _ in range(level):
             noisy = add_noise(cv2.pyrUp(noisy))
-        height, width = img.shape[:2]
+        height, width = image.shape[:2]
         return to_uint8(noisy[:height, :width])

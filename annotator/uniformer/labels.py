@@ -1,11 +1,15 @@
 """From logits to labels at the size of a picture, and from labels to colours."""
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 128  # pixels a side that are labelled at once; narrow pictures have longer tiles of the same area
+from annotator.uniformer.model import STRIDE
+
+VALUES_AT_ONCE = 2**23  # of logits, at the size of the picture
 
 # Red, green and blue of the 150 classes of ADE20K, in the order of its labels.
 PALETTE_HEX = (
@@ -29,47 +33,28 @@ def colour(labels: np.ndarray) -> np.ndarray:
     return lookup[labels]
 
 
-def label_map(
-    logits: Tensor, padded: tuple[int, int], network: tuple[int, int], picture: tuple[int, int]
-) -> np.ndarray:
+def label_map(logits: Tensor, network: tuple[int, int], picture: tuple[int, int]) -> np.ndarray:
     """The likeliest class of each pixel, with the logits resized bilinearly twice: to the network's input, to the picture.
 
-    A tile of the result is made at a time, as all classes of a large picture would take gigabytes.
+    A few classes are resized at a time, as all classes of a large picture would take gigabytes.
 
     Args:
         logits: (classes, h, w).
-        padded: height and width of the network's input.
-        network: height and width of the part of it that shows the picture, from the top left.
+        network: height and width of the picture in the network's input, which may have been padded to multiples of 32.
         picture: height and width of the result.
 
     Returns:
         (height, width), uint8.
     """
-    height, width = picture
-    tile_height, tile_width = max(TILE, TILE**2 // width), max(TILE, TILE**2 // height)
-    labels = np.empty(picture, dtype=np.uint8)
-    for top in range(0, height, tile_height):
-        rows = slice(top, min(top + tile_height, height))
-        above, vertical = _weights(logits.shape[1], padded[0], network[0], height, rows)
-        band = vertical.to(logits).T @ logits[:, above]  # (classes, rows, w)
-        for left in range(0, width, tile_width):
-            columns = slice(left, min(left + tile_width, width))
-            beside, horizontal = _weights(logits.shape[2], padded[1], network[1], width, columns)
-            tile = band[:, :, beside] @ horizontal.to(logits)  # (classes, rows, columns)
-            labels[rows, columns] = tile.argmax(dim=0).cpu().numpy()
-    return labels
-
-
-def _weights(side: int, padded: int, network: int, picture: int, pixels: slice) -> tuple[slice, Tensor]:
-    """One axis of both resizings: which of the `side` logits the `pixels` depend on, and how: (logits, pixels)."""
-    first = F.interpolate(torch.eye(side)[None], size=padded, mode="linear")[0]  # (side, padded)
-    centres = torch.arange(pixels.start, pixels.stop, dtype=torch.float64) + 0.5
-    position = (centres * (network / picture) - 0.5).clamp(min=0.0)
-    before = position.long()
-    after = (before + 1).clamp(max=network - 1)
-    start = int(before[0])
-    first = first[:, start : int(after[-1]) + 1]
-    used = first.any(dim=1).nonzero()
-    nonzero = slice(int(used[0]), int(used[-1]) + 1)
-    first = first[nonzero]
-    return nonzero, torch.lerp(first[:, before - start], first[:, after - start], (position - before).float())
+    padded = network if min(network) >= STRIDE else tuple(side + -side % STRIDE for side in network)
+    count = max(1, VALUES_AT_ONCE // max(math.prod(picture), math.prod(padded)))
+    best = torch.full(picture, -math.inf, device=logits.device)
+    labels = torch.zeros(picture, dtype=torch.uint8, device=logits.device)
+    for start in range(0, len(logits), count):
+        some = F.interpolate(logits[None, start : start + count].float(), size=padded, mode="bilinear")
+        some = F.interpolate(some[:, :, : network[0], : network[1]], size=picture, mode="bilinear")[0]
+        value, label = some.max(dim=0)  # (height, width)
+        better = value > best
+        labels[better] = (label[better] + start).to(torch.uint8)
+        best[better] = value[better]
+    return labels.cpu().numpy()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from annotator.hed import HEDdetector, nms
+from annotator.network import to_tensor
 from annotator.util import nms as nms_of_util
 from annotator.weights import WeightsError
 from tests.annotator.cases import assert_close, assert_map, case_state_dict, open_cases, open_manifest
@@ -33,7 +34,7 @@ def test_the_network_and_its_maps_equal_the_reference(tmp_path, case):
     detector = load(tmp_path, "ControlNetHED", META["cases"][case])
     image = ARRAYS[f"{case}/input"]
     with torch.no_grad():
-        projections = detector.network(detector.tensor(image))
+        projections = detector.network(to_tensor(image)[None])
     for number, projection in enumerate(projections, start=1):
         assert_close(projection, ARRAYS[f"{case}/projection{number}"], 1e-4)
     assert_map(detector(image), ARRAYS[f"{case}/map"])
@@ -44,7 +45,7 @@ def test_the_network_and_its_maps_equal_the_reference(tmp_path, case):
 def test_the_older_network_is_recognised_and_equals_the_reference(tmp_path, case):
     detector = load(tmp_path, "network-bsds500", OLDER_META["cases"][case])
     image = OLDER[f"{case}/input"]
-    x = detector.tensor(image[:, :, ::-1]) / 255
+    x = to_tensor(image[:, :, ::-1])[None] / 255
     with torch.no_grad():
         scores, output = detector.network.scores(x), detector.network(x)
     compared = 0

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from annotator.network import to_tensor
 from annotator.pidinet import PidiNetDetector
 from annotator.pidinet.model import angular_difference, central_difference, radial_difference
 from tests.annotator.cases import assert_close, assert_map, case_state_dict, open_cases, open_manifest
@@ -28,7 +29,7 @@ def test_outputs_and_maps_equal_the_reference(detector, case):
     assert META["cases"][case]["gain"] == 1.0
     image = ARRAYS[f"{case}/input"]
     with torch.no_grad():
-        outputs = detector.network(detector.tensor(image[:, :, ::-1]) / 255)
+        outputs = detector.network(to_tensor(image[:, :, ::-1])[None] / 255)
     for number, output in enumerate(outputs, start=1):
         if f"{case}/output{number}" in ARRAYS:
             assert_close(output, ARRAYS[f"{case}/output{number}"], 3e-5)

@@ -1,0 +1,209 @@
+"""Pictures: checking and converting arrays, fitting their size, reading and writing files. Knows no detector.
+
+A picture is an array (H, W), (H, W, 3) or (H, W, 4), uint8, in grey, RGB or RGBA.
+"""
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+SIZE_STEP = 64
+MAX_PIXELS = 2**27  # what `resize_image` agrees to make: 11,585 pixels a side
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+Picture = np.ndarray | Image.Image | str | os.PathLike
+
+
+def as_array(picture: Picture) -> np.ndarray:
+    """A uint8 array, a PIL picture, or the path of a file, as the uint8 array of it.
+
+    Raises:
+        ValueError: if it is no picture, or a file that cannot be read.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        return read_image(picture)
+    return check_image(_from_pil(picture) if isinstance(picture, Image.Image) else picture)
+
+
+def check_image(image: Any) -> np.ndarray:
+    """`image` itself, if it is a uint8 picture: (H, W), or (H, W, C) with 1, 3 or 4 channels, and not empty.
+
+    Raises:
+        ValueError: saying what was given instead.
+    """
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"an image must be a numpy array (height, width, channels), a PIL picture or a path, not {type(image).__name__}"
+        )
+    if image.dtype != np.uint8:
+        raise ValueError(f"an image must be uint8 with values 0 to 255, not {image.dtype}; convert it first")
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"an image must have shape (H, W) or (H, W, 1, 3 or 4), not {image.shape}")
+    if 0 in image.shape:
+        raise ValueError(f"the image is empty: shape {image.shape}")
+    return image
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """Numbers of any kind as uint8: clipped to 0..255, the fraction cut off, NaN as 0."""
+    return np.nan_to_num(np.asarray(x), nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255).astype(np.uint8)
+
+
+def HWC3(x: np.ndarray) -> np.ndarray:  # noqa: N802 (the public name)
+    """A uint8 picture with three channels: grey is repeated, RGBA is laid over white, RGB comes back as it is.
+
+    Args:
+        x: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8.
+
+    Returns:
+        (H, W, 3), uint8.
+    """
+    x = np.atleast_3d(check_image(x))
+    if x.shape[2] == 3:
+        return x
+    if x.shape[2] == 1:
+        return np.repeat(x, 3, axis=2)
+    alpha = x[:, :, 3:].astype(np.float32) / 255.0
+    return to_uint8(x[:, :, :3].astype(np.float32) * alpha + 255.0 * (1.0 - alpha))
+
+
+def resized_shape(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """Height and width that `resize_image` gives: the shorter side near `resolution`, both multiples of 64.
+
+    Raises:
+        ValueError: if a side would vanish or the picture would have more than 2**27 pixels.
+    """
+    scale = float(resolution) / min(height, width)
+    if not np.isfinite(scale):
+        raise ValueError(f"resolution must be a number of pixels, got {resolution}")
+    new_height, new_width = (round(side * scale / SIZE_STEP) * SIZE_STEP for side in (height, width))
+    if new_height < SIZE_STEP or new_width < SIZE_STEP:
+        raise ValueError(f"resolution {resolution} is too small: sides are rounded to multiples of {SIZE_STEP}")
+    if new_height * new_width > MAX_PIXELS:
+        raise ValueError(
+            f"a picture of {height}x{width} (height x width) at resolution {resolution} would have "
+            f"{new_height}x{new_width} pixels; crop it to a less extreme shape or ask for a lower resolution"
+        )
+    return new_height, new_width
+
+
+def resize_image(image: np.ndarray, resolution: int) -> np.ndarray:
+    """Scale so that the shorter side is about `resolution`, each side rounded to a multiple of 64.
+
+    Lanczos when enlarging, area averaging when shrinking. A side may come out longer than asked (100 gives 128). The colours
+    of transparent pixels do not spread into those that are seen.
+
+    Args:
+        image: (H, W) or (H, W, C), uint8.
+        resolution: pixels of the shorter side.
+    """
+    height, width = check_image(image).shape[:2]
+    size = resized_shape(height, width, resolution)
+    return resize(image, size, cv2.INTER_LANCZOS4 if float(resolution) / min(height, width) > 1 else cv2.INTER_AREA)
+
+
+def resize(image: np.ndarray, size: tuple[int, int], interpolation: int = cv2.INTER_LINEAR) -> np.ndarray:
+    """`image` at `size` (height, width) by one of OpenCV's interpolations; RGBA with its colours weighted by alpha."""
+    resized = cv2.resize(image, size[::-1], interpolation=interpolation)
+    if image.ndim == 2 or image.shape[2] != 4 or image[:, :, 3].min() == 255:
+        return resized
+    alpha = image[:, :, 3:].astype(np.float32)
+    weighted = cv2.resize(image[:, :, :3] * alpha, size[::-1], interpolation=interpolation)
+    weight = cv2.resize(alpha, size[::-1], interpolation=interpolation)[:, :, None]
+    colours = np.rint(weighted / np.maximum(weight, 1.0)).clip(0, 255).astype(np.uint8)
+    return np.dstack([np.where(weight < 1.0, resized[:, :, :3], colours), resized[:, :, 3]])
+
+
+def pad_to_multiple(image: np.ndarray, multiple: int) -> np.ndarray:
+    """`image` (H, W[, C]) with its last row and column repeated until both sides are multiples of `multiple`."""
+    height, width = image.shape[:2]
+    bottom, right = -height % multiple, -width % multiple
+    if not bottom and not right:
+        return image
+    return np.pad(image, [(0, bottom), (0, right)] + [(0, 0)] * (image.ndim - 2), mode="edge")
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """A picture file as uint8: (H, W) if grey, (H, W, 4) if it has transparency, else (H, W, 3) in RGB.
+
+    Turned upright as its EXIF data say; 16-bit grey is reduced to 8 bits.
+
+    Raises:
+        ValueError: naming the file, if it is missing, broken, cut off, or of floats.
+    """
+    try:
+        with Image.open(path) as opened:
+            return _from_pil(ImageOps.exif_transpose(opened))
+    except FileNotFoundError as err:
+        raise ValueError(f"{path} is missing") from err
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
+        reason = (getattr(err, "strerror", None) or str(err) or type(err).__name__).splitlines()[0]
+        raise ValueError(f"{path} does not decode as a picture: {reason}") from err
+
+
+def _from_pil(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I"):
+        return (np.asarray(picture).clip(0, 2**16 - 1) // 257).astype(np.uint8)
+    if picture.mode == "F":
+        raise ValueError("it holds floating-point numbers, whose range is unknown")
+    if picture.mode in ("1", "L"):
+        return np.array(picture.convert("L"))
+    return np.array(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Write a uint8 picture (grey, RGB or RGBA) as PNG, whole or not at all; folders are made.
+
+    Raises:
+        ValueError: a picture that PNG cannot hold.
+    """
+    if image.ndim == 3 and image.shape[2] != 1:
+        image = cv2.cvtColor(image, cv2.COLOR_RGBA2BGRA if image.shape[2] == 4 else cv2.COLOR_RGB2BGR)
+    written, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 3])
+    if not written:
+        raise ValueError(f"{path}: a picture of shape {image.shape} cannot be written as PNG")
+    write_whole(path, data.tobytes())
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Write beside the target, flush to the disk, rename: nobody ever sees half a file. Folders are made.
+
+    The temporary name is unique, so that two processes that write the same file do not disturb each other; the last one wins.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def find_pictures(source: Path, target: Path) -> list[Path]:
+    """The pictures in a folder and its sub-folders, sorted, but for hidden files and folders and what lies in `target`.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    own = target.resolve() if target.resolve().is_relative_to(source.resolve()) else None
+    found = sorted(
+        path
+        for path in source.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(source).parts)
+        and path.is_file()
+        and not (own and path.resolve().is_relative_to(own))
+    )
+    if not found:
+        raise ValueError(f"no pictures in {source} (looked for {' '.join(IMAGE_SUFFIXES)})")
+    return found
