@@ -49,6 +49,12 @@ class Hub:
     local_files_only: bool = False
 
 
+def search_folders() -> list[Path]:
+    """Where weights are looked for if none are named: `annotator/ckpts/`, then what the variable ANNOTATOR_CKPTS names."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    return [CKPTS] + ([Path(named).expanduser()] if named else [])
+
+
 def find_weights(
     filenames: Sequence[str], weights: str | os.PathLike | Hub | None = None, repository: str = REPOSITORY
 ) -> Path:
@@ -77,8 +83,7 @@ def find_weights(
     address = f"https://huggingface.co/{repository}/resolve/main/{first}"
     if weights is not None and Path(weights).expanduser().is_file():
         return Path(weights).expanduser()
-    named = os.environ.get(FOLDER_VARIABLE)
-    places = [CKPTS] + ([Path(named).expanduser()] if named else [])
+    places = search_folders()
     for place in places if weights is None else [Path(weights).expanduser()]:
         for name in filenames:
             for candidate in (place / name, (place / name).with_suffix(".safetensors")):

@@ -36,7 +36,9 @@ class OnnxNetwork(nn.Module):
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda":
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-                raise ValueError(f"this onnxruntime cannot compute on {device}: pip install onnxruntime-gpu, or use cpu")
+                raise ValueError(
+                    f"this onnxruntime cannot compute on {device}: pip install onnxruntime-gpu, or use cpu"
+                )
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
         try:
             self.session = onnxruntime.InferenceSession(str(self.path), providers=providers)

@@ -28,7 +28,10 @@ class FaceMesh(nn.Module):
         self.mediapipe = import_extra("mediapipe", EXTRA)
         self.vision = import_extra("mediapipe.tasks.python.vision", EXTRA)
         self.edges = {
-            part: [(edge.start, edge.end) for edge in getattr(self.vision.FaceLandmarksConnections, f"FACE_LANDMARKS_{part}")]
+            part: [
+                (edge.start, edge.end)
+                for edge in getattr(self.vision.FaceLandmarksConnections, f"FACE_LANDMARKS_{part}")
+            ]
             for part in COLOURS
         }
         self.landmarker = lru_cache(maxsize=1)(self._landmarker)  # made anew only when the call's arguments change
@@ -78,9 +81,7 @@ class MediapipeFaceDetector(LibraryDetector):
     def load_network(self, name: str, path: Path) -> nn.Module:
         return FaceMesh(path)
 
-    def predict(
-        self, images: list[np.ndarray], max_faces: int, min_confidence: float
-    ) -> list[list[np.ndarray]]:
+    def predict(self, images: list[np.ndarray], max_faces: int, min_confidence: float) -> list[list[np.ndarray]]:
         return [self.network(image, max_faces, min_confidence) for image in images]
 
     def decode(

@@ -1,11 +1,9 @@
 """All masks that Segment Anything finds in a picture. A. Kirillov et al., "Segment Anything", ICCV 2023."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
-from torch import nn
 
 from annotator.detector import import_extra
 from annotator.library import EXTRA, HubModelDetector
@@ -48,7 +46,9 @@ class SamDetector(HubModelDetector):
         output: np.ndarray,
         size: tuple[int, int],
         points: Annotated[int, 1, 128, "points along each side of the picture that masks are looked for at"] = 32,
-        pred_iou_thresh: Annotated[float, 0.0, 1.0, "quality, as the network judges it, above which a mask counts"] = 0.88,
+        pred_iou_thresh: Annotated[
+            float, 0.0, 1.0, "quality, as the network judges it, above which a mask counts"
+        ] = 0.88,
         stability_score_thresh: Annotated[
             float, 0.0, 1.0, "how little a mask must change with its threshold to count"
         ] = 0.95,

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 from torch import nn
 
 from annotator.detector import import_extra
@@ -64,7 +63,8 @@ class SegmentationDetector(HubModelDetector):
         outputs = self.network(**self.inputs_for(images, task))
         if task == "semantic":
             return [labels.cpu().numpy() for labels in decode(outputs, target_sizes=sizes)]
-        results = decode(outputs, target_sizes=sizes, threshold=threshold)
+        fuse = {"label_ids_to_fuse": set()} if task == "panoptic" else {}  # said, or the library warns that it is not
+        results = decode(outputs, target_sizes=sizes, threshold=threshold, **fuse)
         return [
             stack_masks([(result["segmentation"] == one["id"]).cpu().numpy() for one in result["segments_info"]], size)
             for result, size in zip(results, sizes, strict=True)

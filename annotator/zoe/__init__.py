@@ -26,6 +26,7 @@ class ZoeDetector(DepthAnythingDetector):
     """
 
     model = "Intel/zoedepth-nyu"
+    output_type = None
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
         import_extra("transformers", EXTRA)

@@ -12,7 +12,7 @@ BACKBONE = {
 }  # fmt: skip
 CONFIG = {"neck_hidden_sizes": [256, 512, 1024, 1024]}
 PROCESSOR = {"size": {"height": 384, "width": 512}, "keep_aspect_ratio": True, "ensure_multiple_of": 32}
-# Patterns are tried from the top, and the first one that matches a whole name counts. A number may count from the other end.
+# Patterns are tried from the top, and the first one that matches a whole name counts; <n> and >n< see `_hub_name`.
 NAMES = [
     (r"core\.core\.pretrained\.model\.cls_token", "backbone.embeddings.cls_token"),
     (r"core\.core\.pretrained\.model\.patch_embed\.proj\.(\w+)", r"backbone.embeddings.patch_embeddings.projection.\1"),
@@ -43,14 +43,9 @@ def hub_names(published: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published entries under the hub's names; those that only training needs are dropped."""
     renamed = {}
     for key, tensor in published.items():
-        for pattern, name in NAMES:
-            if match := re.fullmatch(pattern, key):
-                break
-        else:
+        name = _hub_name(key)
+        if name is None:
             continue
-        name = match.expand(name)
-        name = re.sub(r"<(\d)>", lambda found: str(int(found[1]) - 1), name)  # 1 to 4 become 0 to 3
-        name = re.sub(r">(\d)<", lambda found: str(4 - int(found[1])), name)  # and here 3 to 0
         if name.endswith("attn.qkv.weight"):
             for part, weight in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 renamed[name.replace("attn.qkv", f"attention.attention.{part}")] = weight.contiguous()
@@ -59,3 +54,13 @@ def hub_names(published: dict[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(rf"(\.layer\.\d+\.){re.escape(theirs)}\b", rf"\g<1>{ours}", name)
         renamed[name] = tensor
     return renamed
+
+
+def _hub_name(key: str) -> str | None:
+    """The hub's name, but for what lies in a layer of the backbone; None for entries without one."""
+    for pattern, name in NAMES:
+        if match := re.fullmatch(pattern, key):
+            name = match.expand(name)
+            name = re.sub(r"<(\d)>", lambda found: str(int(found[1]) - 1), name)  # 1 to 4 become 0 to 3
+            return re.sub(r">(\d)<", lambda found: str(4 - int(found[1])), name)  # and here 3 to 0
+    return None

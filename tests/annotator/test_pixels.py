@@ -96,5 +96,5 @@ def test_all_kinds_of_pictures(kind):
     ],
 )
 def test_parameters_out_of_range_are_named(kind, parameters):
-    with pytest.raises(ValueError, match=f"{next(iter(parameters))} must be a number from"):
+    with pytest.raises(ValueError, match=f"{next(iter(parameters))} must be a .*number from"):
         kind()(IMAGE, **parameters)
