@@ -6,7 +6,6 @@ from annotator.segmentation.colours import (
     ADE20K,
     COCO,
     colour_labels,
-    colour_masks,
     distinct_colours,
     palette_for,
 )
@@ -34,14 +33,3 @@ def test_distinct_colours_differ_and_are_not_black():
     first = colours[:12]
     apart = np.abs(first[:, None] - first[None]).max(axis=2) + np.eye(12) * 255
     assert apart.min() >= 40
-
-
-def test_small_masks_lie_over_large_ones():
-    small, large = np.zeros((4, 6), bool), np.zeros((4, 6), bool)
-    large[:, :4] = True
-    small[1:3, 1:3] = True
-    for masks in ([small, large], [large, small]):
-        canvas = colour_masks(masks, 4, 6)
-        assert (canvas[:, 4:] == 0).all() and len(np.unique(canvas.reshape(-1, 3), axis=0)) == 3
-        assert (canvas[1:3, 1:3] == canvas[1, 1]).all() and (canvas[0, 0] != canvas[1, 1]).any()
-    assert colour_masks([], 4, 6).shape == (4, 6, 3)

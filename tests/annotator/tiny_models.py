@@ -55,6 +55,14 @@ def dpt(folder: Path) -> Path:
     return _save(folder, transformers.DPTForDepthEstimation(config), processor)
 
 
+ZOE = {
+    "neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8, "num_relative_features": 8, "bottleneck_features": 8,
+    "bin_embedding_dim": 8, "num_attractors": [4, 2, 2, 1],
+    "bin_configurations": [{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0}],
+}  # fmt: skip
+ZOE_PROCESSOR = {"size": {"height": 64, "width": 96}, "ensure_multiple_of": 32, "keep_aspect_ratio": True}
+
+
 def zoedepth(folder: Path) -> Path:
     """ZoeDepth with one head of bins, as Intel/zoedepth-nyu has."""
     backbone = transformers.BeitConfig(
@@ -62,15 +70,8 @@ def zoedepth(folder: Path) -> Path:
         use_relative_position_bias=True, reshape_hidden_states=False,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
-    config = transformers.ZoeDepthConfig(
-        backbone_config=backbone, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=8, num_relative_features=8,
-        bottleneck_features=8, bin_embedding_dim=8, num_attractors=[4, 2, 2, 1],
-        bin_configurations=[{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0}],
-    )  # fmt: skip
-    processor = transformers.ZoeDepthImageProcessor(
-        size={"height": 64, "width": 96}, ensure_multiple_of=32, keep_aspect_ratio=True
-    )
-    return _save(folder, transformers.ZoeDepthForDepthEstimation(config), processor)
+    network = transformers.ZoeDepthForDepthEstimation(transformers.ZoeDepthConfig(backbone_config=backbone, **ZOE))
+    return _save(folder, network, transformers.ZoeDepthImageProcessor(**ZOE_PROCESSOR))
 
 
 def segformer(folder: Path, classes: int = 150) -> Path:
