@@ -10,14 +10,11 @@ failed (the rest is done), 2 for a mistake in the command, 130 after Ctrl-C.
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from annotator.folder import Task, find_pictures
-from annotator.options import Parser, add_detector_options, read_task, run_with_bar
-from annotator.registry import Annotator, describe, list_annotators
+from annotator.options import Parser, add_detector_options, load_annotator, made_with, run_with_bar
+from annotator.pictures import find_pictures
+from annotator.registry import Hint, Request, describe, list_annotators
 from cldm.command import MISTAKES, run_command
 from cldm.data.fill import PALETTES, generate_fill
 from cldm.data.folders import claim_folder
@@ -25,6 +22,7 @@ from cldm.data.pairs import DataError, PairDataset
 from cldm.data.photos import (
     Framing,
     PhotoPair,
+    cut_part,
     list_pairs,
     parse_size,
     plan_pairs,
@@ -68,14 +66,16 @@ def fill_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def photos_parser() -> argparse.ArgumentParser:
-    """The command line for a set from photographs, with one sub-command a condition."""
+def photos_parser(condition: str) -> argparse.ArgumentParser:
+    """The command line for a set from photographs, with one sub-command a condition; only the named one has its options."""
     parser = Parser(prog=PROGRAM, description="Make a training set from a folder of pictures.")
     commands = parser.add_subparsers(dest="condition", metavar="CONDITION", required=True)
     for name in CONDITIONS:
         command = commands.add_parser(
             name, description=f"Pairs of pictures and their condition: {describe(name).title}."
         )
+        if name != condition:
+            continue
         command.add_argument("photos", metavar="PHOTOS", type=Path, help="folder of pictures, with sub-folders")
         command.add_argument("out", metavar="OUT", type=Path, help="data folder to write")
         prompts = command.add_mutually_exclusive_group()
@@ -108,37 +108,11 @@ def make_fill(options: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class PairTask(Task):
-    """Making a pair of each part of a photograph.
-
-    Attributes:
-        out: the data folder.
-        framing: which parts, at which size.
-    """
-
-    out: Path = Path()
-    framing: Framing = Framing(512, 512)
-
-    def work(self, annotator: Annotator, job: PhotoPair) -> None:
-        parameters = dict(self.parameters)
-        if "seed" in parameters:
-            parameters["seed"] = self.framing.seed_of(job.name)
-
-        def condition(part: np.ndarray, target: np.ndarray) -> np.ndarray:
-            return annotator.make_hint(
-                part, detect_resolution=self.detect_resolution, picture=target, **parameters
-            ).source
-
-        write_pair(self.out, job, self.framing, condition)
-
-
 def make_pairs(options: argparse.Namespace) -> int:
     """Make a set from photographs."""
     if options.crops is not None and options.crops < 1:
         raise DataError(f"--crops must be at least 1, found {options.crops}")
     framing = Framing(*parse_size(options.size), options.buckets, options.crops is not None, options.seed)
-    task = read_task(options, options.condition, PairTask, out=options.out, framing=framing)
     if not options.photos.is_dir():
         raise DataError(f"there is no folder {options.photos}")
     if options.out.resolve() == options.photos.resolve():
@@ -146,17 +120,31 @@ def make_pairs(options: argparse.Namespace) -> int:
     photos = find_pictures(options.photos, options.out)
     prompts, complaints = read_prompts(options.photos, photos, options.captions, options.prompt)
     pairs = plan_pairs(options.photos, prompts, photos, options.crops)
-    claim_folder(options.out, "photos.json", settings_of(framing, task.origin))
+    annotator, parameters = load_annotator(options, options.condition)
+    settings = made_with(annotator, {k: v for k, v in parameters.items() if k != "seed"}, options)
+    claim_folder(options.out, "photos.json", settings_of(framing, settings))
     for complaint in complaints:
         print(f"{PROGRAM}: {complaint}", file=sys.stderr)
     todo = [pair for pair in pairs if not pair.is_current(options.out)]
     failed: set[Path] = set()
+
+    def read(pair: PhotoPair) -> Request:
+        part, target = cut_part(pair, framing)
+        own = parameters | ({"seed": framing.seed_of(pair.name)} if "seed" in parameters else {})
+        detect_resolution = getattr(options, "detect_resolution", None)
+        return annotator.request(part, detect_resolution=detect_resolution, picture=target, **own)
+
+    def write(pair: PhotoPair, hint: Hint) -> None:
+        write_pair(options.out, pair, hint.source, hint.picture)
+
     try:
-        # Threads: a process would import torch first, and decoding, resizing and encoding run outside Python's lock.
-        failed = run_with_bar(PROGRAM, options, task, todo, len(pairs), unit="pair", processes=False)
+        failed = run_with_bar(PROGRAM, options, annotator, todo, read, write, len(pairs), unit="pair")
     finally:
         made = list_pairs(options.out, (pair for pair in pairs if pair.picture not in failed))
-    print(f"{made} pairs of {len(prompts) - len(failed)} pictures are in {options.out}")
+    used = len(prompts) - len(failed)
+    print(
+        f"{made} pairs of {used}{f' of the {len(photos)}' if used < len(photos) else ''} pictures are in {options.out}"
+    )
     return 1 if failed or complaints else 0
 
 
@@ -164,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def work() -> int:
-        parser = photos_parser() if arguments and not arguments[0].startswith("-") else fill_parser()
+        parser = photos_parser(arguments[0]) if arguments and not arguments[0].startswith("-") else fill_parser()
         options = parser.parse_args(arguments)
         return options.run(options)
 

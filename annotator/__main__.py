@@ -128,7 +128,7 @@ def _find_masks(jobs: list[Job], place: Path | None) -> dict[Path, Path]:
         return {job.picture: place for job in jobs}
     if not place.is_dir():
         raise ValueError(f"there is no mask {place}")
-    masks = {path.relative_to(place).with_suffix(""): path for path in find_pictures(place, Path())}
+    masks = {path.relative_to(place).with_suffix(""): path for path in find_pictures(place)}
     found = {job.picture: masks.get(Path(job.name).with_suffix("")) for job in jobs}
     missing = [job for job in jobs if found[job.picture] is None]
     if missing:

@@ -6,7 +6,7 @@ A picture is an array (H, W), (H, W, 3) or (H, W, 4), uint8, in grey, RGB or RGB
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -72,6 +72,11 @@ def HWC3(x: np.ndarray) -> np.ndarray:  # noqa: N802 (the public name)
     return to_uint8(x[:, :, :3].astype(np.float32) * alpha + 255.0 * (1.0 - alpha))
 
 
+def without_alpha(x: np.ndarray) -> np.ndarray:
+    """A uint8 picture as (H, W, 3), the colours of RGBA whether they are seen or not."""
+    return HWC3(check_image(x)[:, :, :3] if x.ndim == 3 else x)
+
+
 def resized_shape(height: int, width: int, resolution: int) -> tuple[int, int]:
     """Height and width that `resize_image` gives: the shorter side near `resolution`, both multiples of 64.
 
@@ -128,22 +133,23 @@ def pad_to_multiple(image: np.ndarray, multiple: int) -> np.ndarray:
     return np.pad(image, [(0, bottom), (0, right)] + [(0, 0)] * (image.ndim - 2), mode="edge")
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """A picture file as uint8: (H, W) if grey, (H, W, 4) if it has transparency, else (H, W, 3) in RGB.
+def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
+    """A picture, a file or its bytes, as uint8: (H, W) if grey, (H, W, 4) if it has transparency, else (H, W, 3) in RGB.
 
     Turned upright as its EXIF data say; 16-bit grey is reduced to 8 bits.
 
     Raises:
         ValueError: naming the file, if it is missing, broken, cut off, or of floats.
     """
+    name = path if isinstance(path, (str, os.PathLike)) else "it"
     try:
         with Image.open(path) as opened:
             return _from_pil(ImageOps.exif_transpose(opened))
     except FileNotFoundError as err:
-        raise ValueError(f"{path} is missing") from err
+        raise ValueError(f"{name} is missing") from err
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
         reason = (getattr(err, "strerror", None) or str(err) or type(err).__name__).splitlines()[0]
-        raise ValueError(f"{path} does not decode as a picture: {reason}") from err
+        raise ValueError(f"{name} does not decode as a picture: {reason}") from err
 
 
 def _from_pil(picture: Image.Image) -> np.ndarray:
@@ -189,13 +195,13 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
         raise
 
 
-def find_pictures(source: Path, target: Path) -> list[Path]:
+def find_pictures(source: Path, target: Path | None = None) -> list[Path]:
     """The pictures in a folder and its sub-folders, sorted, but for hidden files and folders and what lies in `target`.
 
     Raises:
         ValueError: if there are none.
     """
-    own = target.resolve() if target.resolve().is_relative_to(source.resolve()) else None
+    own = target.resolve() if target and target.resolve().is_relative_to(source.resolve()) else None
     found = sorted(
         path
         for path in source.rglob("*")

@@ -8,6 +8,7 @@ import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -16,8 +17,8 @@ import numpy as np
 from annotator.canny import check_thresholds
 from annotator.detector import VERSIONS, Detector, Parameter, check_version, default_version
 from annotator.inpaint import cut_hole, picture_with_hole, scale_with_hole, show_hole
-from annotator.pictures import HWC3, Picture, as_array, resize, resize_image
-from annotator.scribble import fake_scribble, first_channel
+from annotator.pictures import HWC3, Picture, as_array, resize, resize_image, without_alpha
+from annotator.scribble import fake_scribble
 
 
 def unchanged(map: np.ndarray) -> np.ndarray:
@@ -44,44 +45,6 @@ def invert(map: np.ndarray) -> np.ndarray:
 
 def thicken_and_invert(map: np.ndarray) -> np.ndarray:
     return 255 - cv2.dilate(HWC3(map), np.ones((3, 3), dtype=np.uint8))
-
-
-def mask_to_picture(mask: np.ndarray) -> np.ndarray:
-    return HWC3(first_channel(mask))
-
-
-@dataclass(frozen=True, repr=False)
-class Hint:
-    """A condition, ready for a model.
-
-    Attributes:
-        hint: (H, W, 3), float32, 0..1 (and -1 in the hole of an inpainting hint): what the ControlNet takes.
-        shown: (H, W, 3), uint8: what people are shown.
-        map: (H, W, 3), uint8 (inpainting: 4 channels): the detector's map at this size.
-        picture: (H, W, 3), uint8: the picture that the hint belongs to, at this size.
-    """
-
-    hint: np.ndarray
-    shown: np.ndarray
-    map: np.ndarray
-    picture: np.ndarray
-
-    @property
-    def source(self) -> np.ndarray:
-        """The hint as an image file of a training set holds it: (H, W, 3), uint8, `hint` times 255.
-
-        Raises:
-            ValueError: for a hint with a hole, whose -1 no picture file can hold.
-        """
-        if self.hint.min() < 0:
-            raise ValueError(
-                "the hole of an inpainting hint is -1, which no picture file can hold; keep its map, which is RGBA"
-            )
-        return np.rint(self.hint * 255.0).astype(np.uint8)
-
-    def __repr__(self) -> str:
-        height, width, channels = self.hint.shape
-        return f"Hint({height}x{width}x{channels}, {self.hint.min():.3g} to {self.hint.max():.3g})"
 
 
 @dataclass(frozen=True)
@@ -182,6 +145,45 @@ class AnnotatorInfo:
         return checked
 
 
+class Hint:
+    """A condition, ready for a model.
+
+    Attributes:
+        map: (H, W, 3), uint8 (inpainting: 4 channels): the detector's map at the size of the result.
+        picture: (H, W, 3), uint8: the picture that the hint belongs to, at this size.
+    """
+
+    def __init__(self, info: "AnnotatorInfo", map: np.ndarray, picture: np.ndarray) -> None:
+        self.info, self.map, self.picture = info, map, picture
+
+    @cached_property
+    def hint(self) -> np.ndarray:
+        """(H, W, 3), float32, 0..1 (and -1 in the hole of an inpainting hint): what the ControlNet takes."""
+        return self.info.to_hint(self.map)
+
+    @cached_property
+    def shown(self) -> np.ndarray:
+        """(H, W, 3), uint8: what people are shown."""
+        return self.info.to_shown(self.map)
+
+    @cached_property
+    def source(self) -> np.ndarray:
+        """The hint as an image file of a training set holds it: (H, W, 3), uint8, `hint` times 255.
+
+        Raises:
+            ValueError: for a hint with a hole, whose -1 no picture file can hold.
+        """
+        if self.hint.min() < 0:
+            raise ValueError(
+                "the hole of an inpainting hint is -1, which no picture file can hold; keep its map, which is RGBA"
+            )
+        return np.rint(self.hint * 255.0).astype(np.uint8)
+
+    def __repr__(self) -> str:
+        height, width = self.map.shape[:2]
+        return f"Hint({self.info.name} {self.info.version}, {height}x{width})"
+
+
 class Annotator:
     """A loaded condition: its facts, its detector, and the way from a picture to a hint.
 
@@ -262,8 +264,7 @@ class Annotator:
         map = found if info.output is None else found[info.output]
         if map.shape[:2] != picture.shape[:2]:
             map = resize(map, picture.shape[:2], info.interpolation)
-        map = info.finish(map)
-        return Hint(info.to_hint(map), info.to_shown(map), map, picture[:, :, :3])
+        return Hint(info, info.finish(map), picture[:, :, :3])
 
 
 HED = "ControlNetHED.pth or network-bsds500.pth"
@@ -286,9 +287,9 @@ CONDITIONS = [
     AnnotatorInfo("scribble", "1.1", "a user's scribble, dark on light", "annotator.scribble.ScribbleDetector",
                   works_at="image"),
     AnnotatorInfo("scribble_interactive", "1.0", "a drawn mask, light on dark",
-                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=mask_to_picture, to_shown=invert),
+                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=without_alpha, to_shown=invert),
     AnnotatorInfo("scribble_interactive", "1.1", "a drawn mask, light on dark",
-                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=mask_to_picture),
+                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=without_alpha),
     AnnotatorInfo("fake_scribble", "1.0", "scribble made from HED edges", "annotator.hed.HEDdetector", HED,
                   finish=fake_scribble, to_shown=invert),
     AnnotatorInfo("fake_scribble", "1.1", "scribble made from HED edges", "annotator.hed.HEDdetector", "ControlNetHED.pth",

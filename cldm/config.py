@@ -17,6 +17,13 @@ S = TypeVar("S")
 _PACKAGED = Path(__file__).parent / "resources"
 _CHECKOUT = Path(__file__).parent.parent
 
+# The YAML files of ControlNet 1.1: all are SD 1.5's configuration; the last one averages the control's outputs.
+CONTROLNET_1_1 = {
+    *(f"control_v11p_sd15_{name}" for name in "canny inpaint lineart mlsd normalbae openpose scribble seg softedge".split()),
+    "control_v11f1p_sd15_depth", "control_v11f1e_sd15_tile", "control_v11e_sd15_ip2p", "control_v11p_sd15s2_lineart_anime",
+    "control_v11e_sd15_shuffle",
+}  # fmt: skip
+
 
 def search_folders() -> list[Path]:
     """Where a file is looked for that is not found under the name as given."""
@@ -35,13 +42,15 @@ def resolve(name: str | Path, suffix: str = "") -> Path:
         for candidate in candidates:
             if (folder / candidate).is_file():
                 return folder / candidate
+    if Path(name).stem in CONTROLNET_1_1 and (suffix or Path(name).suffix) == ".yaml":
+        return resolve("cldm_v15", ".yaml")
     known = sorted(path.stem for folder in search_folders() for path in folder.glob(f"*{suffix}") if suffix)
     hint = f"; packaged are {', '.join(known)}" if known else ""
     raise ConfigError(f"there is no file {str(name)!r}{hint}")
 
 
 def load_config(path: str | Path) -> DictConfig:
-    """The YAML file `path`, or the packaged one of that name (`cldm_tiny`).
+    """The YAML file `path`, or the packaged one of that name (`cldm_tiny`, and those of ControlNet 1.1).
 
     Raises:
         ConfigError: no such file, or not a YAML mapping.
@@ -53,6 +62,8 @@ def load_config(path: str | Path) -> DictConfig:
         raise ConfigError(f"{found} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{found} must hold a mapping, found {type(config).__name__}")
+    if found.stem == "cldm_v15" and Path(path).stem == "control_v11e_sd15_shuffle":
+        config.model.params.global_average_pooling = True
     return config
 
 

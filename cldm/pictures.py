@@ -1,13 +1,13 @@
-"""Pictures: from tensors, laid out in grids, and written without leaving half a file."""
+"""Pictures: from tensors, and laid out in grids."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import cv2
 import numpy as np
 from torch import Tensor
 
-from cldm.files import write_whole
+from annotator.pictures import save_png
+
+__all__ = ["grid", "save_png", "to_uint8"]
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -34,16 +34,3 @@ def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 4, background: int = 2
             top, left = gap + i * (height + gap), gap + j * (width + gap)
             sheet[top : top + height, left : left + width] = picture.repeat(scale, axis=0).repeat(scale, axis=1)
     return sheet
-
-
-def save_png(path: str | Path, picture: np.ndarray) -> None:
-    """Write uint8 RGB (H, W, 3) or grey (H, W) as PNG, whole or not at all.
-
-    Raises:
-        ValueError: a picture that PNG cannot hold.
-    """
-    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR) if picture.ndim == 3 else picture
-    done, encoded = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 3])
-    if not done:
-        raise ValueError(f"{path}: a picture of shape {picture.shape} cannot be written as PNG")
-    write_whole(path, encoded.tobytes())

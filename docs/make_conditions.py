@@ -14,9 +14,8 @@ import cv2
 import numpy as np
 
 import annotator
-from annotator.folder import read_image, write_png
+from annotator.pictures import HWC3, read_image, save_png
 from annotator.shuffle import ColorShuffleDetector, DownSampleDetector
-from annotator.util import HWC3
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 256
@@ -37,7 +36,7 @@ def conditions(photo: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "canny", canny.source
     yield "canny, 40 and 90", hint("canny", low_threshold=40, high_threshold=90).source
     yield "scribble", hint("scribble").source
-    yield "shuffle", hint("shuffle", f=64, seed=0, detect_resolution=SIZE).source
+    yield "shuffle", hint("shuffle", f=64, seed=0).source
     yield "shuffled colours", ColorShuffleDetector()(picture, seed=2)
     yield "noise, down and up", DownSampleDetector()(picture, seed=0)
     hole = np.full((height, width), 255, dtype=np.uint8)
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             photo = np.load(ROOT / "tests" / "data" / "annotator" / "canny.npz")["astronaut/input"]
         else:
             photo = HWC3(read_image(args.photo))
-        write_png(args.out, sheet(list(conditions(photo))))
+        save_png(args.out, sheet(list(conditions(photo))))
     except (ValueError, OSError) as err:
         print(f"make_conditions.py: {err}", file=sys.stderr)
         return 2

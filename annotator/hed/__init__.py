@@ -30,10 +30,13 @@ class HEDdetector(NetworkDetector):
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
         return super().find_file(name, filenames[:1] if self.version == "1.1" else filenames)
 
+    def build_network(self) -> nn.Module:
+        return ControlNetHED()
+
     def load_network(self, name: str, path: Path) -> nn.Module:
         state_dict = read_state_dict(path)
         older = any(key.startswith("moduleVgg") for key in state_dict)
-        network = BSDS500HED() if older else ControlNetHED()
+        network = BSDS500HED() if older else self.build_network()
         load_weights(network, state_dict, path)
         return network
 

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from annotator.detector import Detector
-from annotator.pictures import HWC3, check_image
+from annotator.pictures import check_image, without_alpha
 from annotator.scribble import first_channel
 
 
@@ -29,9 +29,9 @@ def soft_mask(mask: np.ndarray, height: int, width: int, blur: float = 5.0) -> n
 
 def cut_hole(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A picture as RGBA (H, W, 4), uint8, transparent where the mask, of any size, is white."""
-    picture = check_image(image)[:, :, :3] if image.ndim == 3 else image
+    picture = without_alpha(image)
     alpha = 255 - soft_mask(mask, *picture.shape[:2], blur=0.0) * 255.0
-    return np.dstack([HWC3(picture), np.rint(alpha).astype(np.uint8)])
+    return np.dstack([picture, np.rint(alpha).astype(np.uint8)])
 
 
 def picture_with_hole(image: np.ndarray) -> np.ndarray:

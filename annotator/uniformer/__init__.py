@@ -37,8 +37,11 @@ class UniformerDetector(NetworkDetector):
     network = LazyNetwork("upernet_global_small.pth")
     wrapper = "state_dict"
 
+    def build_network(self) -> nn.Module:
+        return UPerNet()
+
     def load_network(self, name: str, path: Path) -> nn.Module:
-        network = UPerNet()
+        network = self.build_network()
         load_weights(
             network, read_state_dict(path, self.wrapper), path, optional="auxiliary_head."
         )  # which only trains

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
+
+from annotator.pictures import HWC3, read_image
 
 KEYS = ("source", "target", "prompt")
 
@@ -98,23 +100,9 @@ def read_rgb(path: Path) -> np.ndarray:
         DataError: missing, or it does not decode.
     """
     try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 bits, as annotator.folder reads them
-                grey = (np.asarray(picture).clip(0, 2**16 - 1) // 257).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                rgba = np.asarray(picture.convert("RGBA")).astype(np.float32)
-                alpha = rgba[..., 3:] / 255.0  # (H, W, 1)
-                on_white = rgba[..., :3] * alpha + 255.0 * (
-                    1.0 - alpha
-                )  # (H, W, 3), rounded as annotator.util.HWC3 does
-                return on_white.clip(0, 255).astype(np.uint8)
-            return np.asarray(picture.convert("RGB"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} does not decode as a picture: {error}") from error
+        return HWC3(read_image(path))
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _stored_size(path: Path) -> tuple[int, int]:

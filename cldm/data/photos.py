@@ -1,14 +1,13 @@
 """Training pairs from photographs: which part of each is used, at what size, under which prompt and name.
 
-What the condition is, is the caller's matter: a function that makes the hint of a picture. The data folder is the one that
+What the condition is, is the caller's matter. The data folder is the one that
 `cldm.data.pairs` reads. Whatever is random depends on the seed and the pair's name alone, so that a set can be made in any
 order, and go on after an interruption.
 """
 
 import json
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,13 +15,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from annotator.folder import seed_of
 from cldm.data.folders import LISTING, write_listing
 from cldm.data.pairs import DataError, parse_object, read_rgb, resolved
 from cldm.pictures import save_png
 
 Size = tuple[int, int]  # height, width
-# (part of a photograph as it is, the same at the size of training) -> hint of that size; all uint8 (., ., 3) RGB.
-Condition = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 STEP = 64
 LARGEST_SIDE = 4096
@@ -103,7 +101,7 @@ class Framing:
 
     def seed_of(self, name: str) -> int:
         """A seed for whatever is random in a pair, 0 to 2**32 - 1."""
-        return zlib.crc32(f"{self.seed}/{name}".encode())
+        return seed_of(self.seed, name)
 
 
 @dataclass(frozen=True)
@@ -250,18 +248,25 @@ def _read_listing(listing: Path, folder: Path) -> dict[Path, tuple[str, str]]:
     return found
 
 
-def write_pair(folder: Path, pair: PhotoPair, framing: Framing, condition: Condition) -> None:
-    """Make a pair's two files; neither is ever seen half-written.
+def cut_part(pair: PhotoPair, framing: Framing) -> tuple[np.ndarray, np.ndarray]:
+    """The part of the photograph that a pair shows, and the same at the size of training; both uint8 (., ., 3) RGB.
 
     Raises:
-        ValueError: a photograph that cannot be read (DataError), or whatever the condition finds wrong.
+        DataError: a photograph that cannot be read.
     """
     photo = _read_photo(pair.picture)
     height, width = framing.size_of(*photo.shape[:2])
     part = photo[framing.part_of(*photo.shape[:2], pair.name)]
     shrinks = part.shape[0] > height
-    target = cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4)
-    source = condition(part, target)
+    return part, cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4)
+
+
+def write_pair(folder: Path, pair: PhotoPair, source: np.ndarray, target: np.ndarray) -> None:
+    """Write a pair's two files; neither is ever seen half-written.
+
+    Raises:
+        ValueError: a condition that is not uint8 of the target's shape.
+    """
     if source.shape != target.shape or source.dtype != np.uint8:
         raise ValueError(f"the condition is {source.dtype} {source.shape}, expected uint8 {target.shape}")
     (folder / pair.target).unlink(missing_ok=True)  # of another state of the photograph: never beside the new source
@@ -286,4 +291,4 @@ def list_pairs(folder: Path, pairs: Iterable[PhotoPair]) -> int:
 
 def settings_of(framing: Framing, condition: dict[str, object]) -> dict[str, object]:
     """What a data folder's pairs have in common, as its note says it; JSON's types."""
-    return json.loads(json.dumps({**asdict(framing), "condition": condition}))
+    return json.loads(json.dumps({**condition, **asdict(framing)}))

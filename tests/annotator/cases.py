@@ -58,6 +58,17 @@ def case_state_dict(manifest_name: str, case_meta: dict) -> dict[str, torch.Tens
     return dict(_filled(manifest_name.removesuffix(".json"), json.dumps(recipe, sort_keys=True)))
 
 
+class Given:
+    """Stands for a detector: gives `result`, or what it makes of the picture, and remembers what it was called with."""
+
+    def __init__(self, result) -> None:
+        self.result = result
+
+    def detect(self, image, **parameters):
+        self.seen, self.parameters = image, parameters
+        return self.result(image) if callable(self.result) else self.result
+
+
 def assert_close(got: np.ndarray | torch.Tensor, want: np.ndarray, tolerance: float) -> None:
     """Same shape, and nowhere further apart than `tolerance`."""
     got = got.detach().cpu().numpy() if torch.is_tensor(got) else np.asarray(got)

@@ -3,24 +3,22 @@
 import os
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from annotator import describe, folder, load
 from annotator.__main__ import main
 from annotator.canny import CannyDetector
-from annotator.detector import NetworkDetector
-from annotator.folder import read_image, write_png
-from annotator.registry import REGISTRY
-from annotator.util import to_uint8
-from tests.annotator.cases import open_cases
+from annotator.network import LazyNetwork, NetworkDetector, to_tensor
+from annotator.pictures import read_image, save_png, to_uint8
+from annotator.registry import CONDITIONS, REGISTRY
+from annotator.shuffle import ContentShuffleDetector
+from tests.annotator.cases import case_state_dict, open_cases
 
 ARRAYS, _ = open_cases("canny")
 PHOTOS = [ARRAYS[f"{name}/input"] for name in ("astronaut", "chelsea", "coffee")]
@@ -88,26 +86,9 @@ def test_a_run_that_made_nothing_binds_nothing(photos, tmp_path, capsys):
     assert main(["canny", str(photos), str(target), "--workers", "1"]) == 0
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    source = tmp_path / "many"
-    source.mkdir()
-    for number in range(400):
-        write_png(source / f"{number}.png", np.repeat(PHOTOS[0], 2, axis=0))
-    command = [sys.executable, "-m", "annotator", "canny", str(source), str(tmp_path / "maps"), "--workers", "2"]
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not list(tmp_path.glob("maps/*.png")) and parent.poll() is None and time.time() < deadline:
-        time.sleep(0.05)
-    children = psutil.Process(parent.pid).children(recursive=True)
-    parent.kill()
-    parent.wait()
-    assert len(children) >= 2
-    assert not psutil.wait_procs(children, timeout=20)[1]
-
-
 def test_files_that_something_else_made_are_not_overwritten(photos, tmp_path, capsys):
     target = tmp_path / "maps"
-    write_png(target / "a.png", PHOTOS[1])
+    save_png(target / "a.png", PHOTOS[1])
     assert main(["canny", str(photos), str(target)]) == 2
     assert "a.png" in capsys.readouterr().err
     assert np.array_equal(maps(target)["a.png"], PHOTOS[1])
@@ -123,7 +104,7 @@ def test_broken_pictures_are_reported_and_the_rest_is_done(photos, tmp_path, cap
     assert main(["canny", str(photos), str(target), "--workers", "2"]) == 1
     printed = capsys.readouterr()
     assert "3 written" in printed.out and "3 failed" in printed.out
-    complaints = printed.err.strip().splitlines()
+    complaints = sorted(printed.err.strip().splitlines())
     assert len(complaints) == 3
     for name, line in zip(("broken.jpg", "cut.jpg", "empty.png"), complaints, strict=True):
         assert name in line
@@ -159,6 +140,10 @@ def test_one_picture_at_the_size_of_the_apps(photos, tmp_path, capsys):
         (["canny", "IN/a.png", "OUT.jpg"], ".png"),
         (["canny", "IN/none", "OUT"], "none"),
         (["hed", "IN", "OUT", "--weights", "IN"], "ControlNetHED.pth"),
+        (["canny", "IN", "OUT", "--device", "gpu"], "--device"),
+        (["canny", "IN", "OUT", "--weights", "nope"], "--weights"),
+        (["canny", "IN", "OUT", "--low-threshold", "200", "--high-threshold", "100"], "must not be above"),
+        (["shuffle", "IN", "OUT", "--detect-resolution", "512"], "--detect-resolution"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(photos, tmp_path, capsys, command, message):
@@ -171,47 +156,156 @@ def test_mistakes_are_one_line_and_status_2(photos, tmp_path, capsys, command, m
 
 
 class Counting(nn.Conv2d):
-    """A network that remembers with how many pictures it ran."""
+    """A network that remembers with how many pictures it ran, and has memory for four."""
+
+    batches: list[int] = []
 
     def forward(self, x):
-        self.batches = [*getattr(self, "batches", []), len(x)]
+        self.batches.append(len(x))
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("out of memory")
         return super().forward(x)
 
 
 class Brightness(NetworkDetector):
-    filename = "brightness.pth"
+    network = LazyNetwork("brightness.pth")
 
     def build_network(self):
         return Counting(3, 1, 1)
 
-    def __call__(self, img):
-        return to_uint8(self.network(self.tensor(self.prepare(img)))[0, 0].cpu().numpy())
+    def encode(self, image):
+        return to_tensor(image)
+
+    def decode(self, output, size):
+        return to_uint8(output[0].numpy())
 
 
-def test_network_detectors_run_in_batches(tmp_path, monkeypatch):
-    torch.save({"weight": torch.full((1, 3, 1, 1), 1 / 3), "bias": torch.zeros(1)}, tmp_path / "brightness.pth")
-    info = replace(describe("hed"), detector=f"{__name__}.Brightness")
+@pytest.fixture
+def brightness(tmp_path, monkeypatch):
+    """The condition "hed" with a small network, and its weights."""
+    monkeypatch.setattr(Counting, "batches", [])
+    info = replace(REGISTRY["hed", "1.0"], detector=f"{__name__}.Brightness")
     monkeypatch.setitem(REGISTRY, ("hed", "1.0"), info)
-    loaded = []
-    monkeypatch.setattr(folder, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
+    weights = tmp_path / "brightness.pth"
+    torch.save({"weight": torch.full((1, 3, 1, 1), 1 / 3), "bias": torch.zeros(1)}, weights)
+    return weights
+
+
+def test_network_detectors_run_in_batches(brightness, tmp_path, capsys):
     for index in range(7):
-        write_png(tmp_path / "photos" / f"{index}.png", PHOTOS[index % 2][:, : 128 + index])
+        save_png(tmp_path / "photos" / f"{index}.png", PHOTOS[index % 2][:, : 128 + index])
     (tmp_path / "photos" / "broken.png").touch()
     command = ["hed", str(tmp_path / "photos"), "", "--weights", str(tmp_path), "--device", "cpu"]
     results = []
     for batch in ("1", "4"):
+        Counting.batches.clear()
         command[2] = str(tmp_path / f"maps{batch}")
         assert main([*command, "--batch", batch]) == 1
         results.append(maps(tmp_path / f"maps{batch}"))
-    alone, joined = (annotator.detector.network.batches for annotator in loaded)
-    assert alone == [1] * 7 and sum(joined) == 7 and max(joined) > 1
+        assert Counting.batches == [1] * 7 if batch == "1" else sum(Counting.batches) == 7 > len(Counting.batches)
     assert results[0].keys() == results[1].keys() and len(results[0]) == 7
     for name, found in results[0].items():
         assert found.mean() > 0 and np.abs(found.astype(int) - results[1][name].astype(int)).max() <= 1
-    # Maps of another network do not mix with these.
-    torch.save({"weight": torch.zeros(1, 3, 1, 1), "bias": torch.zeros(1)}, tmp_path / "other.pth")
-    command[4] = str(tmp_path / "other.pth")
-    assert main(command) == 2 and len(loaded) == 2
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(brightness, tmp_path, capsys):
+    for index in range(20):
+        save_png(tmp_path / "photos" / f"{index}.png", PHOTOS[0])
+    command = ["hed", str(tmp_path / "photos"), str(tmp_path / "maps"), "--weights", str(brightness), "--device", "cpu"]
+    assert main([*command, "--batch", "8"]) == 0
+    assert "20 written" in capsys.readouterr().out and len(maps(tmp_path / "maps")) == 20
+    assert Counting.batches == [8, 4, 4, 4, 4, 4]  # which is remembered
+
+
+def test_maps_of_other_weights_do_not_mix(brightness, tmp_path, capsys):
+    """Not even if they were put in the place of those before, under the same name and of the same size."""
+    save_png(tmp_path / "photos" / "a.png", PHOTOS[0])
+    command = ["hed", str(tmp_path / "photos"), str(tmp_path / "maps"), "--weights", str(tmp_path), "--device", "cpu"]
+    assert main(command) == 0
+    save_png(tmp_path / "photos" / "b.png", PHOTOS[1])
+    copy = brightness.read_bytes()
+    brightness.write_bytes(copy)  # the same weights, later
+    assert main(command) == 0
+    torch.save({"weight": torch.full((1, 3, 1, 1), 0.5), "bias": torch.zeros(1)}, brightness)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "other settings (weights)" in capsys.readouterr().err and len(maps(tmp_path / "maps")) == 2
+
+
+def test_coarse_line_art_needs_its_own_file_alone_and_loads_it_once(tmp_path, capsys, monkeypatch):
+    from annotator.lineart import LineartDetector
+
+    _, meta = open_cases("lineart")
+    for index in range(3):
+        save_png(tmp_path / "photos" / f"{index}.png", PHOTOS[0][:64, :64])
+    command = ["lineart", str(tmp_path / "photos"), str(tmp_path / "maps"), "--coarse", "--detect-resolution", "64",
+               "--weights", str(tmp_path / "weights"), "--device", "cpu", "--batch", "3"]  # fmt: skip
+    (tmp_path / "weights").mkdir()
+    assert main(command) == 2  # at once, not for every picture
+    complaint = capsys.readouterr().err.strip()
+    assert "sk_model2.pth" in complaint and "\n" not in complaint and not (tmp_path / "maps").exists()
+    state_dict = case_state_dict("sk_model", {"gain": meta["cases"]["photo_coffee"]["gain_coarse"]})
+    torch.save(state_dict, tmp_path / "weights" / "sk_model2.pth")
+    loaded, batches = [], []
+    load, forward = LineartDetector.load_network, LineartDetector.forward
+    monkeypatch.setattr(LineartDetector, "load_network", lambda self, *a: loaded.append(a) or load(self, *a))
+    monkeypatch.setattr(
+        LineartDetector, "forward", lambda self, x, **p: batches.append(len(x)) or forward(self, x, **p)
+    )
+    assert main(command) == 0
+    assert len(loaded) == 1 and batches == [3] and len(maps(tmp_path / "maps")) == 3
+
+
+def test_every_picture_is_shuffled_in_its_own_way_that_can_be_repeated(tmp_path):
+    for name in ("a", "b"):
+        save_png(tmp_path / "photos" / f"{name}.png", PHOTOS[0])
+    found = []
+    for target in ("one", "two"):
+        assert main(["shuffle", str(tmp_path / "photos"), str(tmp_path / target), "--seed", "5"]) == 0
+        found.append(maps(tmp_path / target))
+    assert np.array_equal(found[0]["a.png"], found[1]["a.png"]) and np.array_equal(found[0]["b.png"], found[1]["b.png"])
+    assert not np.array_equal(found[0]["a.png"], found[0]["b.png"])
+    assert main(["shuffle", str(tmp_path / "photos" / "a.png"), str(tmp_path / "c.png"), "--seed", "5"]) == 0
+    assert np.array_equal(read_image(tmp_path / "c.png"), ContentShuffleDetector()(PHOTOS[0], seed=5))
+
+
+def test_inpainting_keeps_its_hole_and_takes_masks(photos, tmp_path, capsys):
+    target = tmp_path / "maps"
+    assert main(["inpaint", str(photos), str(target)]) == 1  # no picture has a hole
+    assert capsys.readouterr().err.count("needs a mask") == 3
+    masks = tmp_path / "masks"
+    for name in ("a", "sub/b", "sub/deep/c d"):
+        mask = np.zeros((50, 50), np.uint8)
+        mask[10:40, 10:40] = 255
+        save_png(masks / f"{name}.png", mask)
+    assert main(["inpaint", str(photos), str(tmp_path / "holes"), "--mask", str(masks), "--blur", "0"]) == 0
+    for found, photo in zip(maps(tmp_path / "holes").values(), PHOTOS, strict=True):
+        assert np.array_equal(found[:, :, :3], photo) and 0.3 < (found[:, :, 3] == 0).mean() < 0.4
+    one = ["inpaint", str(photos / "a.png"), str(tmp_path / "one.png"), "--mask", str(masks / "a.png"), "--blur", "0"]
+    assert main(one) == 0 and np.array_equal(read_image(tmp_path / "one.png"), maps(tmp_path / "holes")["a.png"])
+    capsys.readouterr()
+    (masks / "a.png").unlink()
+    for wrong, message in ((["--mask", str(masks)], "no mask for a.png"), (["--save", "hint"], "--save map")):
+        assert main(["inpaint", str(photos), str(tmp_path / "other"), *wrong]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_hidden_folders_are_left_out(photos, tmp_path):
+    save_png(photos / ".ipynb_checkpoints" / "a-checkpoint.png", PHOTOS[0])
+    save_png(photos / "sub" / ".thumbs" / "deep" / "b.png", PHOTOS[0])
+    assert main(["canny", str(photos), str(tmp_path / "maps")]) == 0
+    assert list(maps(tmp_path / "maps")) == ["a.png", "sub/b.png", "sub/deep/c d.png"]
+
+
+def test_threads_that_write_leave_the_umask_alone(tmp_path):
+    old = os.umask(0o027)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda k: save_png(tmp_path / f"{k}.png", PHOTOS[0][:8, :8]), range(200)))
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(old)
+    assert {(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_pictures_of_all_kinds_are_read(tmp_path):
@@ -228,10 +322,15 @@ def test_pictures_of_all_kinds_are_read(tmp_path):
     Image.fromarray(PHOTOS[0][:16, :32]).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (32, 16, 3)
     for image in (grey, PHOTOS[0], np.dstack([PHOTOS[0], PHOTOS[0][:, :, 0]])):
-        write_png(tmp_path / "again.png", image)
+        save_png(tmp_path / "again.png", image)
         assert np.array_equal(read_image(tmp_path / "again.png"), image)
 
 
 def test_the_module_runs_and_lists_itself():
     ran = subprocess.run([sys.executable, "-m", "annotator", "--list"], capture_output=True, text=True, check=True)
     assert "low_threshold=100" in ran.stdout and "pidinet" in ran.stdout and not ran.stderr
+    assert len(ran.stdout.splitlines()) == len(CONDITIONS)
+    ran = subprocess.run(
+        [sys.executable, "-m", "annotator", "normal", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "0.1 to 20, default 6.28319" in ran.stdout and "0 to 1, default 0.4" in ran.stdout

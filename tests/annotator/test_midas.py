@@ -71,6 +71,13 @@ def test_maps_of_given_depth_are_exact(case):
         assert np.array_equal(depth_to_normals(depth, a, bg_th), want)
 
 
+def test_version_1_1_gives_the_depth_alone(detector, monkeypatch):
+    image = np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
+    depth, _ = detector(image)
+    monkeypatch.setattr(detector, "version", "1.1")
+    assert np.array_equal(detector(image), depth)
+
+
 def test_flat_depth_faces_the_viewer():
     flat = np.full((5, 7), 3.0, dtype=np.float32)
     assert not depth_to_map(flat).any()

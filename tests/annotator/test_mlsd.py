@@ -1,7 +1,6 @@
 """M-LSD against the public reference: network, decoding, drawing, and the chain of the app."""
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from annotator import describe
 from annotator.mlsd import MLSDdetector, decode_lines, draw_lines
 from annotator.registry import Annotator
-from tests.annotator.cases import assert_close, case_state_dict, open_cases, open_manifest
+from tests.annotator.cases import Given, assert_close, case_state_dict, open_cases, open_manifest
 from tests.parity import noise
 
 ARRAYS, META = open_cases("mlsd")
@@ -107,7 +106,6 @@ def test_unusual_pictures_and_thresholds(detector, monkeypatch):
 
 
 def test_the_app_resizes_by_nearest_neighbour_and_shows_bold_lines_inverted():
-    annotator = Annotator(replace(describe("mlsd"), detector="annotator.tile.TileDetector", parameters=()))
-    annotator.detector = lambda image: ARRAYS["decode_same_size/map_v0.1_d0.1"]
+    annotator = Annotator(describe("mlsd"), Given(ARRAYS["decode_same_size/map_v0.1_d0.1"]))
     found = annotator.make_hint(np.zeros((128, 192, 3), dtype=np.uint8), 192, 128)
     assert np.array_equal(found.map, ARRAYS["app/map"]) and np.array_equal(found.shown, ARRAYS["app/shown"])

@@ -185,6 +185,10 @@ def test_drawings_equal_the_reference(case):
     bodies = {"candidate": array["candidate"].tolist(), "subset": array["subset"].tolist()}
     pose = {"bodies": bodies, "hands": array["hands"].tolist(), "faces": array["faces"].tolist()}
     assert np.array_equal(draw_pose(pose, *black.shape[:2]), array["canvas"])
+    body, hand, face = (array[f"canvas_{part}"] for part in ("body", "hand", "face"))
+    assert np.array_equal(draw_pose(pose, *black.shape[:2], draw_hand=False, draw_face=False), body)
+    assert np.array_equal(draw_pose(pose, *black.shape[:2], draw_body=False, draw_face=False), hand)
+    assert np.array_equal(draw_pose(pose, *black.shape[:2], draw_body=False, draw_hand=False), face)
 
 
 def test_the_resizing_of_1_1_equals_the_reference():
@@ -282,9 +286,9 @@ def test_weights_of_hands_and_faces_are_needed_only_when_asked_for(weights, tmp_
 
 
 def test_arguments_of_the_other_version_are_refused(detectors, weights):
-    with pytest.raises(ValueError, match="version must be 1.0 or 1.1, got '2'"):
+    with pytest.raises(ValueError, match="version must be one of 1.0, 1.1, got '2'"):
         OpenposeDetector("cpu", weights, version="2")
-    with pytest.raises(ValueError, match="need OpenposeDetector"):
+    with pytest.raises(ValueError, match="need version 1.1"):
         detectors["1.0"](V10["split/input"], hand_and_face=True)
 
 
@@ -336,7 +340,7 @@ def test_no_people_is_a_black_picture_and_empty_lists():
 def test_networks_can_be_loaded_before_threads_ask_for_them(weights):
     for version, loaded in (("1.0", {"hand_network"}), ("1.1", {"hand_network", "face_network"})):
         detector = OpenposeDetector("cpu", weights, version)
-        detector.load_for(hand=False)
+        detector.load(hand=False)
         assert not loaded & set(vars(detector))
-        detector.load_for(hand=True)
+        detector.load(hand=True)
         assert loaded == {"hand_network", "face_network"} & set(vars(detector))

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
 
 import huggingface_hub
 import numpy as np
@@ -12,18 +12,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from annotator import weights
-from annotator.detector import NetworkDetector, choose_device
-from annotator.weights import WeightsError, find_weights, load_weights, read_state_dict
+from annotator.network import LazyNetwork, NetworkDetector, choose_device, to_tensor
+from annotator.weights import Hub, WeightsError, find_weights, fingerprint, load_weights, read_state_dict
 
 NAME = "ControlNetHED.pth"
 
 
 @pytest.fixture
 def no_download(monkeypatch):
-    def fail(address):
+    def fail(address, timeout):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(weights, "_check_reachable", fail)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # which is not even called
 
 
@@ -41,52 +41,75 @@ def folders(monkeypatch, tmp_path):
 def test_places_are_searched_in_order(folders, no_download, tmp_path):
     package, named = folders
     (named / NAME).touch()
-    assert find_weights(NAME) == named / NAME
+    assert find_weights([NAME]) == named / NAME
     (package / NAME).touch()
-    assert find_weights(NAME) == package / NAME
-    assert find_weights(NAME, named) == named / NAME
+    assert find_weights([NAME]) == package / NAME
+    assert find_weights([NAME], named) == named / NAME
     other = tmp_path / "renamed.bin"
     other.touch()
-    assert find_weights(NAME, str(other)) == other
+    assert find_weights([NAME], str(other)) == other
     (package / "older.pth").touch()
     assert find_weights(["newer.pth", "older.pth"]) == package / "older.pth"
+    (package / "newer.safetensors").touch()
+    assert find_weights(["newer.pth", "older.pth"]) == package / "newer.safetensors"
 
 
-def test_a_file_that_is_nowhere_is_one_error_with_all_that_helps(folders, no_download):
+def test_a_file_that_is_nowhere_is_one_error_with_all_that_helps(folders, no_download, monkeypatch):
     with pytest.raises(WeightsError) as caught:
-        find_weights(NAME, repository="lllyasviel/ControlNet", folder="annotator/ckpts")
-    address = f"https://huggingface.co/lllyasviel/ControlNet/resolve/main/annotator/ckpts/{NAME}"
+        find_weights([NAME])
+    address = f"https://huggingface.co/lllyasviel/Annotators/resolve/main/{NAME}"
     for part in (NAME, address, str(folders[0]), str(folders[1]), "no route to host", weights.FOLDER_VARIABLE):
         assert part in str(caught.value)
+    assert "weights=" not in str(caught.value)  # the command calls it --weights
+    assert f"put the file into {folders[1]}" in str(caught.value)
+    monkeypatch.delenv(weights.FOLDER_VARIABLE)
+    with pytest.raises(WeightsError, match=f"put the file into {folders[0]}"):
+        find_weights([NAME])
 
 
 def test_a_place_named_by_the_caller_is_the_only_one(folders, monkeypatch, tmp_path):
     (folders[0] / NAME).touch()
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)
     with pytest.raises(WeightsError, match="missing"):
-        find_weights(NAME, tmp_path / "missing")
+        find_weights([NAME], tmp_path / "missing")
 
 
 def test_a_missing_file_is_fetched_from_its_published_place(folders, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(weights, "_check_reachable", lambda address: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda address, timeout: None)
     monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda repo_id, filename: asked.append((repo_id, filename)) or str(tmp_path)
+        huggingface_hub, "hf_hub_download", lambda *place, **options: asked.append(place) or str(tmp_path)
     )
-    assert find_weights(NAME) == tmp_path
-    assert asked == [("lllyasviel/Annotators", NAME)]
+    assert find_weights([NAME]) == tmp_path
+    assert find_weights([NAME], Hub("me/mine")) == tmp_path
+    assert find_weights([NAME], Hub("lllyasviel/ControlNet")) == tmp_path
+    assert asked == [
+        ("lllyasviel/Annotators", NAME), ("me/mine", NAME), ("lllyasviel/ControlNet", f"annotator/ckpts/{NAME}")
+    ]  # fmt: skip
 
 
-def test_a_server_that_answers_at_all_is_reachable():
-    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # it knows no method: status 501
-    address = f"http://127.0.0.1:{server.server_port}/file.pth"
-    thread = threading.Thread(target=server.handle_request, daemon=True)
-    thread.start()
-    weights._check_reachable(address)
-    thread.join()
-    server.server_close()
-    with pytest.raises(OSError):
-        weights._check_reachable(address)
+def test_a_server_that_is_out_of_reach_is_found_out_at_once(folders, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda *place: "http://127.0.0.1:9/nobody-listens-here")
+    start = time.perf_counter()
+    with pytest.raises(WeightsError, match="fetching http.* failed"):
+        find_weights(["no-such-file-anywhere.pth"])
+    assert time.perf_counter() - start < 15
+
+
+def test_pickles_are_refused_where_torch_cannot_read_them_safely(tmp_path, monkeypatch):
+    tensors = {"a.weight": torch.randn(2)}
+    torch.save(tensors, tmp_path / "net.pth")
+    save_file(tensors, tmp_path / "net.safetensors")
+    for version, safe in (("2.5.1+cu124", False), ("2.9.1", False), ("2.10.0", True), ("3.0.0a0", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        if safe:
+            assert read_state_dict(tmp_path / "net.pth").keys() == tensors.keys()
+        else:
+            with pytest.raises(
+                WeightsError, match=r"net.pth is a pickle.*install torch 2.10 or later, or.*net.safetensors"
+            ):
+                read_state_dict(tmp_path / "net.pth")
+        assert read_state_dict(tmp_path / "net.safetensors").keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
@@ -144,40 +167,74 @@ def test_files_of_other_networks_are_refused_with_some_of_the_entries():
     partial = {key: tensor for key, tensor in fitting.items() if key != "1.bias"} | {"head.weight": torch.zeros(1)}
     with pytest.raises(WeightsError, match=r"net.pth does not fit Seq.*missing: 1.bias.*unexpected: head.weight"):
         load_weights(network, partial, "net.pth")
-    load_weights(network, partial, "net.pth", strict=False)
+    load_weights(network, partial, "net.pth", optional="1.b")
     assert torch.equal(network[1].weight, fitting["1.weight"])
     with pytest.raises(WeightsError, match="does not fit"):
-        load_weights(network, {"other.weight": torch.zeros(1)}, "net.pth", strict=False)
-    with pytest.raises(WeightsError, match=r"0.weight \(file \(1,\), network \(4, 3, 1, 1\)\)"):
-        load_weights(network, fitting | {"0.weight": torch.zeros(1)}, "net.pth", strict=False)
+        load_weights(network, {"other.weight": torch.zeros(1)}, "net.pth", optional="1.")
+    with pytest.raises(WeightsError, match=r"net.pth does not fit Sequential: .*0.weight"):
+        load_weights(network, fitting | {"0.weight": torch.zeros(1)}, "net.pth", optional="1.")
 
 
 class Blur(NetworkDetector):
-    filename = "blur.pth"
+    network = LazyNetwork("blur.pth")
     max_pixels = 1000
+    stride = 8
 
     def build_network(self):
         return nn.Conv2d(3, 1, 3, padding=1)
+
+    def encode(self, image):
+        return to_tensor(image[:, ::-1])
+
+    def decode(self, output, size, level: int = 0):
+        return np.full(size, output.shape[-1] + level, dtype=np.uint8)
 
 
 def test_a_network_detector_is_ready_to_run_and_refuses_what_is_too_large(tmp_path):
     torch.save(nn.Conv2d(3, 1, 3).state_dict(), tmp_path / "blur.pth")
     detector = Blur(device="cpu", weights=tmp_path)
     assert not detector.network.training and not any(p.requires_grad for p in detector.network.parameters())
-    image = detector.prepare(np.full((20, 30), 7, dtype=np.uint8))
-    batch = detector.tensor(image[:, ::-1])
-    assert batch.shape == (1, 3, 20, 30) and batch.dtype == torch.float32 and (batch == 7).all()
-    assert detector.network(batch).shape == (1, 1, 20, 30)
-    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+    assert detector.sources == {"blur.pth": fingerprint(tmp_path / "blur.pth")}
+    x = detector.prepare(np.full((20, 30), 7, dtype=np.uint8))
+    assert x.shape == (3, 24, 32) and x.dtype == torch.float32 and (x == 7).all()
+    outputs = detector.run(torch.stack([x, x]))
+    assert len(outputs) == 2 and torch.equal(outputs[0], outputs[1]) and outputs[0].shape == (1, 24, 32)
+    found = detector(np.zeros((20, 30, 4), dtype=np.uint8), 5)
+    assert found.shape == (20, 30) and (found == 37).all()
+    assert detector.to("cpu") is detector
+    with pytest.raises(ValueError, match="no device gpu"):
         Blur(device="gpu", weights=tmp_path)
-    with pytest.raises(ValueError, match="no device cuda:99"):
-        Blur(device="cuda:99", weights=tmp_path)
     with pytest.raises(ValueError, match="40x30 pixels is too large for Blur"):
         detector.prepare(np.zeros((40, 30, 3), dtype=np.uint8))
+    with pytest.raises(TypeError, match="2 arguments|takes 1"):
+        detector(np.zeros((20, 30, 3), dtype=np.uint8), 1, 2)
 
 
-def test_devices_that_no_detector_runs_on():
-    for device in ("xpu", "meta", "nonsense", "cuda:99"):
+def test_a_network_is_loaded_once_by_however_many_threads(tmp_path, monkeypatch):
+    torch.save(nn.Conv2d(3, 1, 3).state_dict(), tmp_path / "blur.pth")
+    monkeypatch.setattr(Blur, "load", lambda self, **parameters: None)
+    built = []
+
+    def build(self):
+        time.sleep(0.05)
+        built.append(nn.Conv2d(3, 1, 3, padding=1))
+        return built[-1]
+
+    monkeypatch.setattr(Blur, "build_network", build)
+    detector, seen = Blur("cpu", tmp_path), []
+    threads = [threading.Thread(target=lambda: seen.append(detector.network)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1 and all(network is built[0] for network in seen) and len(seen) == 5
+
+
+def test_devices_that_this_machine_does_not_have():
+    for device in ("meta", "nonsense", "cuda:99"):
         with pytest.raises(ValueError, match=device):
             choose_device(device)
+    if not torch.xpu.is_available():
+        with pytest.raises(ValueError, match="this machine has no device xpu"):
+            choose_device("xpu")
     assert choose_device("cpu") == torch.device("cpu")

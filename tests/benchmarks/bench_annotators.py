@@ -1,21 +1,32 @@
-"""Time of what the annotators do besides running networks, on one thread.
+"""Time of what the annotators do besides running networks, on one thread; and of a folder of pictures on all of them.
 
     python -m tests.benchmarks.bench_annotators [--side 768] [--repeats 5]
+    python -m tests.benchmarks.bench_annotators --folder hed [--pictures 200] [--batch 8] [--device cpu]
+    python -m tests.benchmarks.bench_annotators --folder canny --pictures 2000
 
 Beside OpenPose's steps and M-LSD's decoding stands the same mathematics written down plainly, with SciPy and loops;
 both run in turn, the quickest of each counts. Without SciPy the plain steps that blur are left out.
+
+With `--folder` the command makes the maps of a folder of pictures of 512 pixels. Beside it stands a plain loop over the network
+alone, on as many pictures and with random weights; and the growth of memory from the first tenth of the pictures to the end.
 """
 
 import argparse
 import math
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
+from annotator import describe, load
+from annotator.__main__ import main as annotate
 from annotator.canny import CannyDetector
 from annotator.mlsd.decode import decode_lines, draw_lines
 from annotator.openpose import OpenposeDetector
@@ -24,15 +35,18 @@ from annotator.openpose.drawing import COLOURS, draw_body_1_0
 from annotator.openpose.model import BODY_JOINTS, HAND_POINTS, STRIDE
 from annotator.openpose.peaks import find_body_peaks, find_hand_peaks
 from annotator.openpose.resizing import enlarge, enlarge_one_by_one, scale
+from annotator.pictures import save_png
 from annotator.scribble import ScribbleDetector, fake_scribble
 from annotator.shuffle import ContentShuffleDetector
 from tests.annotator.cases import open_cases
+from tests.benchmarks.memory import peak_memory
 
 try:
     from scipy import ndimage
 except ImportError:
     ndimage = None
 
+FOLDER_SHARE = 0.9  # of the throughput of the network alone, for a folder
 BUDGET = 0.2  # of the plain time, for all of OpenPose's steps together
 Work = Callable[[], object]
 
@@ -42,10 +56,12 @@ class FromMaps(OpenposeDetector):
 
     def __init__(self, maps: tuple[torch.Tensor, torch.Tensor]) -> None:
         self.maps = maps
-        super().__init__("cpu", weights=__file__)
+        super().__init__("cpu", weights=__file__, version="1.0")
 
-    def load_network(self, path: object) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        return lambda x: self.maps
+    def load_network(self, name: str, path: Path) -> torch.nn.Module:
+        network = torch.nn.Module()
+        network.forward = lambda x: self.maps
+        return network
 
 
 def plain_resize(maps: np.ndarray, seen: Sequence[int], height: int, width: int) -> np.ndarray:
@@ -223,11 +239,68 @@ def bench_bodies(name: str, case: str, side: int, repeats: int) -> float | None:
     return ours / other if ndimage else None
 
 
+def bench_folder(condition: str, count: int, batch: int, device: str) -> int:
+    """Pictures a second of the command and of the network alone, and memory."""
+    info = describe(condition)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        command = [condition, str(folder / "photos"), str(folder / "maps"), "--resolution", "512"]
+        if info.network:
+            random = info.detector_class.__new__(info.detector_class)
+            random.weights = folder / "random.safetensors"
+            save_file({k: v.contiguous() for k, v in random.build_network().state_dict().items()}, random.weights)
+            command += ["--weights", str(random.weights), "--batch", str(batch), "--device", device]
+        photo = cv2.resize(open_cases("canny")[0]["astronaut/input"], (512, 512), interpolation=cv2.INTER_CUBIC)
+        for number in range(count):
+            save_png(folder / "photos" / f"{number:05}.png", np.roll(photo, number, axis=1))
+
+        baseline = 0.0
+        if info.network:
+            detector = load(condition, device, random.weights).detector
+            x = torch.stack([detector.prepare(photo)] * batch)
+            detector.run(x)  # the first call is slower
+            start = time.perf_counter()
+            for _ in range(0, count, batch):
+                detector.run(x)
+            if detector.device.type == "cuda":
+                torch.cuda.synchronize()
+            baseline = time.perf_counter() - start
+            print(f"{condition}, the network alone: {count / baseline:.2f} pictures a second")
+            del detector
+
+        tenth: list[int] = []
+
+        def watch() -> None:
+            while not tenth and sum(1 for _ in (folder / "maps").glob("*.png")) < count // 10:
+                time.sleep(0.05)
+            tenth.append(peak_memory())
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        start = time.perf_counter()
+        status = annotate(command)
+        seconds = time.perf_counter() - start
+        tenth.append(0)
+        print(f"{condition}, the command: {count / seconds:.2f} pictures a second, loading included")
+        print(f"peak memory: {tenth[0] / 2**20:.0f} MiB after a tenth, {peak_memory() / 2**20:.0f} MiB in the end")
+        if baseline:
+            print(
+                f"throughput of the network alone that the command reaches: {baseline / seconds:.2f} (at least {FOLDER_SHARE})"
+            )
+        return status or int(bool(baseline) and baseline / seconds < FOLDER_SHARE)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=768, help="shorter side of the picture in pixels")
     parser.add_argument("--repeats", type=int, default=5, help="of every measurement; the quickest counts")
+    parser.add_argument("--folder", metavar="NAME", help="measure this condition on a folder instead")
+    parser.add_argument("--pictures", type=int, default=200, help="in the folder")
+    parser.add_argument("--batch", type=int, default=8, help="pictures that the network sees at once")
+    parser.add_argument("--device", default="cpu", help="of the network")
     args = parser.parse_args(argv)
+    if args.folder:
+        return bench_folder(args.folder, args.pictures, args.batch, args.device)
     if args.side < 64 or args.repeats < 1:
         parser.error("--side must be at least 64, --repeats at least 1")
     cv2.setNumThreads(1)

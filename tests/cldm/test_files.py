@@ -35,7 +35,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, n
 
 
 def test_a_picture_that_png_cannot_hold_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("cldm.pictures.cv2.imencode", lambda *args: (False, np.zeros(0, np.uint8)))
+    monkeypatch.setattr("annotator.pictures.cv2.imencode", lambda *args: (False, np.zeros(0, np.uint8)))
     with pytest.raises(ValueError, match="cannot be written as PNG"):
         save_png(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
     assert not list(tmp_path.iterdir())

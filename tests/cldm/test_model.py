@@ -141,6 +141,13 @@ def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
 
 def test_configurations_are_found_by_name_and_mistakes_named(tmp_path):
     assert load_config("cldm_tiny").model.target == "cldm.cldm.ControlLDM"
+    # ControlNet 1.1's names, as its apps write them
+    canny = load_config("./models/control_v11p_sd15_canny.yaml")
+    assert canny == load_config("cldm_v15") == load_config("control_v11p_sd15s2_lineart_anime")
+    shuffle = load_config("./models/control_v11e_sd15_shuffle.yaml")
+    assert shuffle.model.params.pop("global_average_pooling") is True and shuffle == canny
+    with pytest.raises(ConfigError):
+        load_config("control_v11p_sd15_cany.yaml")
     with pytest.raises(ConfigError, match="cldm_v15"):
         load_config("cldm_v99")
     (tmp_path / "broken.yaml").write_text("model: [1, 2")

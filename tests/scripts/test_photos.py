@@ -13,7 +13,6 @@ import tutorial_train
 from annotator.canny import CannyDetector
 from cldm.data.pairs import read_rgb
 from tests.annotator.cases import open_cases
-from tutorial_dataset import PairTask
 
 ARRAYS, _ = open_cases("canny")
 PHOTO = ARRAYS["astronaut/input"]
@@ -79,15 +78,15 @@ def test_pairs_of_pictures_of_all_kinds(photos, tmp_path, capsys):
 def test_a_second_run_goes_on_and_gives_the_same(photos, tmp_path, capsys, monkeypatch):
     out, again = tmp_path / "out", tmp_path / "again"
     command = ["shuffle", photos, out, "--size", 64, "--crops", 3, "--seed", 5, "--f", 32]
-    work, done = PairTask.work, []
+    write, done = tutorial_dataset.write_pair, []
 
-    def stop_after_five(self, annotator, job):
+    def stop_after_five(out, pair, source, target):
         if len(done) == 5:
             raise KeyboardInterrupt
-        done.append(job.name)
-        return work(self, annotator, job)
+        done.append(pair.name)
+        write(out, pair, source, target)
 
-    monkeypatch.setattr(PairTask, "work", stop_after_five)
+    monkeypatch.setattr(tutorial_dataset, "write_pair", stop_after_five)
     assert run(*command, "--workers", 1) == 130
     assert "goes on" in capsys.readouterr().err and list(listed(out)) == done
     monkeypatch.undo()
@@ -101,7 +100,9 @@ def test_a_second_run_goes_on_and_gives_the_same(photos, tmp_path, capsys, monke
     assert run(*more) == 0 and len(listed(out)) == 24
     assert files(out).items() >= {(k, v) for k, v in files(again).items() if k != "prompt.json"}
     assert run(*more, "--seed", 6) == 2 and run("canny", photos, out, "--size", 64, "--crops", 4, "--seed", 5) == 2
-    assert "other settings (condition" in capsys.readouterr().err
+    complaints = capsys.readouterr().err
+    assert "other settings (seed; " in complaints and "other settings (condition" in complaints
+    assert run(*more, "--f", 33) == 2 and "other settings (f; " in capsys.readouterr().err
     # A photograph that has changed since is done again, one that is gone is no longer listed.
     before = files(out)
     Image.fromarray(PHOTO[::-1]).save(photos / "a.png")
@@ -120,7 +121,7 @@ def test_what_is_broken_is_reported_and_the_rest_is_done(photos, tmp_path, capsy
     out = tmp_path / "out"
     assert run("canny", photos, out, "--size", 64, "--crops", 2) == 1
     printed = capsys.readouterr()
-    assert "8 pairs of 4 pictures" in printed.out
+    assert "8 pairs of 4 of the 7 pictures" in printed.out
     complaints = [line for line in printed.err.splitlines() if line.startswith("tutorial_dataset.py: ")]
     for line, words in zip(
         complaints, ("small.bmp has no prompt", "a.png does not decode", "broken.jpg does"), strict=True
