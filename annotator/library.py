@@ -18,6 +18,10 @@ EXTRA = "detectors"
 CONFIG = "config.json"
 FILES = ["*.json", "*.txt", "*.safetensors"]
 OLDER_FILES = ["*.json", "*.txt", "*.bin"]
+LOCAL = {
+    "local_files_only": True,
+    "trust_remote_code": False,
+}  # nothing is fetched unseen, and no code of a model is run
 MODEL_ID = r"[\w.-]+/[\w.-]+"  # owner/name
 
 
@@ -48,12 +52,17 @@ class LibraryDetector(NetworkDetector):
 class HubModelDetector(LibraryDetector):
     """A detector around a model of transformers for one task.
 
+    A subclass names `model` and `auto_class`; and where there is a published file of another layout, `network`, with the file's
+    name, and `load_published`.
+
     Args:
-        weights: a model's id on the Hugging Face hub, or a folder that `save_pretrained` has written. If not given: the folder
-            with the name of `model` in one of the places for weights, else the hub.
+        weights: a model's id on the Hugging Face hub, a folder that `save_pretrained` has written, or the published file or its
+            folder. If not given: the published file, or a folder with the name of `model`, in one of the places for weights, else
+            the hub.
 
     Attributes:
         model: id of the model that is used if none is named.
+        auto_class: the class of transformers that loads the network.
         processor: the image processor that belongs to the network.
     """
 
@@ -62,22 +71,38 @@ class HubModelDetector(LibraryDetector):
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
         import_extra("transformers", EXTRA)  # rather now than after a long download
-        return find_model(self.weights, self.model)
+        if isinstance(self.weights, Hub):
+            published = bool(self.filenames) or (bool(filenames) and self.weights.repository == self.repository)
+        else:
+            places = search_folders() if self.weights is None else [Path(self.weights).expanduser()]
+            files = [place / file for place in places for file in filenames]
+            published = any(file.is_file() for file in files) or (bool(filenames) and places[0].is_file())
+        return find_weights(filenames, self.weights) if published else find_model(self.weights, self.model)
 
     def load_network(self, name: str, path: Path) -> nn.Module:
-        transformers = import_extra("transformers", EXTRA)
         try:
-            self.processor = transformers.AutoImageProcessor.from_pretrained(path, **self.processor_options(path))
-            network, report = self.network_class(path).from_pretrained(
-                path, output_loading_info=True, local_files_only=True, trust_remote_code=False
-            )
-        except ImportError:
+            if path.is_file():
+                network, missing = self.load_published(path)
+            else:
+                network, missing = self.load_model(path)
+        except (ImportError, WeightsError):
             raise
-        except Exception as err:  # errors of several libraries, all about the folder's content
+        except Exception as err:  # errors of several libraries, all about what the path holds
             reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
             raise WeightsError(f"{path} holds no model that {type(self).__name__} can use: {reason}") from err
-        check_parts(network, report["missing_keys"], path)
+        check_parts(network, missing, path)
         return network.float()
+
+    def load_model(self, path: Path) -> tuple[nn.Module, Iterable[str]]:
+        """The network of a model's folder, and its entries that no file there holds; sets `processor`."""
+        transformers = import_extra("transformers", EXTRA)
+        self.processor = transformers.AutoImageProcessor.from_pretrained(path, **self.processor_options(path))
+        network, report = self.network_class(path).from_pretrained(path, output_loading_info=True, **LOCAL)
+        return network, report["missing_keys"]
+
+    def load_published(self, path: Path) -> tuple[nn.Module, Iterable[str]]:
+        """The same for the published file of another layout."""
+        raise WeightsError(f"{path} is a file; {type(self).__name__} takes a model's id or folder")
 
     def network_class(self, path: Path) -> Any:
         """The class of transformers that loads the network of a folder."""
@@ -85,7 +110,7 @@ class HubModelDetector(LibraryDetector):
 
     def processor_options(self, path: Path) -> dict[str, Any]:
         """How the image processor of a folder is loaded."""
-        return {"local_files_only": True, "trust_remote_code": False}
+        return dict(LOCAL)
 
     def inputs(self, images: list[np.ndarray], **options: Any) -> dict[str, Any]:
         """What the network takes for pictures of one size, on its device."""
@@ -100,6 +125,22 @@ def check_parts(network: nn.Module, missing: Iterable[str], path: Path) -> None:
         keys = {f"{part}.{key}" for key in module.state_dict()}
         if keys and keys <= missing:
             raise WeightsError(f"the weights in {path} have no {part}, which {type(network).__name__} needs")
+
+
+def load_entries(
+    network_class: Any, config: Any, entries: dict[str, Tensor], path: Path
+) -> tuple[nn.Module, list[str]]:
+    """A network of transformers with entries under the hub's names, all of which must be there.
+
+    Raises:
+        WeightsError: naming an entry that is missing.
+    """
+    network, report = network_class.from_pretrained(None, config=config, state_dict=entries, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise WeightsError(
+            f"{path} does not fit {network_class.__name__}: {len(missing)} entries are missing, such as {missing[0]}"
+        )
+    return network, missing
 
 
 def find_model(weights: Any, model: str) -> Path:

@@ -8,13 +8,12 @@ from torch import Tensor, nn
 
 from annotator.depth_anything import DepthAnythingDetector
 from annotator.detector import import_extra
-from annotator.library import CONFIG as MODEL_CONFIG
-from annotator.library import EXTRA
+from annotator.library import EXTRA, load_entries
+from annotator.network import LazyNetwork
 from annotator.pictures import to_uint8
-from annotator.weights import REPOSITORY, Hub, WeightsError, find_weights, read_state_dict, search_folders
+from annotator.weights import read_state_dict
 from annotator.zoe.published import BACKBONE, CONFIG, PROCESSOR, hub_names
 
-PUBLISHED = "ZoeD_M12_N.pt"
 NEAR, FAR = 2, 85  # percentiles of the distances: what is nearer is white, what is farther is black
 
 
@@ -25,32 +24,16 @@ class ZoeDetector(DepthAnythingDetector):
         weights: the published file ZoeD_M12_N.pt, a folder that holds it, or a ZoeDepth model of transformers: an id or a folder.
     """
 
+    network = LazyNetwork("ZoeD_M12_N.pt")
     model = "Intel/zoedepth-nyu"
     output_type = None
 
-    def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
-        import_extra("transformers", EXTRA)
-        names = filenames or (PUBLISHED,)
-        weights = self.weights
-        if isinstance(weights, Hub):
-            is_file = bool(filenames) or weights.repository == REPOSITORY
-        else:
-            places = search_folders() if weights is None else [Path(weights).expanduser()]
-            is_file = any(place.is_file() or any((place / file).is_file() for file in names) for place in places)
-        return find_weights(names, weights) if is_file else super().find_file(name, filenames)
-
-    def load_network(self, name: str, path: Path) -> nn.Module:
-        if (path / MODEL_CONFIG).is_file():
-            return super().load_network(name, path)
+    def load_published(self, path: Path) -> tuple[nn.Module, list[str]]:
         transformers = import_extra("transformers", EXTRA)
         self.processor = transformers.ZoeDepthImageProcessor(**PROCESSOR)
         config = transformers.ZoeDepthConfig(backbone_config=transformers.BeitConfig(**BACKBONE), **CONFIG)
-        network, report = transformers.ZoeDepthForDepthEstimation.from_pretrained(
-            None, config=config, state_dict=hub_names(read_state_dict(path, "model")), output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise WeightsError(f"{path} is not {PUBLISHED}: {len(missing)} entries are missing, such as {missing[0]}")
-        return network.float()
+        entries = hub_names(read_state_dict(path, "model"))
+        return load_entries(transformers.ZoeDepthForDepthEstimation, config, entries, path)
 
     def predict_depth(self, pixels: Tensor) -> Tensor:
         """The mean of the distances in the picture and in its mirror image: (B, h, w)."""

@@ -71,7 +71,7 @@ def test_all_kinds_of_pictures_and_calls(detector, folder):
     result = made(Image.fromarray(IMAGE), detect_resolution=64, image_resolution=128)
     assert isinstance(result, Image.Image) and result.size == (256, 128)
     hint = annotator.load("depth_anything", "cpu", folder).make_hint(IMAGE, 128)
-    assert hint.hint.shape == (128, 192, 3) and hint.hint.min() == 0 and hint.hint.max() > 0.99
+    assert hint.hint.shape == (128, 192, 3) and hint.hint.min() < 0.1 and hint.hint.max() > 0.9
 
 
 def test_normals_face_the_viewer_where_it_is_flat_and_lean_with_slopes():

@@ -128,7 +128,7 @@ def oneformer(folder: Path, classes: int = 150, class_info_file: bool = True) ->
 def clip_tokenizer(folder: Path) -> None:
     """CLIP's tokenizer with single letters for words, in its two files."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    entries = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    entries = ["!", *letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({entry: index for index, entry in enumerate(entries)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     (folder / "tokenizer_config.json").write_text(
