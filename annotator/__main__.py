@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 from annotator.folder import seed_of
 from annotator.options import Parser, add_detector_options, check_resolution, load_annotator, made_with, run_with_bar
-from annotator.pictures import find_pictures, read_image, save_png, write_whole
+from annotator.pictures import find_pictures, save_png, write_whole
 from annotator.registry import REGISTRY, Hint, Request, describe, list_annotators
 
 PROGRAM = "python -m annotator"
 SETTINGS = ".annotator.json"  # in the folder of the maps: what they were made with
-SAVED = ("hint", "shown", "map")
+SAVED = {"hint": "source", "shown": "shown", "map": "map"}  # by name on the command line: which part of a Hint
 
 
 class Job(NamedTuple):
@@ -52,7 +52,7 @@ def build_parser(name: str | None) -> argparse.ArgumentParser:
         command.add_argument("--save", choices=SAVED, default=default, help=text)
         command.add_argument("--force", action="store_true", help="make anew what is already there")
         if name == "inpaint":
-            text = "where to paint, in white: a picture, or a folder with pictures of the same names (default: where IN is transparent)"
+            text = "where to paint, in white: a picture, or a folder with PNG files of the same names (default: where IN is transparent)"
             command.add_argument("--mask", type=Path, help=text)
         add_detector_options(command, known)
     return parser
@@ -92,24 +92,19 @@ def _plan(source: Path, target: Path) -> list[Job]:
 
 def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], force: bool) -> list[Job]:
     """Jobs whose file is missing, or older than the picture or the settings that the folder's maps are made with."""
-    note = target / SETTINGS
-    present = [job for job in jobs if job.target.exists()]
+    note, settings = target / SETTINGS, json.loads(json.dumps(settings))
     try:
-        found = json.loads(note.read_bytes())
-    except FileNotFoundError:
-        found = None
-    except (ValueError, UnicodeDecodeError):
+        found = json.loads(note.read_bytes()) if note.exists() else None
+    except ValueError:
         found = {}
-    settings = json.loads(json.dumps(settings))
+    present = next((job.target for job in jobs if job.target.exists()), None)
     if present and found != settings and not force:
         if found is None:
-            raise ValueError(
-                f"{target} already holds {present[0].target.name}, made by something else; "
-                f"choose another folder, or --force to make such files anew"
-            )
-        known = found if isinstance(found, dict) else {}
-        changed = ", ".join(key for key in settings if known.get(key) != settings[key]) or note.name
-        raise ValueError(f"{target} holds maps made with other settings ({changed}); choose another folder, or --force")
+            reason = f"already holds {present.name}, made by something else"
+        else:
+            changed = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+            reason = f"holds maps made with other settings ({', '.join(changed) or note.name})"
+        raise ValueError(f"{target} {reason}; choose another folder, or --force to make such files anew")
     if found != settings or force:
         write_whole(note, json.dumps(settings).encode())
     since = note.stat().st_mtime_ns
@@ -120,55 +115,36 @@ def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], forc
     return [job for job in jobs if not is_done(job)]
 
 
-def _find_masks(jobs: list[Job], place: Path | None) -> dict[Path, Path]:
-    """The mask of each picture, of the same name below `place`, whatever its suffix; or `place` itself."""
-    if place is None:
-        return {}
-    if place.is_file():
-        return {job.picture: place for job in jobs}
-    if not place.is_dir():
-        raise ValueError(f"there is no mask {place}")
-    masks = {path.relative_to(place).with_suffix(""): path for path in find_pictures(place)}
-    found = {job.picture: masks.get(Path(job.name).with_suffix("")) for job in jobs}
-    missing = [job for job in jobs if found[job.picture] is None]
-    if missing:
-        raise ValueError(f"{place} holds no mask for {missing[0].name}, and for {len(missing) - 1} more")
-    return found
-
-
 def _run(args: argparse.Namespace) -> int:
     check_resolution("--resolution", args.resolution)
     if args.name == "inpaint" and args.save == "hint":
         raise ValueError(
-            "the hole of an inpainting hint is -1, which no picture file can hold; --save map keeps it as transparency"
+            "no picture file can hold the -1 of an inpainting hint; --save map keeps its hole as transparency"
         )
     jobs = _plan(args.source, args.target)
     many = args.source.is_dir()
     if not many and jobs[0].target.exists() and not args.force:
         raise ValueError(f"{jobs[0].target} exists already; --force makes it anew")
-    masks = _find_masks(jobs, getattr(args, "mask", None))
+    masks = getattr(args, "mask", None)
+    if masks is not None and not masks.exists():
+        raise ValueError(f"there is no mask {masks}")
     annotator, parameters = load_annotator(args, args.name)
     settings = made_with(annotator, parameters, args) | {"resolution": args.resolution, "saved": args.save}
-    if masks:
-        settings["mask"] = str(args.mask.resolve())
+    if masks is not None:
+        settings["mask"] = str(masks.resolve())
     todo = _unfinished(jobs, args.target, settings, args.force) if many else jobs
 
     def read(job: Job) -> Request:
         own = dict(parameters)
         if many and "seed" in own:
             own["seed"] = seed_of(own["seed"], job.name)
+        mask = masks / Path(job.name).with_suffix(".png") if masks is not None and masks.is_dir() else masks
         return annotator.request(
-            read_image(job.picture),
-            args.resolution,
-            getattr(args, "detect_resolution", None),
-            mask=masks.get(job.picture),
-            **own,
+            job.picture, args.resolution, getattr(args, "detect_resolution", None), mask=mask, **own
         )
 
     def write(job: Job, hint: Hint) -> None:
-        save_png(
-            job.target, {"hint": lambda: hint.source, "shown": lambda: hint.shown, "map": lambda: hint.map}[args.save]()
-        )
+        save_png(job.target, getattr(hint, SAVED[args.save]))
 
     failed = len(run_with_bar(PROGRAM, args, annotator, todo, read, write, len(jobs)))
     line = f"{len(todo) - failed} written to {args.target}"

@@ -60,29 +60,18 @@ def import_extra(module: str, extra: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Parameter:
-    """An argument of a detector's call that people may choose.
-
-    Attributes:
-        kind: bool, int, float or str.
-        default: of that kind, or None for an argument that may be left out.
-        minimum, maximum: the range of a number, both included.
-        choices: what a str may be.
-    """
+    """An argument of a detector's call that people may choose."""
 
     name: str
-    kind: type
-    default: bool | int | float | str | None
+    kind: type  # bool, int, float or str
+    default: bool | int | float | str | None  # None for an argument that may be left out
     help: str
-    minimum: float | None = None
+    minimum: float | None = None  # of a number; included, as is the maximum
     maximum: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()  # of a str
 
     def check(self, value: object) -> object:
-        """`value` in the parameter's type.
-
-        Raises:
-            ValueError: if it is of another kind or out of range.
-        """
+        """`value` in the parameter's type; ValueError if it is of another kind or out of range."""
         if self.default is None and value is None:
             return None
         if self.kind is str:
@@ -153,6 +142,9 @@ class Detector:
         """The detector itself, with its networks on `device`."""
         return self
 
+    def load(self, **parameters: Any) -> None:
+        """Load what a call with these arguments needs and is not loaded yet; ValueError if it cannot be had."""
+
     def detect(self, image: np.ndarray, **parameters: Any) -> Maps:
         """The map of a picture (H, W, C), uint8, at its size: (H, W) or (H, W, 3), uint8; or several."""
         raise NotImplementedError
@@ -161,12 +153,8 @@ class Detector:
     @cache
     def arguments(cls) -> dict[str, Any]:
         """The arguments of a call after the picture, by name, each with its default."""
-        signature = inspect.signature(getattr(cls, cls.call))
-        return {
-            name: argument.default
-            for name, argument in signature.parameters.items()
-            if argument.default is not inspect.Parameter.empty
-        }
+        signature = inspect.signature(getattr(cls, cls.call)).parameters.items()
+        return {name: argument.default for name, argument in signature if argument.default is not argument.empty}
 
     @classmethod
     @cache
@@ -187,20 +175,19 @@ class Detector:
         for other_name in ("img", "oriImg"):
             input_image = parameters.pop(other_name, None) if input_image is None else input_image
         known = self.arguments()
-        if len(args) > len(known):
-            raise TypeError(f"{type(self).__name__} takes {len(known)} arguments after the picture, got {len(args)}")
-        for name, value in zip(known, args, strict=False):
-            if name in parameters:
-                raise TypeError(f"{type(self).__name__} got two values for {name}")
-            parameters[name] = value
+        given = dict(zip(known, args, strict=False))
+        if len(args) > len(known) or given.keys() & parameters.keys():
+            raise TypeError(f"{type(self).__name__} takes {', '.join(known) or 'nothing'} after the picture, each once")
+        parameters |= given
         if not self.pretrained and not isinstance(input_image, Image.Image) and parameters.keys() <= known.keys():
             return self.detect(as_array(input_image), **parameters)
 
-        detect_resolution = parameters.pop("detect_resolution", 512)
-        image_resolution = parameters.pop("image_resolution", 512)
-        output_type = parameters.pop("output_type", None)
-        if "return_pil" in parameters:  # deprecated there, and still in use
-            output_type = parameters.pop("return_pil")
+        detect_resolution, image_resolution = (
+            parameters.pop(f"{name}_resolution", 512) for name in ("detect", "image")
+        )
+        output_type = parameters.pop(
+            "output_type", parameters.pop("return_pil", None)
+        )  # the latter is deprecated, and in use
         if output_type is None:
             output_type = self.output_type or ("np" if isinstance(input_image, np.ndarray) else "pil")
         if output_type not in ("pil", "np", True, False):

@@ -4,8 +4,8 @@ import logging
 import os
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from annotator.registry import Annotator, Hint, Request
@@ -22,6 +22,10 @@ class Job(Protocol):
     def picture(self) -> Any: ...
 
 
+Read, Write = Callable[[Any], Request], Callable[[Any, Hint], None]
+Reports = Iterator[tuple[Any, str | None]]  # a job that is done with None, or with one line that says what went wrong
+
+
 def usable_cpus() -> int:
     """Processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -35,12 +39,12 @@ def seed_of(seed: int | None, name: str) -> int:
 def run(
     annotator: Annotator,
     jobs: Sequence[Job],
-    read: Callable[[Any], Request],
-    write: Callable[[Any, Hint], None],
+    read: Read,
+    write: Write,
     batch: int | None = None,
     workers: int | None = None,
-) -> Iterator[tuple[Any, str | None]]:
-    """Do the jobs; yield each when it is done with None, or with one line that says what went wrong with it.
+) -> Reports:
+    """Do the jobs, and report each when it is done.
 
     Args:
         annotator: its networks should be loaded (`annotator.detector.load`), or each picture reports what is missing.
@@ -50,19 +54,19 @@ def run(
             nothing. A batch that does not fit into memory is halved.
         workers: threads that read and write; as many as there are processors if not given.
     """
-    workers = workers or usable_cpus()
+    detector, workers = annotator.detector, workers or usable_cpus()
     pool = ThreadPoolExecutor(workers)
+
+    def work(job: Job) -> None:
+        request = read(job)
+        write(job, annotator.finish(request, detector.detect(request.view, **request.parameters)))
+
     try:
-        if hasattr(annotator.detector, "prepare"):
-            batch = batch or (1 if annotator.detector.device.type == "cpu" else BATCH)
+        if hasattr(detector, "prepare"):
+            batch = batch or (1 if detector.device.type == "cpu" else BATCH)
             yield from _run_network(annotator, jobs, read, write, batch, workers, pool)
         else:
-
-            def work(job: Job) -> None:
-                request = read(job)
-                write(job, annotator.finish(request, annotator.detector.detect(request.view, **request.parameters)))
-
-            for job, (_, complaint) in _ahead(pool, work, jobs, 2 * workers):
+            for job, _, complaint in _ahead(pool, work, jobs, 2 * workers):
                 yield job, complaint
     finally:
         pool.shutdown(cancel_futures=True)
@@ -71,16 +75,20 @@ def run(
 def _run_network(
     annotator: Annotator,
     jobs: Sequence[Job],
-    read: Callable[[Any], Request],
-    write: Callable[[Any, Hint], None],
+    read: Read,
+    write: Write,
     batch: int,
     workers: int,
     pool: ThreadPoolExecutor,
-) -> Iterator[tuple[Any, str | None]]:
+) -> Reports:
     """Three stations: reading, the network's turn, writing; each holds a few pictures, so that memory stays flat."""
+    from torch import stack  # which detectors without a network do without
+
     detector = annotator.detector
-    groups: dict[Any, list] = defaultdict(list)  # by shape and what else must be equal: jobs that wait for the network
-    writing: deque[tuple[Job, Future]] = deque()
+    groups: dict[Any, list] = defaultdict(
+        list
+    )  # what can be one batch: jobs with their requests and the network's inputs
+    writing: deque = deque()
 
     def encode(job: Job) -> tuple[Request, Any]:
         request = read(job)
@@ -89,75 +97,65 @@ def _run_network(
     def write_output(job: Job, request: Request, output: Any) -> None:
         write(job, annotator.finish(request, detector.finish(output, request.view, **request.parameters)))
 
-    def run_group(group: list) -> Iterator[tuple[Any, str | None]]:
+    def run_group(group: list) -> Reports:
         nonlocal batch
-        todo = [group]
+        todo = [group[start : start + batch] for start in range(0, len(group), batch)]
+        group.clear()
         while todo:
-            part = todo.pop()
-            parameters = part[0][1].parameters
+            part, failure = todo.pop(), None
             try:
-                outputs = detector.run(_stack([x for _, _, x in part]), **parameters)
+                outputs = detector.run(stack([x for _, _, x in part]), **part[0][1].parameters)
             except Exception as err:
-                if len(part) == 1:
-                    yield part[0][0], _complaint(part[0][0], err)
-                    continue
-                outputs = None
-                if "memory" in str(err):
-                    batch = max(1, len(part) // 2)
-                    logger.warning("a batch of %d does not fit into memory; going on with %d", len(part), batch)
-            if outputs is None:  # outside of `except`, whose traceback keeps what the network has allocated
+                failure = err if len(part) == 1 else str(err)  # a traceback would keep what the network has allocated
+            if failure is None:
+                for (job, request, _), output in zip(part, outputs, strict=True):
+                    writing.append((job, pool.submit(_attempt, write_output, job, request, output)))
+            elif len(part) == 1:
+                yield part[0][0], _complaint(part[0][0], failure)
+            else:
+                if "memory" in failure:
+                    batch = (len(part) + 1) // 2
+                    logger.warning("%d pictures at once do not fit into memory; going on with %d", len(part), batch)
                 todo += [part[len(part) // 2 :], part[: len(part) // 2]]
-                continue
-            for (job, request, _), output in zip(part, outputs, strict=True):
-                writing.append((job, pool.submit(_attempt, write_output, job, request, output)))
 
-    def written(limit: int) -> Iterator[tuple[Any, str | None]]:
+    def written(limit: int) -> Reports:
         while len(writing) > limit:
             job, future = writing.popleft()
             yield job, future.result()[1]
 
-    for job, (item, complaint) in _ahead(pool, encode, jobs, 2 * batch + workers):
+    for job, item, complaint in _ahead(pool, encode, jobs, 2 * batch + workers):
         if complaint:
             yield job, complaint
             continue
         request, x = item
-        group = groups[x.shape, tuple(request.parameters.items())]
-        group.append((job, request, x))
-        if len(group) < batch and sum(map(len, groups.values())) > 4 * batch:
-            group = max(groups.values(), key=len)  # pictures of many shapes must not pile up
-        if len(group) >= batch or sum(map(len, groups.values())) > 4 * batch:
-            whole, group[:] = list(group), []
-            yield from run_group(whole)
+        groups[x.shape, tuple(request.parameters.items())].append((job, request, x))
+        largest = max(groups.values(), key=len)
+        if (
+            len(largest) >= batch or sum(map(len, groups.values())) >= 4 * batch
+        ):  # pictures of many shapes must not pile up
+            yield from run_group(largest)
         yield from written(2 * batch)
     for group in groups.values():
-        for start in range(0, len(group), batch):
-            yield from run_group(group[start : start + batch])
-            yield from written(2 * batch)
+        yield from run_group(group)
     yield from written(0)
 
 
-def _stack(tensors: list) -> Any:
-    import torch
-
-    return torch.stack(tensors)
-
-
 def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[Any], Any], jobs: Iterable[Job], count: int
-) -> Iterator[tuple[Any, tuple[Any, str | None]]]:
-    """Each job with what the pool has made of it, or a complaint, in order; the pool is at most `count` jobs ahead."""
-    waiting: deque[tuple[Job, Future]] = deque()
+    pool: ThreadPoolExecutor, work: Callable, jobs: Sequence[Job], count: int
+) -> Iterator[tuple[Any, Any, str | None]]:
+    """Each job with what the pool has made of it and a complaint, in order; the pool is at most `count` jobs ahead."""
+    waiting: deque = deque()
     for job in jobs:
         waiting.append((job, pool.submit(_attempt, work, job)))
         if len(waiting) >= count:
-            job, future = waiting.popleft()
-            yield job, future.result()
+            first, future = waiting.popleft()
+            yield first, *future.result()
     for job, future in waiting:
-        yield job, future.result()
+        yield job, *future.result()
 
 
 def _attempt(work: Callable[..., Any], job: Job, *rest: Any) -> tuple[Any, str | None]:
-    """What the work gives, or a line about what went wrong."""
+    """What the work gives, and what went wrong."""
     try:
         return work(job, *rest), None
     except Exception as err:  # one picture must not stop the rest, whatever its trouble is

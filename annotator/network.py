@@ -47,8 +47,7 @@ def freeze(network: nn.Module, device: torch.device) -> nn.Module:
 class LazyNetwork:
     """A network of a detector that is loaded when it is first asked for, once, whichever thread asks.
 
-    Args:
-        filenames: of its published weights; any of them serves.
+    `filenames` are those of its published weights, any of which serves.
     """
 
     _lock = threading.RLock()
@@ -67,7 +66,7 @@ class LazyNetwork:
             if self.name not in loaded:
                 path = detector.find_file(self.name, detector.filenames.get(self.name, self.filenames))
                 loaded[self.name] = freeze(detector.load_network(self.name, path), detector.device)
-                detector.sources[Path(path).name] = detector.source_of(path)
+                detector.loaded_from[Path(path).name] = path
             return loaded[self.name]
 
 
@@ -79,7 +78,6 @@ class NetworkDetector(Detector):
 
     Attributes:
         network: in eval mode, on `device`, without gradients.
-        sources: what was loaded: a fingerprint by file name.
         stride, min_side: pictures are padded, by repeating the last row and column, to multiples of `stride`; and, if a side
             is below `min_side`, to multiples of that. The map is that of the picture without the padding.
         max_pixels: larger pictures are refused, as activations would not fit into memory.
@@ -105,7 +103,7 @@ class NetworkDetector(Detector):
         self.device = choose_device(device)
         self.weights = weights
         self.filenames: dict[str, Any] = {name: (file,) for name, file in (filenames or {}).items()}
-        self.sources: dict[str, str] = {}
+        self.loaded_from: dict[str, Path | str] = {}
         self.load()
 
     @classmethod
@@ -125,6 +123,7 @@ class NetworkDetector(Detector):
             filename: of the weights; `coarse_filename`, `hand_filename`, `face_filename` for further networks.
             device: the CPU, as there, if not given; `.to("cuda")` moves it.
         """
+        options.setdefault("version", "1.1")  # which that library is made from
         filenames = {"network": filename}
         for option in [option for option in options if option.endswith("_filename")]:
             filenames[option.removesuffix("_filename") + "_network"] = options.pop(option)
@@ -143,11 +142,6 @@ class NetworkDetector(Detector):
         return self
 
     def load(self, **parameters: Any) -> None:
-        """Load what a call with these arguments needs and is not loaded yet.
-
-        Raises:
-            annotator.weights.WeightsError: if weights cannot be found or read.
-        """
         _ = self.network
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
@@ -157,8 +151,12 @@ class NetworkDetector(Detector):
             weights = Path(weights).expanduser().parent  # beside the file of the first network
         return find_weights(filenames, weights, self.repository)
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Which weights were loaded: by file name, a fingerprint of the content, which takes a second for each gigabyte."""
+        return {name: self.source_of(path) for name, path in self.loaded_from.items()}
+
     def source_of(self, path: Path | str) -> str:
-        """Which weights were loaded from `path`, for the note of a folder of maps."""
         return fingerprint(Path(path)) if Path(path).exists() else str(path)
 
     def load_network(self, name: str, path: Path) -> nn.Module:
@@ -180,35 +178,26 @@ class NetworkDetector(Detector):
         return self.network(x)
 
     def decode(self, output: Any, size: tuple[int, int]) -> Maps:
-        """The map (H, W) or (H, W, 3), uint8, of one picture.
+        """The map (H, W) or (H, W, 3), uint8, of one picture of this size, from the network's output without the batch's axis.
 
-        Args:
-            output: the network's for this picture, without the batch's axis; with what was padded.
-            size: height and width of the picture. Arguments of the detector's call follow, each with a default.
+        The output still has what was padded. Arguments of the detector's call follow, each with a default.
         """
         raise NotImplementedError
 
     # What follows joins these steps; `annotator.folder` takes them one by one, with many pictures at once.
 
     def prepare(self, image: np.ndarray) -> Tensor:
-        """The network's input for any picture: checked, padded, encoded: (C, h, w).
-
-        Raises:
-            ValueError: for what is no picture, or is too large for a network.
-        """
+        """The network's input (C, h, w) for any picture: checked, padded, encoded; ValueError if it is none, or too large."""
         image = HWC3(image)
-        self.check_size(*image.shape[:2])
-        if min(image.shape[:2]) < self.min_side:
-            image = pad_to_multiple(image, self.min_side)
-        return self.encode(pad_to_multiple(image, self.stride))
-
-    def check_size(self, height: int, width: int) -> None:
-        """ValueError if a picture is too large for a network."""
+        height, width = image.shape[:2]
         if height * width > self.max_pixels:
             raise ValueError(
                 f"a picture of {height}x{width} pixels is too large for {type(self).__name__} (at most "
                 f"{self.max_pixels} pixels); make it smaller first, e.g. with annotator.util.resize_image"
             )
+        if min(image.shape[:2]) < self.min_side:
+            image = pad_to_multiple(image, self.min_side)
+        return self.encode(pad_to_multiple(image, self.stride))
 
     @torch.no_grad()
     def run(self, x: Tensor, **parameters: Any) -> list[Any]:

@@ -2,15 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from annotator.detector import VERSIONS
-from annotator.folder import Job, run
-from annotator.registry import REGISTRY, Annotator, Hint, Request, describe, load
+from annotator.folder import Job, Read, Write, run
+from annotator.registry import REGISTRY, Annotator, AnnotatorInfo, describe, load
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,11 +20,15 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def versions_of(name: str) -> list[AnnotatorInfo]:
+    """The condition `name` in every version that has it."""
+    return [info for (known, _), info in REGISTRY.items() if known == name]
+
+
 def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out: Sequence[str] = ()) -> None:
     """Give `command` the options of the condition `name`: how it runs, and its parameters but for those left out."""
-    versions = [info for (known, _), info in REGISTRY.items() if known == name]
     command.add_argument("--version", choices=VERSIONS, help="ControlNet whose conventions hold")
-    if any(info.works_at == "detect" for info in versions):
+    if any(info.works_at == "detect" for info in versions_of(name)):
         command.add_argument("--detect-resolution", type=int, help="shorter side of what the detector sees")
     if describe(name).network:
         command.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best there is)")
@@ -33,22 +37,20 @@ def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out:
             "--batch", type=int, help="pictures the network sees at once (default: 1 on the CPU, else 8)"
         )
     command.add_argument("--workers", type=int, help="threads that read and write (default: one for each processor)")
-    for parameter in {p.name: p for info in versions for p in info.parameters}.values():
-        option = "--" + parameter.name.replace("_", "-")
-        if parameter.name in leave_out:
-            continue
-        default = next(info.defaults[parameter.name] for info in versions if parameter.name in info.offers)
+    offered = {parameter: info.defaults[parameter.name] for info in versions_of(name) for parameter in info.parameters}
+    for parameter, default in offered.items():
+        option = {"dest": parameter.name, "help": parameter.help}
         if parameter.kind is bool:
-            command.add_argument(option, dest=parameter.name, action="store_const", const=True, help=parameter.help)
-            continue
-        limits = ", ".join(parameter.choices) or f"{parameter.minimum:g} to {parameter.maximum:g}"
-        text = (
-            parameter.help
-            + f" ({limits}"
-            + ("" if default is None else f", default {default:{'' if parameter.choices else 'g'}}")
-            + ")"
-        )
-        command.add_argument(option, dest=parameter.name, type=parameter.kind, metavar="N", help=text)
+            option |= {"action": "store_const", "const": True}
+        elif parameter.choices:
+            option |= {"choices": parameter.choices}
+        else:
+            limits = f"{parameter.minimum:g} to {parameter.maximum:g}" + (
+                "" if default is None else f", default {default:g}"
+            )
+            option |= {"type": parameter.kind, "metavar": "N", "help": f"{parameter.help} ({limits})"}
+        if parameter.name not in leave_out:
+            command.add_argument("--" + parameter.name.replace("_", "-"), **option)
 
 
 def load_annotator(args: argparse.Namespace, name: str) -> tuple[Annotator, dict[str, Any]]:
@@ -66,12 +68,10 @@ def load_annotator(args: argparse.Namespace, name: str) -> tuple[Annotator, dict
     check_resolution("--detect-resolution", detect_resolution)
     if detect_resolution is not None and info.works_at != "detect":
         raise ValueError(f"{name} {info.version} works on the picture itself and takes no --detect-resolution")
-    offered = {p for (known, _), other in REGISTRY.items() if known == name for p in other.offers}
-    given = {p: value for p in sorted(offered) if (value := getattr(args, p, None)) is not None}
-    parameters = info.check_parameters(given)
+    offered = {parameter for other in versions_of(name) for parameter in other.offers}
+    parameters = info.check_parameters({p: v for p, v in sorted(vars(args).items()) if p in offered and v is not None})
     annotator = load(name, getattr(args, "device", None), getattr(args, "weights", None), info.version)
-    if info.network:
-        annotator.detector.load(**parameters)
+    annotator.detector.load(**parameters)
     return annotator, parameters
 
 
@@ -98,8 +98,8 @@ def run_with_bar(
     args: argparse.Namespace,
     annotator: Annotator,
     jobs: Sequence[Job],
-    read: Callable[[Any], Request],
-    write: Callable[[Any, Hint], None],
+    read: Read,
+    write: Write,
     total: int,
     unit: str = "picture",
 ) -> set[Path]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ def unchanged(map: np.ndarray) -> np.ndarray:
 
 
 def scale(map: np.ndarray) -> np.ndarray:
-    """A uint8 map as float32 from 0 to 1."""
+    """A uint8 map as float32 (H, W, 3) from 0 to 1."""
     return HWC3(map).astype(np.float32) / 255.0
 
 
@@ -48,60 +48,35 @@ def thicken_and_invert(map: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Request:
-    """A picture on its way to a hint.
-
-    Attributes:
-        view: what the detector sees, (H, W, C), uint8.
-        picture: the picture at the size of the result.
-        parameters: all arguments of the detector's call.
-    """
-
-    view: np.ndarray
-    picture: np.ndarray
-    parameters: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class AnnotatorInfo:
-    """What is to be known about a condition without loading it.
-
-    Attributes:
-        detector: dotted path of the class, imported when it is needed.
-        weights: what must be fetched: published files, or the id of a model; "" for a detector without weights.
-        extra: the extra of this package that the detector needs.
-        offers: arguments of the detector's call that people may choose; ranges and defaults stand in the detector.
-        defaults_here: defaults of this condition, where they are not the detector's own.
-        check: raises ValueError for values that do not fit together.
-        works_at: "detect" (the picture at `detect_resolution`), "image" (at its final size), "input" (as it was given).
-        detect_resolution: shorter side of what the detector is given, in pixels; None unless `works_at` is "detect".
-        makes_size: the detector takes height and width of its result as `h` and `w`.
-        interpolation: OpenCV's, by which the map comes to the size of the picture.
-        output: which of the detector's results is the map, where it gives several.
-        takes: makes the detector's input of a user's picture.
-        finish: what becomes of the map at the size of the result, before anything else.
-        to_hint: makes the model's hint, (H, W, 3), float32, of a map; also of one from elsewhere.
-        to_shown: makes the picture that people are shown of a map.
-    """
+    """What is to be known about a condition without loading it."""
 
     name: str
     version: str
     title: str
-    detector: str
-    weights: str = ""
-    extra: str = ""
-    offers: tuple[str, ...] = ()
-    defaults_here: Mapping[str, Any] = field(default_factory=dict)
-    check: Callable[[dict[str, Any]], object] | None = None
-    works_at: str = "detect"
-    detect_resolution: int | None = 512
-    makes_size: bool = False
-    interpolation: int = cv2.INTER_LINEAR
-    output: int | None = None
-    takes: Callable[[np.ndarray], np.ndarray] = HWC3
-    finish: Callable[[np.ndarray], np.ndarray] = HWC3
-    to_hint: Callable[[np.ndarray], np.ndarray] = scale
-    to_shown: Callable[[np.ndarray], np.ndarray] = HWC3
+    detector: str  # dotted path of the class, imported when it is needed
+    weights: str = ""  # what must be fetched: published files, or the id of a model
+    extra: str = ""  # the extra of this package that the detector needs
+    offers: tuple[
+        str, ...
+    ] = ()  # arguments that people may choose; ranges and defaults stand in the detector's signature
+    defaults_here: Mapping[str, Any] = field(default_factory=dict)  # where they are not the detector's own
+    check: Callable[[dict[str, Any]], object] | None = None  # raises ValueError for values that do not fit together
+    works_at: str = (
+        "detect"  # on the picture at `detect_resolution`; "image": at its final size; "input": as it was given
+    )
+    detect_resolution: int | None = (
+        512  # shorter side of what the detector is given; None unless `works_at` is "detect"
+    )
+    makes_size: bool = False  # the detector takes height and width of its result as `h` and `w`
+    interpolation: int = cv2.INTER_LINEAR  # by which the map comes to the size of the picture
+    output: int | None = None  # which of the detector's results is the map, where it gives several
+    takes: Callable[[np.ndarray], np.ndarray] = HWC3  # makes the detector's input of a user's picture
+    finish: Callable[[np.ndarray], np.ndarray] = HWC3  # changes the map at the size of the result
+    to_hint: Callable[[np.ndarray], np.ndarray] = (
+        scale  # a map, also one from elsewhere, to the model's hint (H, W, 3), float32
+    )
+    to_shown: Callable[[np.ndarray], np.ndarray] = HWC3  # a map to what people are shown
 
     def __post_init__(self) -> None:
         if self.works_at != "detect":
@@ -120,12 +95,10 @@ class AnnotatorInfo:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """What people may choose; imports the detector."""
-        known = self.detector_class.parameters() if self.offers else {}
-        return tuple(known[name] for name in self.offers)
+        return tuple(self.detector_class.parameters()[name] for name in self.offers)
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Parameters with their default values."""
         return {parameter.name: parameter.default for parameter in self.parameters} | dict(self.defaults_here)
 
     def check_parameters(self, values: Mapping[str, object]) -> dict[str, Any]:
@@ -138,8 +111,7 @@ class AnnotatorInfo:
         if unknown:
             known = ", ".join(self.offers) or "none"
             raise ValueError(f"{self.name} {self.version} has no parameter {', '.join(unknown)}; it has: {known}")
-        checked = {p.name: p.check(values[p.name]) for p in self.parameters if p.name in values}
-        checked = self.defaults | checked
+        checked = self.defaults | {p.name: p.check(values[p.name]) for p in self.parameters if p.name in values}
         if self.check:
             self.check(checked)
         return checked
@@ -153,7 +125,7 @@ class Hint:
         picture: (H, W, 3), uint8: the picture that the hint belongs to, at this size.
     """
 
-    def __init__(self, info: "AnnotatorInfo", map: np.ndarray, picture: np.ndarray) -> None:
+    def __init__(self, info: AnnotatorInfo, map: np.ndarray, picture: np.ndarray) -> None:
         self.info, self.map, self.picture = info, map, picture
 
     @cached_property
@@ -168,11 +140,7 @@ class Hint:
 
     @cached_property
     def source(self) -> np.ndarray:
-        """The hint as an image file of a training set holds it: (H, W, 3), uint8, `hint` times 255.
-
-        Raises:
-            ValueError: for a hint with a hole, whose -1 no picture file can hold.
-        """
+        """The hint as an image file of a training set holds it: (H, W, 3), uint8, `hint` times 255; ValueError if it has a hole."""
         if self.hint.min() < 0:
             raise ValueError(
                 "the hole of an inpainting hint is -1, which no picture file can hold; keep its map, which is RGBA"
@@ -180,36 +148,30 @@ class Hint:
         return np.rint(self.hint * 255.0).astype(np.uint8)
 
     def __repr__(self) -> str:
-        height, width = self.map.shape[:2]
-        return f"Hint({self.info.name} {self.info.version}, {height}x{width})"
+        return f"Hint({self.info.name} {self.info.version}, {self.map.shape[0]}x{self.map.shape[1]})"
+
+
+class Request(NamedTuple):
+    """What a detector is to be called with: what it sees, the picture at the size of the result, and all arguments."""
+
+    view: np.ndarray
+    picture: np.ndarray
+    parameters: dict[str, Any]
 
 
 class Annotator:
-    """A loaded condition: its facts, its detector, and the way from a picture to a hint.
-
-    Attributes:
-        info: the facts.
-        detector: the detector itself, for calls with arguments that only it knows.
-    """
+    """A loaded condition: what is known about it, its detector, and the way from a picture to a hint."""
 
     def __init__(self, info: AnnotatorInfo, detector: Detector) -> None:
-        self.info = info
-        self.detector = detector
+        self.info, self.detector = info, detector
 
     def __call__(self, image: Picture, **parameters: object) -> np.ndarray:
         """The detector's uint8 map of a picture, at the size of the picture, as the detector gives it."""
         result = self.detector.detect(as_array(image), **self.info.check_parameters(parameters))
         return result if self.info.output is None else result[self.info.output]
 
-    def make_hint(
-        self,
-        image: Picture,
-        resolution: int | None = 512,
-        detect_resolution: int | None = None,
-        picture: Picture | None = None,
-        mask: Picture | None = None,
-        **parameters: object,
-    ) -> Hint:
+    def make_hint(self, image: Picture, resolution: int | None = 512, detect_resolution: int | None = None,
+                  picture: Picture | None = None, mask: Picture | None = None, **parameters: object) -> Hint:  # fmt: skip
         """A picture's condition, with the same steps as in the reference's apps.
 
         Args:
@@ -226,20 +188,12 @@ class Annotator:
         request = self.request(image, resolution, detect_resolution, picture, mask, **parameters)
         return self.finish(request, self.detector.detect(request.view, **request.parameters))
 
-    def request(
-        self,
-        image: Picture,
-        resolution: int | None = 512,
-        detect_resolution: int | None = None,
-        picture: Picture | None = None,
-        mask: Picture | None = None,
-        **parameters: object,
-    ) -> Request:
-        """What the detector is to be called with; the first half of `make_hint`."""
-        info = self.info
+    def request(self, image: Picture, resolution: int | None = 512, detect_resolution: int | None = None,
+                picture: Picture | None = None, mask: Picture | None = None, **parameters: object) -> Request:  # fmt: skip
+        """The first half of `make_hint`, until the detector is called."""
+        info, image = self.info, as_array(image)
         if detect_resolution is not None and info.works_at != "detect":
             raise ValueError(f"{info.name} {info.version} works on the picture itself and takes no detect_resolution")
-        image = as_array(image)
         if mask is not None:
             if info.takes is not picture_with_hole:
                 raise ValueError(f"{info.name} takes no mask")
@@ -259,70 +213,62 @@ class Annotator:
         return Request(view, picture, checked)
 
     def finish(self, request: Request, found: Any) -> Hint:
-        """What the detector has found as a hint; the second half of `make_hint`."""
-        info, picture = self.info, request.picture
-        map = found if info.output is None else found[info.output]
-        if map.shape[:2] != picture.shape[:2]:
-            map = resize(map, picture.shape[:2], info.interpolation)
-        return Hint(info, info.finish(map), picture[:, :, :3])
+        """The second half of `make_hint`, from what the detector has found."""
+        map, size = found if self.info.output is None else found[self.info.output], request.picture.shape[:2]
+        if map.shape[:2] != size:
+            map = resize(map, size, self.info.interpolation)
+        return Hint(self.info, self.info.finish(map), request.picture[:, :, :3])
 
 
-HED = "ControlNetHED.pth or network-bsds500.pth"
-OPENPOSE = "body_pose_model.pth, hand_pose_model.pth"
-THRESHOLDS = ("low_threshold", "high_threshold")
+# Title, class and weights of what both versions have.
+CANNY = ("Canny edges", "annotator.canny.CannyDetector")
+MLSD = ("straight lines (M-LSD)", "annotator.mlsd.MLSDdetector", "mlsd_large_512_fp32.pth")
+SCRIBBLE = ("a user's scribble, dark on light", "annotator.scribble.ScribbleDetector")
+INTERACTIVE = ("a drawn mask, light on dark", "annotator.scribble.InteractiveScribbleDetector")
+POSE = (
+    "human pose (OpenPose)",
+    "annotator.openpose.OpenposeDetector",
+    "body_pose_model.pth, hand_pose_model.pth, 1.1: facenet.pth",
+)
+SEG = ("semantic segmentation (UniFormer)", "annotator.uniformer.UniformerDetector", "upernet_global_small.pth")
+MIDAS = ("annotator.midas.MidasDetector", "dpt_hybrid-midas-501f0c75.pt")
+HED, OLD_OR_NEW = "annotator.hed.HEDdetector", "ControlNetHED.pth or network-bsds500.pth"
+PIDINET = ("annotator.pidinet.PidiNetDetector", "table5_pidinet.pth")
+THRESHOLDS = {"offers": ("low_threshold", "high_threshold"), "check": check_thresholds}
 
-# Each line: name, version, title, detector, and what is not the usual. Detectors that ControlNet did not have follow 1.1.
+# Each record: name, version, title, class, weights, and what is not the usual. Detectors that ControlNet did not have follow 1.1.
 CONDITIONS = [
-    AnnotatorInfo("canny", "1.0", "Canny edges", "annotator.canny.CannyDetector", offers=THRESHOLDS, check=check_thresholds,
-                  works_at="image", to_shown=invert),
-    AnnotatorInfo("canny", "1.1", "Canny edges", "annotator.canny.CannyDetector", offers=THRESHOLDS, check=check_thresholds),
-    AnnotatorInfo("mlsd", "1.0", "straight lines (M-LSD)", "annotator.mlsd.MLSDdetector", "mlsd_large_512_fp32.pth",
-                  offers=("thr_v", "thr_d"), interpolation=cv2.INTER_NEAREST, to_shown=thicken_and_invert),
-    AnnotatorInfo("mlsd", "1.1", "straight lines (M-LSD)", "annotator.mlsd.MLSDdetector", "mlsd_large_512_fp32.pth",
-                  offers=("thr_v", "thr_d")),
-    AnnotatorInfo("hed", "1.0", "soft edges (HED)", "annotator.hed.HEDdetector", HED),
-    AnnotatorInfo("hed", "1.1", "soft edges (HED)", "annotator.hed.HEDdetector", "ControlNetHED.pth", offers=("safe",)),
-    AnnotatorInfo("scribble", "1.0", "a user's scribble, dark on light", "annotator.scribble.ScribbleDetector",
-                  works_at="image", to_shown=invert),
-    AnnotatorInfo("scribble", "1.1", "a user's scribble, dark on light", "annotator.scribble.ScribbleDetector",
-                  works_at="image"),
-    AnnotatorInfo("scribble_interactive", "1.0", "a drawn mask, light on dark",
-                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=without_alpha, to_shown=invert),
-    AnnotatorInfo("scribble_interactive", "1.1", "a drawn mask, light on dark",
-                  "annotator.scribble.InteractiveScribbleDetector", works_at="image", takes=without_alpha),
-    AnnotatorInfo("fake_scribble", "1.0", "scribble made from HED edges", "annotator.hed.HEDdetector", HED,
-                  finish=fake_scribble, to_shown=invert),
-    AnnotatorInfo("fake_scribble", "1.1", "scribble made from HED edges", "annotator.hed.HEDdetector", "ControlNetHED.pth",
-                  finish=fake_scribble),
-    AnnotatorInfo("fake_scribble_pidinet", "1.1", "scribble made from PiDiNet edges", "annotator.pidinet.PidiNetDetector",
-                  "table5_pidinet.pth", finish=fake_scribble),
-    AnnotatorInfo("openpose", "1.0", "human pose (OpenPose)", "annotator.openpose.OpenposeDetector", OPENPOSE,
-                  offers=("hand",), interpolation=cv2.INTER_NEAREST, output=0),
-    AnnotatorInfo("openpose", "1.1", "human pose (OpenPose)", "annotator.openpose.OpenposeDetector",
-                  f"{OPENPOSE}, facenet.pth", offers=("hand_and_face",)),
-    AnnotatorInfo("seg", "1.0", "semantic segmentation (UniFormer)", "annotator.uniformer.UniformerDetector",
-                  "upernet_global_small.pth", interpolation=cv2.INTER_NEAREST),
-    AnnotatorInfo("seg", "1.1", "semantic segmentation (UniFormer)", "annotator.uniformer.UniformerDetector",
-                  "upernet_global_small.pth"),
-    AnnotatorInfo("depth", "1.0", "depth (MiDaS)", "annotator.midas.MidasDetector", "dpt_hybrid-midas-501f0c75.pt",
-                  detect_resolution=384, output=0),
-    AnnotatorInfo("depth", "1.1", "depth (MiDaS)", "annotator.midas.MidasDetector", "dpt_hybrid-midas-501f0c75.pt",
-                  detect_resolution=384),
-    AnnotatorInfo("normal", "1.0", "normals from depth (MiDaS)", "annotator.midas.MidasDetector",
-                  "dpt_hybrid-midas-501f0c75.pt", offers=("a", "bg_th"), defaults_here={"bg_th": 0.4}, detect_resolution=384,
-                  output=1, to_hint=scale_reversed),
+    AnnotatorInfo("canny", "1.0", *CANNY, **THRESHOLDS, works_at="image", to_shown=invert),
+    AnnotatorInfo("canny", "1.1", *CANNY, **THRESHOLDS),
+    AnnotatorInfo("mlsd", "1.0", *MLSD, offers=("thr_v", "thr_d"), interpolation=cv2.INTER_NEAREST, to_shown=thicken_and_invert),
+    AnnotatorInfo("mlsd", "1.1", *MLSD, offers=("thr_v", "thr_d")),
+    AnnotatorInfo("hed", "1.0", "soft edges (HED)", HED, OLD_OR_NEW),
+    AnnotatorInfo("hed", "1.1", "soft edges (HED)", HED, "ControlNetHED.pth", offers=("safe",)),
+    AnnotatorInfo("scribble", "1.0", *SCRIBBLE, works_at="image", to_shown=invert),
+    AnnotatorInfo("scribble", "1.1", *SCRIBBLE, works_at="image"),
+    AnnotatorInfo("scribble_interactive", "1.0", *INTERACTIVE, works_at="image", takes=without_alpha, to_shown=invert),
+    AnnotatorInfo("scribble_interactive", "1.1", *INTERACTIVE, works_at="image", takes=without_alpha),
+    AnnotatorInfo("fake_scribble", "1.0", "scribble made from HED edges", HED, OLD_OR_NEW, finish=fake_scribble, to_shown=invert),
+    AnnotatorInfo("fake_scribble", "1.1", "scribble made from HED edges", HED, "ControlNetHED.pth", finish=fake_scribble),
+    AnnotatorInfo("fake_scribble_pidinet", "1.1", "scribble made from PiDiNet edges", *PIDINET, finish=fake_scribble),
+    AnnotatorInfo("openpose", "1.0", *POSE, offers=("hand",), interpolation=cv2.INTER_NEAREST, output=0),
+    AnnotatorInfo("openpose", "1.1", *POSE, offers=("hand_and_face",)),
+    AnnotatorInfo("seg", "1.0", *SEG, interpolation=cv2.INTER_NEAREST),
+    AnnotatorInfo("seg", "1.1", *SEG),
+    AnnotatorInfo("depth", "1.0", "depth (MiDaS)", *MIDAS, detect_resolution=384, output=0),
+    AnnotatorInfo("depth", "1.1", "depth (MiDaS)", *MIDAS, detect_resolution=384),
+    AnnotatorInfo("normal", "1.0", "normals from depth (MiDaS)", *MIDAS, offers=("a", "bg_th"), defaults_here={"bg_th": 0.4},
+                  detect_resolution=384, output=1, to_hint=scale_reversed),
     AnnotatorInfo("normalbae", "1.1", "normals (NormalBae)", "annotator.normalbae.NormalBaeDetector", "scannet.pt"),
-    AnnotatorInfo("lineart", "1.1", "line art", "annotator.lineart.LineartDetector", "sk_model.pth or sk_model2.pth",
+    AnnotatorInfo("lineart", "1.1", "line art", "annotator.lineart.LineartDetector", "sk_model.pth, coarse: sk_model2.pth",
                   offers=("coarse",), to_hint=scale_inverted),
     AnnotatorInfo("lineart_anime", "1.1", "anime line art", "annotator.lineart_anime.LineartAnimeDetector", "netG.pth",
                   to_hint=scale_inverted),
-    AnnotatorInfo("pidinet", "1.1", "soft edges (PiDiNet)", "annotator.pidinet.PidiNetDetector", "table5_pidinet.pth",
-                  offers=("safe",)),
+    AnnotatorInfo("pidinet", "1.1", "soft edges (PiDiNet)", *PIDINET, offers=("safe",)),
     AnnotatorInfo("shuffle", "1.1", "shuffled content", "annotator.shuffle.ContentShuffleDetector", offers=("f", "seed"),
                   works_at="input", makes_size=True),
     AnnotatorInfo("tile", "1.1", "the picture itself, resized linearly", "annotator.tile.TileDetector", works_at="input"),
-    AnnotatorInfo("ip2p", "1.1", "the picture itself, to be changed by an instruction", "annotator.tile.TileDetector",
-                  works_at="image"),
+    AnnotatorInfo("ip2p", "1.1", "the picture itself, for instructions", "annotator.tile.TileDetector", works_at="image"),
     AnnotatorInfo("inpaint", "1.1", "the picture with a hole", "annotator.inpaint.InpaintDetector", offers=("blur",),
                   works_at="image", takes=picture_with_hole, finish=unchanged, to_hint=scale_with_hole, to_shown=show_hole),
     # Conditions that neither version of ControlNet came with.
@@ -378,13 +324,14 @@ def describe(name: str, version: str | None = None) -> AnnotatorInfo:
     Raises:
         ValueError: if there is no such condition, with those there are.
     """
-    if name not in list_annotators():
+    known = [candidate for candidate in VERSIONS if (name, candidate) in REGISTRY]
+    if not known:
         raise ValueError(f"no annotator {name!r}; there are: {', '.join(list_annotators())}")
-    for candidate in (default_version(), *VERSIONS) if version is None else (version,):
-        if (name, candidate) in REGISTRY:
-            return REGISTRY[name, candidate]
-    known = " and ".join(candidate for candidate in VERSIONS if (name, candidate) in REGISTRY)
-    raise ValueError(f"{name} exists in version {known}, not in {version!r}")
+    if version is None:
+        version = default_version() if default_version() in known else known[0]
+    if version not in known:
+        raise ValueError(f"{name} exists in version {' and '.join(known)}, not in {version!r}")
+    return REGISTRY[name, version]
 
 
 def load(

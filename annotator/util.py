@@ -9,10 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from annotator.pictures import HWC3, check_image, resize_image, resized_shape, to_uint8
+from annotator.pictures import HWC3, check_image, resize_image
 
 __all__ = ["HWC3", "annotator_ckpts_path", "img2mask", "make_noise_disk", "min_max_norm", "nms", "resize_image",
-           "resized_shape", "safe_step", "to_uint8"]  # fmt: skip
+           "safe_step"]  # fmt: skip
 
 annotator_ckpts_path = str(Path(__file__).parent / "ckpts")
 

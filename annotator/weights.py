@@ -36,17 +36,17 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Hub:
-    """A repository of the Hugging Face hub as the place of weights.
+    """A repository of the Hugging Face hub as the place of weights."""
 
-    Attributes:
-        repository: owner/name.
-        cache_dir: of the hub's client; its usual one if not given.
-        local_files_only: fetch nothing.
-    """
+    repository: str  # owner/name
+    cache_dir: str | None = None  # of the hub's client; its usual one if not given
+    local_files_only: bool = False  # fetch nothing
 
-    repository: str
-    cache_dir: str | None = None
-    local_files_only: bool = False
+
+def search_folders() -> list[Path]:
+    """Where weights are looked for if none are named: `annotator/ckpts/`, then what the variable ANNOTATOR_CKPTS names."""
+    named = os.environ.get(FOLDER_VARIABLE)
+    return [CKPTS] + ([Path(named).expanduser()] if named else [])
 
 
 def search_folders() -> list[Path]:

@@ -23,7 +23,11 @@ class LineartAnimeDetector(NetworkDetector):
 
     def encode(self, image: np.ndarray) -> Tensor:
         height, width = (-(-side // SIDE) * SIDE for side in image.shape[:2])
-        self.check_size(height, width)
+        if height * width > self.max_pixels:
+            raise ValueError(
+                f"a picture of {image.shape[0]}x{image.shape[1]} pixels is enlarged to {height}x{width}, which is too large for "
+                f"{type(self).__name__} (at most {self.max_pixels} pixels); crop it or make it smaller first"
+            )
         return to_tensor(cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)) / 127.5 - 1.0
 
     def decode(self, output: Any, size: tuple[int, int]) -> np.ndarray:

@@ -285,9 +285,14 @@ def test_inpainting_keeps_its_hole_and_takes_masks(photos, tmp_path, capsys):
     assert main(one) == 0 and np.array_equal(read_image(tmp_path / "one.png"), maps(tmp_path / "holes")["a.png"])
     capsys.readouterr()
     (masks / "a.png").unlink()
-    for wrong, message in ((["--mask", str(masks)], "no mask for a.png"), (["--save", "hint"], "--save map")):
+    for wrong, message in (
+        (["--mask", str(tmp_path / "none")], "there is no mask"),
+        (["--save", "hint"], "--save map"),
+    ):
         assert main(["inpaint", str(photos), str(tmp_path / "other"), *wrong]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert main(["inpaint", str(photos), str(tmp_path / "other"), "--mask", str(masks)]) == 1
+    assert "a.png is missing" in capsys.readouterr().err and len(maps(tmp_path / "other")) == 2
 
 
 def test_hidden_folders_are_left_out(photos, tmp_path):

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from annotator import util
+from annotator import pictures, util
 from tests.annotator.cases import assert_close, open_cases
 
 ARRAYS, META = open_cases("util")
@@ -32,9 +32,9 @@ def test_resize_image_equals_the_reference(case):
 
 
 def test_resized_shapes_equal_the_reference():
-    got = [util.resized_shape(*map(int, row)) for row in ARRAYS["resize_shapes/height_width_resolution"]]
+    got = [pictures.resized_shape(*map(int, row)) for row in ARRAYS["resize_shapes/height_width_resolution"]]
     assert np.array_equal(got, ARRAYS["resize_shapes/output_height_width"])
-    assert util.resized_shape(360, 640, 512) == (512, 896)
+    assert pictures.resized_shape(360, 640, 512) == (512, 896)
 
 
 def test_safe_step_and_min_max_norm_equal_the_reference():
@@ -88,20 +88,20 @@ def test_sizes_that_cannot_be_made_are_refused_before_memory_is_taken():
     with pytest.raises(ValueError, match="too small"):
         util.resize_image(np.zeros((50, 50, 3), dtype=np.uint8), 20)
     with pytest.raises(ValueError, match="512x512000"):  # twice what is allowed
-        util.resized_shape(1, 1000, 512)
+        pictures.resized_shape(1, 1000, 512)
     assert util.resize_image(np.zeros((1, 40, 3), dtype=np.uint8), 64).shape == (64, 2560, 3)
 
 
 def test_padding_repeats_the_border_and_leaves_what_fits():
     image = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
-    padded = util.pad_to_multiple(image, 4)
+    padded = pictures.pad_to_multiple(image, 4)
     assert padded.shape == (8, 8, 3)
     assert np.array_equal(padded[:5, :7], image) and (padded[5:, :7] == image[-1]).all()
-    assert util.pad_to_multiple(padded, 4) is padded
+    assert pictures.pad_to_multiple(padded, 4) is padded
 
 
 def test_floats_are_cut_off_and_nan_is_black():
-    got = util.to_uint8(np.array([-3.0, 0.99, 254.999, 300.0, np.nan, np.inf]))
+    got = pictures.to_uint8(np.array([-3.0, 0.99, 254.999, 300.0, np.nan, np.inf]))
     assert got.tolist() == [0, 0, 254, 255, 0, 255]
 
 

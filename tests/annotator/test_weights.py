@@ -206,7 +206,7 @@ def test_a_network_detector_is_ready_to_run_and_refuses_what_is_too_large(tmp_pa
         Blur(device="gpu", weights=tmp_path)
     with pytest.raises(ValueError, match="40x30 pixels is too large for Blur"):
         detector.prepare(np.zeros((40, 30, 3), dtype=np.uint8))
-    with pytest.raises(TypeError, match="2 arguments|takes 1"):
+    with pytest.raises(TypeError, match="Blur takes level after the picture, each once"):
         detector(np.zeros((20, 30, 3), dtype=np.uint8), 1, 2)
 
 
