@@ -49,12 +49,6 @@ def search_folders() -> list[Path]:
     return [CKPTS] + ([Path(named).expanduser()] if named else [])
 
 
-def search_folders() -> list[Path]:
-    """Where weights are looked for if none are named: `annotator/ckpts/`, then what the variable ANNOTATOR_CKPTS names."""
-    named = os.environ.get(FOLDER_VARIABLE)
-    return [CKPTS] + ([Path(named).expanduser()] if named else [])
-
-
 def find_weights(
     filenames: Sequence[str], weights: str | os.PathLike | Hub | None = None, repository: str = REPOSITORY
 ) -> Path:
