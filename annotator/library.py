@@ -1,5 +1,6 @@
 """Detectors around networks of libraries, which take whole pictures and resize them themselves."""
 
+import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -12,16 +13,15 @@ from torch import Tensor, nn
 
 from annotator.detector import import_extra
 from annotator.network import NetworkDetector, to_tensor
-from annotator.weights import Hub, WeightsError, find_weights, search_folders
+from annotator.weights import Hub, WeightsError, find_weights, refuse_unsafe_pickle, search_folders
 
 EXTRA = "detectors"
 CONFIG = "config.json"
 FILES = ["*.json", "*.txt", "*.safetensors"]
 OLDER_FILES = ["*.json", "*.txt", "*.bin"]
-LOCAL = {
-    "local_files_only": True,
-    "trust_remote_code": False,
-}  # nothing is fetched unseen, and no code of a model is run
+# Nothing is fetched unseen, and no code of a model is run.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+ONLY_FOR_TRAINING = ("criterion", "auxiliary_head")  # parts of networks that published files may lack
 MODEL_ID = r"[\w.-]+/[\w.-]+"  # owner/name
 
 
@@ -96,6 +96,9 @@ class HubModelDetector(LibraryDetector):
     def load_model(self, path: Path) -> tuple[nn.Module, Iterable[str]]:
         """The network of a model's folder, and its entries that no file there holds; sets `processor`."""
         transformers = import_extra("transformers", EXTRA)
+        if not any(path.glob("*.safetensors")):
+            for pickle in path.glob("*.bin"):
+                refuse_unsafe_pickle(pickle)
         self.processor = transformers.AutoImageProcessor.from_pretrained(path, **self.processor_options(path))
         network, report = self.network_class(path).from_pretrained(path, output_loading_info=True, **LOCAL)
         return network, report["missing_keys"]
@@ -123,7 +126,7 @@ def check_parts(network: nn.Module, missing: Iterable[str], path: Path) -> None:
     missing = set(missing)
     for part, module in network.named_children():
         keys = {f"{part}.{key}" for key in module.state_dict()}
-        if keys and keys <= missing:
+        if keys and keys <= missing and part not in ONLY_FOR_TRAINING:
             raise WeightsError(f"the weights in {path} have no {part}, which {type(network).__name__} needs")
 
 
@@ -172,26 +175,29 @@ def _fetch(hub: Hub) -> Path:
     """A model's folder in the hub client's cache, where it is put if it is not there yet."""
     from huggingface_hub import snapshot_download
 
-    def snapshot(files: list[str], local_files_only: bool) -> Path:
-        return Path(
-            snapshot_download(
-                hub.repository, cache_dir=hub.cache_dir, allow_patterns=files, local_files_only=local_files_only
-            )
-        )
-
-    def complete(folder: Path) -> bool:
-        return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    def snapshot(files: list[str], local_files_only: bool = hub.local_files_only) -> Path:
+        options = {"cache_dir": hub.cache_dir, "local_files_only": local_files_only}
+        return Path(snapshot_download(hub.repository, allow_patterns=files, **options))
 
     try:
         cached = snapshot(FILES, local_files_only=True)
     except OSError:
         cached = None
-    if cached is not None and (complete(cached) or hub.local_files_only):
+    if cached is not None and (_is_complete(cached) or hub.local_files_only):
         return cached
     find_weights((CONFIG,), hub)  # fails at once, with the reason, where there is no way to the hub
     try:
-        folder = snapshot(FILES, hub.local_files_only)
-        return folder if complete(folder) else snapshot(OLDER_FILES, hub.local_files_only)
+        folder = snapshot(FILES)
+        return folder if _is_complete(folder) else snapshot(OLDER_FILES)
     except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
         raise WeightsError(f"cannot get the model {hub.repository} from the hub: {reason}") from err
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a model's folder has weights, and where they are in several files, all of them."""
+    parts = {
+        part for index in folder.glob("*.index.json") for part in json.loads(index.read_text())["weight_map"].values()
+    }
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return bool(files) and parts <= {file.name for file in files}

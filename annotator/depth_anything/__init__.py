@@ -16,7 +16,7 @@ from annotator.library import HubModelDetector
 from annotator.midas import depth_to_map, depth_to_normals
 
 DISTANCES = "the network gives distances, though its configuration does not say so"
-DISTANCE_MODELS = ("chmv2", "depth_pro", "glpn", "prompt_depth_anything", "zoedepth")
+DISTANCE_MODELS = ("depth_pro", "glpn", "prompt_depth_anything", "zoedepth")
 # Slopes are taken of a depth from 0 to 1000 over a side of 384 pixels, as MiDaS gives it, about, so that `a` means the same.
 RELIEF, SIDE = 1000.0, 384
 

@@ -1,5 +1,6 @@
 """Segmentation by any model of transformers: classes, single objects, or both, as colours."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -7,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from annotator.detector import import_extra
-from annotator.library import EXTRA, HubModelDetector
+from annotator.library import EXTRA, LOCAL, HubModelDetector
 from annotator.segmentation.colours import colour_labels, distinct_colours, palette_for, stack_masks
 
 Task = Literal["semantic", "instance", "panoptic"]
@@ -25,17 +26,15 @@ class SegmentationDetector(HubModelDetector):
 
     model = "shi-labs/oneformer_coco_swin_large"
 
-    def load_network(self, name: str, path: Path) -> nn.Module:
-        network = super().load_network(name, path)
+    def load_model(self, path: Path) -> tuple[nn.Module, Iterable[str]]:
+        network, missing = super().load_model(path)
         if network.config.model_type == "oneformer":
-            self.tokenizer = import_extra("transformers", EXTRA).AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        return network
+            self.tokenizer = import_extra("transformers", EXTRA).AutoTokenizer.from_pretrained(path, **LOCAL)
+        return network, missing
 
     def network_class(self, path: Path) -> Any:
         transformers = import_extra("transformers", EXTRA)
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, **LOCAL)
         kinds = {
             "AutoModelForSemanticSegmentation": transformers.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
             "AutoModelForUniversalSegmentation": transformers.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
@@ -48,9 +47,10 @@ class SegmentationDetector(HubModelDetector):
 
     def processor_options(self, path: Path) -> dict[str, Any]:
         # OneFormer's processor would fetch names of classes, which only its training needs, from elsewhere on the hub.
-        config = (path / "preprocessor_config.json").read_text(errors="replace") if path.is_dir() else ""
-        options = {"class_info_file": ""} if '"class_info_file"' in config else {}
-        return super().processor_options(path) | options
+        named = any(
+            '"class_info_file"' in file.read_text(errors="replace") for file in path.glob("*processor_config.json")
+        )
+        return super().processor_options(path) | ({"class_info_file": ""} if named else {})
 
     def predict(
         self, images: list[np.ndarray], task: Task = "semantic", threshold: float = 0.5, **parameters: Any
