@@ -12,7 +12,7 @@ from annotator.detector import import_extra
 from annotator.library import LibraryDetector
 from annotator.mediapipe_face.drawing import COLOURS, draw_face
 from annotator.network import LazyNetwork
-from annotator.weights import WeightsError, find_weights, search_folders
+from annotator.weights import Hub, WeightsError, find_weights, search_folders
 
 EXTRA = "face"
 FILE = "face_landmarker.task"
@@ -64,18 +64,25 @@ class MediapipeFaceDetector(LibraryDetector):
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
         import_extra("mediapipe", EXTRA)
+        if isinstance(self.weights, Hub):
+            return find_weights(filenames, self.weights)
         stored = Path(torch.hub.get_dir()) / "checkpoints" / FILE
-        known = any((place / FILE).is_file() for place in search_folders())
-        if self.weights is not None or known:
-            return find_weights((FILE,), self.weights)
-        if not stored.is_file():
+        places = [*search_folders(), stored] if self.weights is None else [Path(self.weights).expanduser()]
+        for place in places:
+            for file in (place, place / FILE):
+                if file.is_file():
+                    return file
+        if self.weights is not None:
+            raise WeightsError(
+                f"no weights at {self.weights}: neither a file nor a folder that holds {FILE} ({ADDRESS})"
+            )
+        try:
             stored.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(ADDRESS, str(stored))
-            except OSError as err:
-                raise WeightsError(
-                    f"cannot fetch {ADDRESS} ({err}); put the file into {search_folders()[-1]}, or name it as weights"
-                ) from err
+            torch.hub.download_url_to_file(ADDRESS, str(stored))
+        except OSError as err:
+            raise WeightsError(
+                f"cannot fetch {ADDRESS} ({err}); put the file into {search_folders()[-1]}, or name it as weights"
+            ) from err
         return stored
 
     def load_network(self, name: str, path: Path) -> nn.Module:
