@@ -68,16 +68,13 @@ def test_a_published_file_gives_the_same_masks(folder, tmp_path, monkeypatch):
         name = next(iter(hub_names({key: torch.zeros(1)})))
         if name in hub:
             published[key] = hub[name]
-    config = transformers.SamConfig.from_pretrained(folder)
+    expected = SamDetector("cpu", folder)
     monkeypatch.setitem(ENCODERS, 16, (1, 2, [0]))
-    monkeypatch.setattr(transformers, "SamConfig", lambda vision_config: config)
-    monkeypatch.setattr(
-        transformers, "SamImageProcessor", lambda: transformers.AutoImageProcessor.from_pretrained(folder)
-    )
+    monkeypatch.setattr(transformers, "SamConfig", lambda vision_config: expected.network.config)
+    monkeypatch.setattr(transformers, "SamImageProcessor", lambda: expected.processor)
     (tmp_path / "checkpoints").mkdir()
     torch.save(published, tmp_path / "checkpoints" / "sam_vit_h_4b8939.pth")
     made = SamDetector.from_pretrained(tmp_path, subfolder="checkpoints")  # as controlnet_aux's README
-    expected = SamDetector("cpu", folder)
     assert (made.detect(IMAGE, **ALL) == expected.detect(IMAGE, **ALL)).all()
     assert (SamDetector("cpu", tmp_path / "checkpoints")(IMAGE, **ALL) == expected(IMAGE, **ALL)).all()
     torch.save({"weight": torch.zeros(3)}, tmp_path / "mobile_sam.pt")
