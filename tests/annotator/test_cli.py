@@ -163,7 +163,7 @@ class Counting(nn.Conv2d):
     def forward(self, x):
         self.batches.append(len(x))
         if len(x) > 4:
-            raise torch.OutOfMemoryError("out of memory")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return super().forward(x)
 
 
@@ -335,7 +335,6 @@ def test_the_module_runs_and_lists_itself():
     ran = subprocess.run([sys.executable, "-m", "annotator", "--list"], capture_output=True, text=True, check=True)
     assert "low_threshold=100" in ran.stdout and "pidinet" in ran.stdout and not ran.stderr
     assert len(ran.stdout.splitlines()) == len(CONDITIONS)
-    ran = subprocess.run(
-        [sys.executable, "-m", "annotator", "normal", "--help"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-m", "annotator", "normal", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"})
     assert "0.1 to 20, default 6.28319" in ran.stdout and "0 to 1, default 0.4" in ran.stdout

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from annotator.folder import read_image
-from annotator.util import HWC3
+from annotator.pictures import HWC3, read_image
 from cldm.data.fill import COLOURS, PALETTES, colour_distances, draw_fill, generate_fill
 from cldm.data.pairs import DataError, PairDataset, read_rgb
 from cldm.data.score import disc, fill_geometry, parse_prompt, score_fill
