@@ -183,15 +183,20 @@ def _fetch(hub: Hub) -> Path:
         cached = snapshot(FILES, local_files_only=True)
     except OSError:
         cached = None
-    if cached is not None and (_is_complete(cached) or hub.local_files_only):
+    if cached is not None and _is_complete(cached):
         return cached
     find_weights((CONFIG,), hub)  # fails at once, with the reason, where there is no way to the hub
     try:
         folder = snapshot(FILES)
-        return folder if _is_complete(folder) else snapshot(OLDER_FILES)
+        folder = folder if _is_complete(folder) else snapshot(OLDER_FILES)
     except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
         raise WeightsError(f"cannot get the model {hub.repository} from the hub: {reason}") from err
+    if not _is_complete(folder):
+        raise WeightsError(
+            f"cannot get the model {hub.repository} from the hub: its weights are not there, or not all of them"
+        )
+    return folder
 
 
 def _is_complete(folder: Path) -> bool:
