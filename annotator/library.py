@@ -204,5 +204,8 @@ def _is_complete(folder: Path) -> bool:
     parts = {
         part for index in folder.glob("*.index.json") for part in json.loads(index.read_text())["weight_map"].values()
     }
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    return bool(files) and parts <= {file.name for file in files}
+    for kind in (".safetensors", ".bin"):
+        files = {file.name for file in folder.glob(f"*{kind}")}
+        if files and {part for part in parts if part.endswith(kind)} <= files:
+            return True
+    return False
