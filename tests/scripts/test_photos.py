@@ -173,9 +173,9 @@ def test_mistakes_are_one_line_and_exit_2(photos, tmp_path, capsys, command, mes
 def test_a_network_sees_the_photograph_at_its_own_size(photos, tmp_path, monkeypatch):
     """Canny of 1.1 stands in for a network: it works at `--detect-resolution` on the part, not on the small result."""
     seen = []
-    call = CannyDetector.__call__
+    detect = CannyDetector.detect
     monkeypatch.setattr(
-        CannyDetector, "__call__", lambda self, img, **k: seen.append(img.shape) or call(self, img, **k)
+        CannyDetector, "detect", lambda self, image, **k: seen.append(image.shape) or detect(self, image, **k)
     )
     out = tmp_path / "out"
     assert run("canny", photos, out, "--size", 64, "--version", "1.1", "--detect-resolution", 192, "--prompt", "x") == 0
