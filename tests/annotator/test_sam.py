@@ -1,6 +1,7 @@
 """Segment Anything: masks of a tiny random network, as the library's pipeline gives them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,8 +71,14 @@ def test_a_published_file_gives_the_same_masks(folder, tmp_path, monkeypatch):
             published[key] = hub[name]
     expected = SamDetector("cpu", folder)
     monkeypatch.setitem(ENCODERS, 16, (1, 2, [0]))
-    monkeypatch.setattr(transformers, "SamConfig", lambda vision_config: expected.network.config)
-    monkeypatch.setattr(transformers, "SamImageProcessor", lambda: expected.processor)
+    tiny = SimpleNamespace(  # the library, but for the sizes of its networks
+        SamConfig=lambda vision_config: expected.network.config,
+        SamVisionConfig=dict,
+        SamImageProcessor=lambda: expected.processor,
+        SamModel=transformers.SamModel,
+        pipeline=transformers.pipeline,
+    )
+    monkeypatch.setattr("annotator.sam.import_extra", lambda module, extra: tiny)
     (tmp_path / "checkpoints").mkdir()
     torch.save(published, tmp_path / "checkpoints" / "sam_vit_h_4b8939.pth")
     made = SamDetector.from_pretrained(tmp_path, subfolder="checkpoints")  # as controlnet_aux's README
