@@ -41,7 +41,9 @@ def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out:
     for parameter, default in offered.items():
         option = {"dest": parameter.name, "help": parameter.help}
         if parameter.kind is bool:
-            option |= {"action": "store_const", "const": True}
+            option |= (
+                {"action": argparse.BooleanOptionalAction} if default else {"action": "store_const", "const": True}
+            )
         elif parameter.choices:
             option |= {"choices": parameter.choices}
         else:

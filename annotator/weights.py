@@ -143,7 +143,7 @@ def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            _refuse_unsafe_pickle(path)
+            refuse_unsafe_pickle(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
@@ -165,7 +165,8 @@ def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict
     return tensors
 
 
-def _refuse_unsafe_pickle(path: Path) -> None:
+def refuse_unsafe_pickle(path: Path) -> None:
+    """WeightsError if this version of torch cannot read a pickle safely."""
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < SAFE_UNPICKLER:
         safe = ".".join(map(str, SAFE_UNPICKLER))

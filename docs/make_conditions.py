@@ -32,16 +32,25 @@ def conditions(photo: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     canny = hint("canny")
     picture = canny.picture
     height, width = picture.shape[:2]
-    yield "photograph", picture
+    yield "photograph, tile, ip2p", hint("tile").source
     yield "canny", canny.source
     yield "canny, 40 and 90", hint("canny", low_threshold=40, high_threshold=90).source
     yield "scribble", hint("scribble").source
-    yield "shuffle", hint("shuffle", f=64, seed=0).source
-    yield "shuffled colours", ColorShuffleDetector()(picture, seed=2)
-    yield "noise, down and up", DownSampleDetector()(picture, seed=0)
+    strokes = 255 - hint("threshold", threshold=90).source
+    yield "scribble_interactive", hint("scribble_interactive", strokes).source
     hole = np.full((height, width), 255, dtype=np.uint8)
     hole[height // 8 : height // 2, width // 3 : 2 * width // 3] = 0
     yield "inpaint", hint("inpaint", np.dstack([picture, hole])).shown
+    yield "shuffle", hint("shuffle", f=64, seed=0).source
+    yield "shuffled colours", ColorShuffleDetector()(picture, seed=2)
+    yield "noise, down and up", DownSampleDetector()(picture, seed=0)
+    yield "invert", hint("invert").source
+    yield "threshold", hint("threshold").source
+    yield "blur", hint("blur", sigma=4.0).source
+    yield "grey", hint("grey").source
+    yield "colour", hint("colour", cell=32).source
+    yield "colour, cells of 8", hint("colour", cell=8).source
+    yield "tile_gaussian", hint("tile_gaussian", scale_factor=4.0, blur_strength=4.0).source
 
 
 def sheet(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:

@@ -1,0 +1,104 @@
+"""Faces by MediaPipe's face mesh, as the face model of CrucibleAI was trained on."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from annotator.detector import import_extra
+from annotator.library import LibraryDetector
+from annotator.mediapipe_face.drawing import COLOURS, draw_face
+from annotator.network import LazyNetwork
+from annotator.weights import Hub, WeightsError, find_weights, search_folders
+
+EXTRA = "face"
+FILE = "face_landmarker.task"
+ADDRESS = f"https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/float16/latest/{FILE}"
+
+
+class FaceMesh(nn.Module):
+    """MediaPipe's landmarker, which computes on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.mediapipe = import_extra("mediapipe", EXTRA)
+        self.vision = import_extra("mediapipe.tasks.python.vision", EXTRA)
+        self.edges = {
+            part: [
+                (edge.start, edge.end)
+                for edge in getattr(self.vision.FaceLandmarksConnections, f"FACE_LANDMARKS_{part}")
+            ]
+            for part in COLOURS
+        }
+        self.landmarker = lru_cache(maxsize=1)(self._landmarker)  # made anew only when the call's arguments change
+
+    def _landmarker(self, max_faces: int, min_confidence: float) -> Any:
+        base = import_extra("mediapipe.tasks.python", EXTRA).BaseOptions(model_asset_path=str(self.path))
+        options = self.vision.FaceLandmarkerOptions(
+            base_options=base, num_faces=max_faces, min_face_detection_confidence=min_confidence
+        )
+        try:
+            return self.vision.FaceLandmarker.create_from_options(options)
+        except (RuntimeError, ValueError) as err:
+            raise WeightsError(f"{self.path} is no model of MediaPipe's face landmarker: {err}") from err
+
+    def forward(self, image: np.ndarray, max_faces: int, min_confidence: float) -> list[np.ndarray]:
+        """(H, W, 3), uint8, RGB -> for each face (478, 2), x and y relative to width and height."""
+        picture = self.mediapipe.Image(image_format=self.mediapipe.ImageFormat.SRGB, data=np.ascontiguousarray(image))
+        faces = self.landmarker(max_faces, min_confidence).detect(picture).face_landmarks
+        return [np.array([(point.x, point.y) for point in face]) for face in faces]
+
+
+class MediapipeFaceDetector(LibraryDetector):
+    """Contours of faces, eyes, eyebrows and lips, and pupils, each in its colour on black (H, W, 3).
+
+    Args:
+        weights: MediaPipe's face_landmarker.task, or a folder that holds it.
+    """
+
+    network = LazyNetwork(FILE)
+
+    def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
+        import_extra("mediapipe", EXTRA)
+        if isinstance(self.weights, Hub):
+            return find_weights(filenames, self.weights)
+        stored = Path(torch.hub.get_dir()) / "checkpoints" / FILE
+        places = [*search_folders(), stored] if self.weights is None else [Path(self.weights).expanduser()]
+        for place in places:
+            for file in (place, place / FILE):
+                if file.is_file():
+                    return file
+        if self.weights is not None:
+            raise WeightsError(
+                f"no weights at {self.weights}: neither a file nor a folder that holds {FILE} ({ADDRESS})"
+            )
+        try:
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(ADDRESS, str(stored))
+        except OSError as err:
+            raise WeightsError(
+                f"cannot fetch {ADDRESS} ({err}); put the file into {search_folders()[-1]}, or name it as weights"
+            ) from err
+        return stored
+
+    def load_network(self, name: str, path: Path) -> nn.Module:
+        return FaceMesh(path)
+
+    def predict(self, images: list[np.ndarray], max_faces: int, min_confidence: float) -> list[list[np.ndarray]]:
+        return [self.network(image, max_faces, min_confidence) for image in images]
+
+    def decode(
+        self,
+        output: list[np.ndarray],
+        size: tuple[int, int],
+        max_faces: Annotated[int, 1, 100, "faces that are looked for"] = 1,
+        min_confidence: Annotated[float, 0.0, 1.0, "score above which a face counts"] = 0.5,
+    ) -> np.ndarray:
+        canvas = np.zeros((*size, 3), dtype=np.uint8)
+        for face in output:
+            draw_face(canvas, face, self.network.edges)
+        return canvas

@@ -1,0 +1,94 @@
+"""Segmentation by any model of transformers: classes, single objects, or both, as colours."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from torch import nn
+
+from annotator.detector import import_extra
+from annotator.library import EXTRA, LOCAL, HubModelDetector
+from annotator.segmentation.colours import colour_labels, distinct_colours, palette_for, stack_masks
+
+Task = Literal["semantic", "instance", "panoptic"]
+
+
+class SegmentationDetector(HubModelDetector):
+    """A colour for what each pixel shows (H, W, 3).
+
+    Semantic: the class's colour, in the palette of ADE20K (150 classes) or COCO (133), else in distinct colours. Instance: each
+    object in a colour of its own, the rest black. Panoptic: each object and each region in a colour of its own.
+
+    Args:
+        weights: id or folder of any semantic, instance, panoptic or universal segmentation model of transformers.
+    """
+
+    model = "shi-labs/oneformer_coco_swin_large"
+
+    def load_model(self, path: Path) -> tuple[nn.Module, Iterable[str]]:
+        network, missing = super().load_model(path)
+        if network.config.model_type == "oneformer":
+            self.tokenizer = import_extra("transformers", EXTRA).AutoTokenizer.from_pretrained(path, **LOCAL)
+        return network, missing
+
+    def network_class(self, path: Path) -> Any:
+        transformers = import_extra("transformers", EXTRA)
+        config = transformers.AutoConfig.from_pretrained(path, **LOCAL)
+        kinds = {
+            "AutoModelForSemanticSegmentation": transformers.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+            "AutoModelForUniversalSegmentation": transformers.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
+            "AutoModelForInstanceSegmentation": transformers.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING,
+        }
+        for kind, known in kinds.items():
+            if type(config) in known:
+                return getattr(transformers, kind)
+        raise ValueError(f"{config.model_type} is no segmentation model")
+
+    def processor_options(self, path: Path) -> dict[str, Any]:
+        # OneFormer's processor would fetch names of classes, which only its training needs, from elsewhere on the hub.
+        named = any(
+            '"class_info_file"' in file.read_text(errors="replace") for file in path.glob("*processor_config.json")
+        )
+        return super().processor_options(path) | ({"class_info_file": ""} if named else {})
+
+    def predict(
+        self, images: list[np.ndarray], task: Task = "semantic", threshold: float = 0.5, **parameters: Any
+    ) -> list[np.ndarray]:
+        """For each picture (H, W), int: classes, or numbers of segments, largest first; -1 for nothing."""
+        decode = getattr(self.processor, f"post_process_{task}_segmentation", None)
+        if decode is None:
+            raise ValueError(f"the model {self.network.config.model_type} gives no {task} segmentation")
+        sizes = [image.shape[:2] for image in images]
+        outputs = self.network(**self.inputs_for(images, task))
+        if task == "semantic":
+            return [labels.cpu().numpy() for labels in decode(outputs, target_sizes=sizes)]
+        fuse = {"label_ids_to_fuse": set()} if task == "panoptic" else {}  # said, or the library warns that it is not
+        results = decode(outputs, target_sizes=sizes, threshold=threshold, **fuse)
+        return [
+            stack_masks([(result["segmentation"] == one["id"]).cpu().numpy() for one in result["segments_info"]], size)
+            for result, size in zip(results, sizes, strict=True)
+        ]
+
+    def inputs_for(self, images: list[np.ndarray], task: str) -> dict[str, Any]:
+        """What the network takes for pictures of one size; OneFormer is told the task in words."""
+        if self.network.config.model_type != "oneformer":
+            return self.inputs(images)
+        inputs = self.inputs(images, task_inputs=[task] * len(images))
+        text = [f"the task is {task}"] * len(images)
+        length = self.network.config.task_seq_len
+        tokens = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        masked = tokens["input_ids"] * tokens["attention_mask"]
+        return inputs | {"task_inputs": masked.to(self.device)}
+
+    def decode(
+        self,
+        output: np.ndarray,
+        size: tuple[int, int],
+        task: Annotated[Task, "what gets a colour of its own: a class, an object, or both"] = "semantic",
+        threshold: Annotated[float, 0.0, 1.0, "score above which an object counts"] = 0.5,
+    ) -> np.ndarray:
+        labels = output[: size[0], : size[1]]
+        if task == "semantic":
+            return colour_labels(labels, palette_for(self.network.config.num_labels))
+        return colour_labels(labels, distinct_colours(labels.max(initial=0) + 1))

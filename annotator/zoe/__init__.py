@@ -1,0 +1,57 @@
+"""Depth by ZoeDepth, as ControlNet 1.1 uses it. S. F. Bhat et al., "ZoeDepth", 2023."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from annotator.depth_anything import DepthAnythingDetector
+from annotator.detector import import_extra
+from annotator.library import EXTRA, load_entries
+from annotator.network import LazyNetwork
+from annotator.pictures import to_uint8
+from annotator.weights import read_state_dict
+from annotator.zoe.published import BACKBONE, CONFIG, PROCESSOR, hub_names
+
+NEAR, FAR = 2, 85  # percentiles of the distances: what is nearer is white, what is farther is black
+
+
+class ZoeDetector(DepthAnythingDetector):
+    """Depth of a picture (H, W), near is light.
+
+    Args:
+        weights: the published file ZoeD_M12_N.pt, a folder that holds it, or a ZoeDepth model of transformers: an id or a folder.
+    """
+
+    network = LazyNetwork("ZoeD_M12_N.pt")
+    model = "Intel/zoedepth-nyu"
+    output_type = None
+
+    def load_published(self, path: Path) -> tuple[nn.Module, list[str]]:
+        transformers = import_extra("transformers", EXTRA)
+        self.processor = transformers.ZoeDepthImageProcessor(**PROCESSOR)
+        config = transformers.ZoeDepthConfig(backbone_config=transformers.BeitConfig(**BACKBONE), **CONFIG)
+        entries = hub_names(read_state_dict(path, "model"))
+        return load_entries(transformers.ZoeDepthForDepthEstimation, config, entries, path)
+
+    def predict_depth(self, pixels: Tensor) -> Tensor:
+        """The mean of the distances in the picture and in its mirror image: (B, h, w)."""
+        return (super().predict_depth(pixels) + super().predict_depth(pixels.flip(3)).flip(2)) / 2
+
+    def decode(
+        self,
+        output: Tensor,
+        size: tuple[int, int],
+        gamma_corrected: Annotated[bool, "darker where it is far: the map to the power of 2.2"] = False,
+    ) -> np.ndarray:
+        distance = output[: size[0], : size[1]].cpu().numpy()
+        near, far = np.percentile(distance, (NEAR, FAR))
+        depth = 1.0 - (distance - near) / max(far - near, 1e-6)
+        return to_uint8((depth.clip(0.0) ** 2.2 if gamma_corrected else depth) * 255.0)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, model_type: str = "zoedepth", **options: Any) -> "ZoeDetector":
+        if model_type != "zoedepth":
+            raise ValueError(f"model_type must be zoedepth, got {model_type!r}")
+        return super().from_pretrained(*args, **options)
