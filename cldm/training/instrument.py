@@ -10,8 +10,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import FSDPStrategy
 
-from cldm.pipeline import seeded
-
 LEVELS = 4  # quarters of the noise schedule for which numbers are told apart, from little noise to much
 
 # Seconds that measurements took, by trainer; the speed of the training leaves them out.
@@ -68,6 +66,16 @@ class Instrument(pl.Callback):
         started = time.perf_counter()
         self.measure(trainer, model, batch, batch_idx)
         _seconds[trainer] = seconds_in_instruments(trainer) + time.perf_counter() - started
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's generators start from `seed` inside, and go on as if nothing had been drawn after."""
+    # Torch keeps a random state for each accelerator, and always that of the CPU.
+    accelerator = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**accelerator):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
