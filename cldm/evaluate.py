@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cldm.checkpoint.layout import CONTROL_PREFIX, SCHEDULE_KEYS, identify
+from cldm.checkpoint import identify
+from cldm.checkpoint.names import CONTROL_PREFIX
+from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
 from cldm.command import run_command
 from cldm.data.pairs import PairDataset
