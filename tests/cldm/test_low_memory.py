@@ -33,7 +33,9 @@ def test_the_command_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(sampling_memory, "CASES", sampling_memory.CASES[:1])
     assert sampling_memory.main(["cldm_tiny", "--sizes", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "text, 64 | step, 64 | decode, 64 | most, 64" in " ".join(lines[0].split()) and lines[2].startswith("| float32")
+    assert "text, 64 | step, 64 | decode, 64 | most, 64" in " ".join(lines[0].split()) and lines[2].startswith(
+        "| float32"
+    )
     assert sampling_memory.main(["cldm_tiny", "--sizes", "60"]) == 2
     assert "multiples of 64, found 60" in capsys.readouterr().err
 
