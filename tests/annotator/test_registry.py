@@ -149,7 +149,7 @@ def test_devices_and_weights_that_make_no_sense_are_refused():
 
 
 def test_unknown_names_and_versions_say_what_there_is():
-    with pytest.raises(ValueError, match="no annotator 'cany'; there are: canny, "):
+    with pytest.raises(ValueError, match="no annotator 'cany'; there are: .*canny, "):
         load("cany")
     with pytest.raises(ValueError, match="version 1.1, not in '1.0'"):
         load("tile", version="1.0")
