@@ -283,7 +283,7 @@ def _check_pictures(key: str, pictures: Tensor, values: bool, interval: str | No
         )
     if pictures.dim() >= 3 and pictures.shape[-3] <= 4 < pictures.shape[-1]:
         raise DataError(f"{key!r} has its channels first, {tuple(pictures.shape)}; put them last, (H, W, C)")
-    if not values or not pictures.numel():
+    if not values or not pictures.numel() or getattr(pictures, "fake_mode", None) is not None:  # which has no values
         return
     low, high = (float(value) for value in torch.aminmax(pictures.detach()))
     if not (low > -float("inf") and high < float("inf")):  # also of NaN

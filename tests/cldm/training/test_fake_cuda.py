@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from cldm.model import create_model
 from cldm.training.cache import release_encoders
 from cldm.training.precision import cast_frozen, set_recompute
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.schedule import make_beta_schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH = 2
@@ -55,7 +57,10 @@ def fake_tensors():
 @pytest.fixture(scope="module", params=DTYPES)
 def built(request):
     """(model, dtype) of each precision, made on the device in that precision."""
-    with fake_tensors():
+    # A sampler reads the schedule once, which fake tensors do not hold.
+    betas = make_beta_schedule("linear", 1000, 0.00085, 0.012)
+    with pytest.MonkeyPatch.context() as patch, fake_tensors():
+        patch.setattr(DDIMSampler, "alphas_cumprod_array", lambda self: np.cumprod(1 - np.asarray(betas)))
         yield create_model("cldm_v15", device="cuda", dtype=DTYPES[request.param]), DTYPES[request.param]
 
 
