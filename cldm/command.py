@@ -31,13 +31,19 @@ class Stopped(BaseException):
         return 128 + self.number
 
 
-def run_command(program: str, work: Callable[[], int | None], interrupted: str) -> int:
+def run_command(
+    program: str,
+    work: Callable[[], int | None],
+    interrupted: str,
+    mistakes: tuple[type[Exception], ...] = MISTAKES,
+) -> int:
     """Do a script's work; a mistake of the user's becomes one line on stderr.
 
     Args:
         program: its name, before the line.
         work: returns the exit status; None stands for 0.
         interrupted: what to say after Ctrl-C or SIGTERM.
+        mistakes: errors that are the user's to mend.
 
     Returns:
         the exit status: the work's own, 2 for a mistake, 130 after Ctrl-C, 143 after SIGTERM.
@@ -45,7 +51,7 @@ def run_command(program: str, work: Callable[[], int | None], interrupted: str) 
     try:
         with _terminable():
             return work() or 0
-    except MISTAKES as error:
+    except mistakes as error:
         fail(error if str(error) else type(error).__name__, program)
         return 2
     except KeyboardInterrupt:

@@ -147,7 +147,7 @@ def load_model(checkpoint: str, base: str, config: str) -> ControlLDM:
 
 
 def _device(name: str | None) -> torch.device:
-    from annotator.detector import choose_device
+    from annotator.network import choose_device
 
     try:
         return choose_device(name)

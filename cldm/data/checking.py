@@ -242,7 +242,7 @@ def check_item(item: Any) -> None:
     for key, picture in pictures.items():
         if picture.dim() != 3:
             raise DataError(f"{key!r} must have the shape (H, W, C), found {tuple(picture.shape)}")
-        _check_pictures(key, picture, values=True)
+        _check_pictures(key, picture, values=True, axes=3)
     sizes = {key: tuple(picture.shape[:2]) for key, picture in pictures.items()}
     if sizes["jpg"] != sizes["hint"]:
         raise DataError(f"target and hint must have equal sizes, found {sizes['jpg']} and {sizes['hint']}")
@@ -267,21 +267,21 @@ def check_batch(
         pictures = batch.get(key)
         if not isinstance(pictures, Tensor):
             continue
-        if pictures.dim() != 4 and not (key == first_stage_key and pictures.dim() == 3):
-            raise DataError(f"{key!r} must have the shape (B, H, W, C), found {tuple(pictures.shape)}")
+        if pictures.dim() not in (3, 4):
+            raise DataError(f"{key!r} must have the shape (B, H, W, C), or (B, H, W) if grey, found {tuple(pictures.shape)}")
         look = pictures.device.type == "cpu" if values is None else values
         _check_pictures(key, pictures, look, "[-1, 1]" if key == first_stage_key else "[0, 1]")
 
 
-def _check_pictures(key: str, pictures: Tensor, values: bool, interval: str | None = None) -> None:
-    """Pictures (..., H, W, C): their type, layout and, if asked for, values."""
+def _check_pictures(key: str, pictures: Tensor, values: bool, interval: str | None = None, axes: int = 4) -> None:
+    """Pictures (B, H, W, C), or one if `axes` is 3: their type, layout and, if asked for, values."""
     interval = interval or ("[-1, 1]" if key == "jpg" else "[0, 1]")
     recipe = "x / 127.5 - 1" if interval == "[-1, 1]" else "x / 255"
     if not pictures.is_floating_point():
         raise DataError(
             f"{key!r} holds {str(pictures.dtype).removeprefix('torch.')} where float32 in {interval} is needed: convert with {recipe}"
         )
-    if pictures.dim() >= 3 and pictures.shape[-3] <= 4 < pictures.shape[-1]:
+    if pictures.dim() == axes and pictures.shape[-3] <= 4 < pictures.shape[-1]:
         raise DataError(f"{key!r} has its channels first, {tuple(pictures.shape)}; put them last, (H, W, C)")
     if not values or not pictures.numel() or getattr(pictures, "fake_mode", None) is not None:  # which has no values
         return
