@@ -13,8 +13,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether x holds neither NaN nor infinity."""
-    return bool(torch.isfinite(x).all())
+    """Whether x holds neither NaN nor infinity; true of a fake tensor, which holds nothing."""
+    return getattr(x, "fake_mode", None) is not None or bool(torch.isfinite(x).all())
 
 
 def first_broken_module(model: nn.Module, run: Callable[[], object]) -> str:
