@@ -233,7 +233,7 @@ def test_a_control_alone_on_its_base(work):
         (["--condition", "fill", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["--condition", "canny", "--parameter", "sigma"], "name=value"),
         (["--condition", "canny", "--parameter", "sigma=3"], "no parameter"),
-        (["--condition", "fill", "--device", "warp"], "unknown device"),
+        (["--condition", "fill", "--device", "warp"], "no device warp"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(work, capsys, monkeypatch, more, message):
