@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cldm.cldm import ControlLDM, ControlNet
 from cldm.ddim_hacked import DDIMSampler as PublicSampler
@@ -232,43 +231,19 @@ def test_networks_and_models_of_users(guess_mode):
 def test_a_compiled_network_is_recognised():
     model, case = small("sd1"), Case()
     want = model.make_guidance(case.cond, case.uncond, 3.0)(case.x, case.t)
-    model.control_model = torch.compile(model.control_model, backend="eager")
+    model.control_model = torch.compile(model.control_model)
     count = []
     model.control_model.input_hint_block.register_forward_pre_hook(lambda *a: count.append(1))
     guidance = model.make_guidance(case.cond, case.uncond, 3.0)
-    torch.testing.assert_close(guidance(case.x, case.t), want)
-    guidance(case.x, case.t)
+    compiled = small("sd1")
+    keys = set(compiled.state_dict())
+    compiled.compile_networks()
+    assert set(compiled.state_dict()) == keys
+    with torch.compiler.set_stance("force_eager"):  # compiling takes minutes
+        torch.testing.assert_close(guidance(case.x, case.t), want)
+        guidance(case.x, case.t)
+        torch.testing.assert_close(compiled.make_guidance(case.cond, case.uncond, 3.0)(case.x, case.t), want)
     assert takes_guided_hint(model.control_model) and len(count) == 1
-    model = small("sd1")
-    keys = set(model.state_dict())
-    model.compile_networks(backend="eager")
-    torch.testing.assert_close(model.make_guidance(case.cond, case.uncond, 3.0)(case.x, case.t), want)
-    assert set(model.state_dict()) == keys
-
-
-@pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_run_on_cuda_stays_there_and_asks_for_no_number(sampler, dtype):
-    """On fake tensors: a tensor on another device, or a value that the host must wait for, raises there."""
-    run = sampler(small("sd1"))
-    run.make_schedule(3, verbose=False)
-    table = run.table
-    assert len(table._factors) == len(table)  # numbers of the host
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        with torch.device("cuda"):
-            model = instantiate_from_config(tiny_config("sd1")).eval()
-            text, hint, mask = torch.zeros(2, 77, 48), torch.zeros(2, 3, 64, 64), torch.zeros(2, 1, 8, 8)
-        model.to(dtype)
-        assert {t.device.type for t in model.state_dict().values()} == {"cuda"} and model.betas.dtype == torch.float32
-        run.model = model
-        run.make_schedule = lambda *a, **k: setattr(run, "table", table)
-        for c_concat in ([hint], None):
-            out, _ = run.sample(
-                3, 2, SHAPE, {"c_crossattn": [text], "c_concat": [hint]}, unconditional_guidance_scale=9.0, verbose=False,
-                unconditional_conditioning={"c_crossattn": [text], "c_concat": c_concat},
-                mask=mask.cpu(), x0=torch.zeros(1, *SHAPE),  # moved to the device
-            )  # fmt: skip
-            assert out.device.type == "cuda" and out.dtype == torch.float32
 
 
 @pytest.mark.parametrize("sampler", [DDIMSampler, PLMSSampler, DPMSolverSampler])
