@@ -67,7 +67,9 @@ def create_model(
                 part.to(parse_dtype(dtype))
     if weights is not None:
         _load(model, weights, OPTIONAL, place)
-    # On the CPU too: this tells Lightning that the model is not on the meta device any more.
+    if weights is None and place.type == "cpu":
+        return model
+    # After loading on the CPU too: this tells Lightning that the model is not on the meta device any more.
     return model.to(place)
 
 

@@ -16,7 +16,7 @@ def test_every_form_is_the_same_picture(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "a.png")
     forms = [RGB, Image.fromarray(RGB), tmp_path / "a.png", str(tmp_path / "a.png"), RGB[None], RGB.astype(np.float32) / 255,
              RGB / 255.0, WANTED, WANTED[0], (WANTED * 255).round().to(torch.uint8), WANTED.double(), [RGB],
-             Hint(RGB.astype(np.float32) / 255, RGB, RGB, RGB)]  # fmt: skip
+             Hint(load("canny").info, RGB, RGB)]  # fmt: skip
     for form in forms:
         for convert in (hint_tensor, picture_tensor):
             found = convert(form)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from cldm.data.pairs import read_rgb
@@ -33,14 +34,13 @@ def test_image_logger_saves_each_kind_and_an_overview(model, tmp_path):
         f"{kind}_gs-000007_e-000001_b-000003.png" for kind in ("control", "samples", "overview")
     }
 
-    class Module:
-        training, global_rank, global_step, current_epoch, logger = False, 0, 0, 0, None
-        trainer = type("Trainer", (), {"default_root_dir": str(tmp_path / "rows")})
+    class Module(torch.nn.Module):
+        device = torch.device("cpu")
+        global_rank, global_step, current_epoch, logger = 0, 0, 0, None
+        trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "rows", enable_checkpointing=False)
 
         def log_images(self, batch, **options):
             return images | {"diffusion_row": torch.zeros(3, 64, 256)}
-
-        eval = train = lambda self, mode=True: self
 
     ImageLogger(batch_frequency=1, max_images=2, log_first_step=True).log_img(Module(), {}, 0)
     pictures = {p.name.split("_gs")[0]: p for p in (tmp_path / "rows").rglob("*.png")}
