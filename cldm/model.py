@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cldm.checkpoint.names import CONTROL_PREFIX
 from cldm.checkpoint.opening import ModelWeights, completed, open_model
-from cldm.checkpoint.recognising import POOLING
+from cldm.checkpoint.recognising import POOLING, SCHEDULE_KEYS
 from cldm.config import load_config, model_section, resolve
 from ldm.files import CheckpointError, LazyTensor
 from ldm.files.tensors import Tensors, parse_dtype
@@ -292,7 +292,8 @@ def _misfit(
         )
     if missing:
         lines.append(f"{len(missing)} entries are missing ({abbreviate(missing)});")
-    if missing and all(key.startswith(CONTROL_PREFIX) for key in missing):
+    without_control = any(key.startswith(CONTROL_PREFIX) for key in missing)
+    if without_control and all(key.startswith(CONTROL_PREFIX) or key in SCHEDULE_KEYS for key in missing):
         lines.append("it holds no ControlNet: add one with tool_add_control.py")
     else:
         lines.append(

@@ -42,7 +42,7 @@ def test_image_logger_saves_each_kind_and_an_overview(model, tmp_path):
         def log_images(self, batch, **options):
             return images | {"diffusion_row": torch.zeros(3, 64, 256)}
 
-    ImageLogger(batch_frequency=1, max_images=2, log_first_step=True).log_img(Module(), {}, 0)
+    ImageLogger(batch_frequency=1, max_images=2, log_first_step=True).log_img(Module(), {"x": torch.zeros(2)}, 0)
     pictures = {p.name.split("_gs")[0]: p for p in (tmp_path / "rows").rglob("*.png")}
     assert set(pictures) == {"control", "samples", "diffusion_row", "overview"}
     assert read_rgb(pictures["diffusion_row"]).shape == (64 + 2 * 4, 256 + 2 * 4, 3)
