@@ -127,7 +127,7 @@ GOOD = {"jpg": torch.zeros(2, 64, 64, 3), "hint": torch.ones(2, 64, 64, 3), "txt
         ({"jpg": torch.zeros(2, 3, 64, 64)}, "'jpg' has its channels first"),
         ({"hint": torch.zeros(2, 3, 64, 64)}, "'hint' has its channels first"),
         ({"hint": torch.full((2, 64, 64, 3), float("nan"))}, "'hint' holds values that are not finite"),
-        ({"hint": torch.zeros(64, 64, 3)}, r"must have the shape \(B, H, W, C\)"),
+        ({"hint": torch.zeros(64, 64)}, r"must have the shape \(B, H, W, C\)"),
     ],
 )
 def test_batches_of_another_type_range_or_layout(change, message):
