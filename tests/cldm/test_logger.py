@@ -37,12 +37,16 @@ def test_image_logger_saves_each_kind_and_an_overview(model, tmp_path):
     class Module(torch.nn.Module):
         device = torch.device("cpu")
         global_rank, global_step, current_epoch, logger = 0, 0, 0, None
-        trainer = pl.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path / "rows", enable_checkpointing=False)
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, default_root_dir=tmp_path / "rows", enable_checkpointing=False
+        )
 
         def log_images(self, batch, **options):
             return images | {"diffusion_row": torch.zeros(3, 64, 256)}
 
-    ImageLogger(batch_frequency=1, max_images=2, log_first_step=True).log_img(Module(), {"x": torch.zeros(2)}, 0)
+    ImageLogger(batch_frequency=1, max_images=2, log_first_step=True, at_once=2).log_img(
+        Module(), {"x": torch.zeros(2)}, 0
+    )
     pictures = {p.name.split("_gs")[0]: p for p in (tmp_path / "rows").rglob("*.png")}
     assert set(pictures) == {"control", "samples", "diffusion_row", "overview"}
     assert read_rgb(pictures["diffusion_row"]).shape == (64 + 2 * 4, 256 + 2 * 4, 3)

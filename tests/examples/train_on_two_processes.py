@@ -29,6 +29,8 @@ def draw(x_start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 model.draw_steps_and_noise = draw
+# Plain gradient descent shows differences of gradients as they are; AdamW makes a step of full size of the smallest ones.
+model.optimizer_config, model.learning_rate = {"target": "torch.optim.SGD"}, 1.0
 before = {key: entry.clone() for key, entry in model.state_dict().items()}
 generator = torch.Generator().manual_seed(0)
 data = [

@@ -98,7 +98,9 @@ def test_a_second_run_goes_on_and_gives_the_same(photos, tmp_path, capsys, monke
     # More parts go on; another seed or another condition does not.
     more = [*command[:6], 4, *command[7:]]
     assert run(*more) == 0 and len(listed(out)) == 24
-    assert files(out).items() >= {(k, v) for k, v in files(again).items() if k != "prompt.json"}
+    assert files(out).items() >= {
+        (k, v) for k, v in files(again).items() if k not in ("prompt.json", "photos.json")
+    }  # which count the pairs
     assert run(*more, "--seed", 6) == 2 and run("canny", photos, out, "--size", 64, "--crops", 4, "--seed", 5) == 2
     complaints = capsys.readouterr().err
     assert "other settings (seed; " in complaints and "other settings (condition" in complaints

@@ -47,7 +47,9 @@ def test_applying_a_phase_locks_and_connects():
 
 @pytest.mark.parametrize("unlock, encoder_moves", [("decoder", False), ("all", True)])
 def test_the_encoder_gets_gradients_only_where_the_whole_unet_is_trained(unlock, encoder_moves):
-    model = tiny_model("sd1", )
+    model = tiny_model(
+        "sd1",
+    )
     Phase(0, 1, unlocked=unlock).apply(model)
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([5])
     cond = {"c_crossattn": [torch.randn(1, 77, 48)], "c_concat": [torch.rand(1, 3, 64, 64)]}
