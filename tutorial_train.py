@@ -17,6 +17,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -63,9 +64,7 @@ def train(s: Settings) -> None:
             return
         started = time.time()
         is_first = rank_zero_only.rank == 0
-        options = run_options(s.steps, s.accumulate, s.precision, s.strategy, s.devices * s.num_nodes, s.clip)
-        options |= {"accelerator": s.accelerator, "devices": s.devices, "num_nodes": s.num_nodes}
-        device = make_trainer(**options).strategy.root_device
+        device = make_trainer(**trainer_options(s, s.steps)).strategy.root_device
 
         # Data: pairs to train on, and the last few held out.
         if s.data == TINY_DATA:
@@ -110,7 +109,7 @@ def train(s: Settings) -> None:
             save = SaveCheckpoints(run.checkpoints, s.save_every, s.keep, identity, health.is_good)
             export = ExportControl(run.path / "exports", s.export_every)
             trainer = make_trainer(
-                **options | {"max_steps": phase.last},
+                **trainer_options(s, phase.last),
                 callbacks=[
                     *(SeedSteps(s.seed), health, Dynamics(), *instruments, Curves(run.path, s.log_every)),
                     *(ShowProgress(), export, stop, save),
@@ -139,6 +138,12 @@ def train(s: Settings) -> None:
             }.items():
                 if (run.path / name).exists():
                     logging.info("  %-40s %s", run.path / name, what)
+
+
+def trainer_options(s: Settings, steps: int) -> dict[str, Any]:
+    """Options of a Trainer that trains up to step `steps`."""
+    options = run_options(steps, s.accumulate, s.precision, s.strategy, s.devices * s.num_nodes, s.clip)
+    return options | {"accelerator": s.accelerator, "devices": s.devices, "num_nodes": s.num_nodes}
 
 
 def open_data(s: Settings, run: RunFolder) -> TrainingData:

@@ -52,7 +52,7 @@ def generate(
     model: ControlLDM, hints: np.ndarray, prompts: Sequence[str], sampling: Sampling, progress: bool = False
 ) -> np.ndarray:
     """Pictures uint8 (N, H, W, 3) for hints uint8 (N, H, W, 3); leaves the global random state as it was."""
-    pipeline = ControlPipeline(model)
+    pipeline = ControlPipeline(model, warn_untrained=False)  # before training there is nothing to follow yet
     pictures = []
     with tqdm(total=len(hints), desc="sampling", unit="picture", disable=None if progress else True) as bar:
         for start in range(0, len(hints), sampling.batch_size):

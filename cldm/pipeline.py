@@ -102,6 +102,7 @@ class ControlPipeline:
         device: where to compute; by default where the model is. Another one needs `offload`.
         sliced_attention, vae_tiles, vae_one_at_a_time, offload: for less memory, see `cldm.low_memory.LowMemory`.
         compile: compile UNet and ControlNets in place with `torch.compile`; the first run then takes a minute or more.
+        warn_untrained: say it, once, where weights were never loaded or trained.
 
     Raises:
         ValueError: there is no sampler of that name, or the model is on another device and is not to be moved.
@@ -118,6 +119,7 @@ class ControlPipeline:
         vae_one_at_a_time: bool = False,
         offload: bool = False,
         compile: bool = False,
+        warn_untrained: bool = True,
     ) -> None:
         self.model = model
         self.sampler = sampler
@@ -133,7 +135,7 @@ class ControlPipeline:
         )  # an unknown name is an error now, not after the first text is encoded
         self._annotators: dict[str, Annotator] = {}
         self._preview: LatentPreview | None = None
-        self._checked_weights = False
+        self._checked_weights = not warn_untrained
         if compile:
             model.compile_networks()
 

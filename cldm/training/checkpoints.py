@@ -158,11 +158,11 @@ class ExportControl(pl.Callback):
         if not self.every or (batch_idx + 1) % trainer.accumulate_grad_batches or step % self.every:
             return
         if trainer.is_global_zero:
-            with pl_module.ema_scope():
-                entries = {f"control_model.{k}": v.cpu() for k, v in pl_module.control_model.state_dict().items()}
             path = self.folder / f"control-step-{step:08}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_weights(path, entries, overwrite=True, progress=False)
+            with pl_module.ema_scope():  # written inside it: tensors of a CPU are not copied
+                entries = {f"control_model.{k}": v.cpu() for k, v in pl_module.control_model.state_dict().items()}
+                write_weights(path, entries, overwrite=True, progress=False)
 
 
 def write_trained(path: Path, model: pl.LightningModule, weights: Path) -> None:

@@ -94,7 +94,7 @@ def test_another_run_is_not_written_over(data, tmp_path, capsys):
     # The pairs of a step may be split otherwise, for less memory; but not be others.
     assert tutorial_train.main(arguments(data, out, steps=3, batch_size=2, accumulate=2)) == 0
     assert tutorial_train.main(arguments(data, out, steps=4, batch_size=2)) == 2
-    assert "(batch_size)" in capsys.readouterr().err
+    assert "(accumulate)" in capsys.readouterr().err
     # Other weights under the same name do not belong to the checkpoint.
     add_control(TINY, out / "control_ini.safetensors", overwrite=True, progress=False)
     with open(out / "control_ini.safetensors", "r+b") as file:
