@@ -42,6 +42,15 @@ def make_trainer(**options: Any) -> pl.Trainer:
             raise ConfigError(f"training cannot be set up: {' '.join(str(error).split())}") from error
 
 
+def check_precision(precision: str) -> None:
+    """Raise ConfigError for a precision in which trained weights would not be float32, and so lose small updates."""
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}; weights that are trained stay in "
+            "float32, so bf16-mixed is what saves time and memory"
+        )
+
+
 def run_options(
     steps: int, accumulate: int, precision: str, strategy: str, processes: int, clip: float
 ) -> dict[str, Any]:
@@ -53,13 +62,9 @@ def run_options(
         clip: largest norm of the gradient; 0 for no limit.
 
     Raises:
-        ConfigError: a precision in which trained weights would not be float32, and so lose small updates.
+        ConfigError: see `check_precision`.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(
-            f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}; weights that are trained stay in float32, "
-            "so bf16-mixed is what saves time and memory"
-        )
+    check_precision(precision)
     return {
         "max_steps": steps,
         "max_epochs": 1,

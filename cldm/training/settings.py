@@ -6,7 +6,7 @@ from typing import Any
 
 from cldm.config import override
 from cldm.settings import check_counts, setting
-from cldm.training.engine import PRECISIONS
+from cldm.training.engine import check_precision
 from cldm.training.optim import OPTIMIZERS, SCHEDULES
 from cldm.training.precision import PRECISIONS as FROZEN
 from cldm.training.precision import RECOMPUTE
@@ -138,12 +138,12 @@ def check(s: Settings) -> None:
     for name, highest in (("empty_prompts", 1.0), ("ema", 1.0)):
         if not 0 <= getattr(s, name) <= highest:
             raise ConfigError(f"{name} must be between 0 and {highest:g}, found {getattr(s, name)}")
+    check_precision(s.precision)
     choices: dict[str, Sequence[str]] = {
         "broken": ("stop", "leave_out"),
         "optimizer": tuple(OPTIMIZERS),
         "schedule": SCHEDULES,
         "unlock": ("decoder", "all"),
-        "precision": PRECISIONS,
         "frozen_precision": ("", *FROZEN),
         "recompute": RECOMPUTE,
     }
