@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -166,6 +167,12 @@ def test_what_the_run_says_is_all_that_it_says(data, tmp_path):
         assert word.lower() not in (done.stdout + done.stderr).lower(), done.stderr
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
 @pytest.mark.parametrize("changes", [{}, {"cache": "true"}])
 def test_two_processes_of_torchrun(data, tmp_path, changes):
     """Data of two sizes; one process writes, both train, and a run on one with the same pairs a step goes on from it."""
@@ -176,7 +183,7 @@ def test_two_processes_of_torchrun(data, tmp_path, changes):
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=0",
+        f"--master_port={free_port()}",
         "tutorial_train.py",
         *argv,
     ]
