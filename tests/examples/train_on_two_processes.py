@@ -51,4 +51,5 @@ changed = sorted(key for key, entry in model.state_dict().items() if not torch.e
 total = sum(float(p.double().sum()) for p in model.control_model.parameters())
 (out / f"{trainer.global_rank}.json").write_text(json.dumps({"changed": changed, "total": total}))
 if trainer.is_global_zero:
-    torch.save({key: model.state_dict()[key] for key in changed}, out / f"trained-{processes}.pt")
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    torch.save(trained, out / f"trained-{processes}.pt")

@@ -112,7 +112,9 @@ def test_a_second_run_goes_on_and_gives_the_same(photos, tmp_path, capsys, monke
     (photos / "small.bmp").unlink()
     assert run(*more) == 0 and len(listed(out)) == 20
     changed = {name for name, data in files(out).items() if data != before[name]}
-    assert changed == {"prompt.json"} | {f"{kind}/a.png-{k}.png" for k in range(4) for kind in ("source", "target")}
+    assert changed == {"prompt.json", "photos.json"} | {
+        f"{kind}/a.png-{k}.png" for k in range(4) for kind in ("source", "target")
+    }
 
 
 def test_what_is_broken_is_reported_and_the_rest_is_done(photos, tmp_path, capsys):
