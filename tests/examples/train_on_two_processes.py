@@ -1,6 +1,6 @@
 """Data-parallel training on CPU processes; run by tests/scripts/test_examples.py with switches and an output folder.
 
-Each process writes what changed, and a sum over the ControlNet, to a file of its own; the first also saves the trained weights. What
+Each process writes what changed, and a sum over the ControlNet, to a file of its own; the first also saves how far each trained weight has moved. What
 a step draws depends on its pairs alone here, so that two processes can be compared with one that has twice the batch.
 """
 
@@ -51,5 +51,5 @@ changed = sorted(key for key, entry in model.state_dict().items() if not torch.e
 total = sum(float(p.double().sum()) for p in model.control_model.parameters())
 (out / f"{trainer.global_rank}.json").write_text(json.dumps({"changed": changed, "total": total}))
 if trainer.is_global_zero:
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    torch.save(trained, out / f"trained-{processes}.pt")
+    moved = {name: p.detach() - before[name] for name, p in model.named_parameters() if p.requires_grad}
+    torch.save(moved, out / f"moved-{processes}.pt")

@@ -61,7 +61,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, switches, tra
     assert all(key.startswith(trained) for key in one["changed"])
     unused = [key for key in one["changed"] if key.startswith("control_model.zero_convs")]
     assert bool(unused) != switches.get("only_mid_control", False)
-    two, single = (torch.load(tmp_path / f"trained-{n}.pt", weights_only=True) for n in (2, 1))
+    two, single = (torch.load(tmp_path / f"moved-{n}.pt", weights_only=True) for n in (2, 1))
     assert two.keys() == single.keys()
-    for key, value in two.items():
-        torch.testing.assert_close(value, single[key], rtol=1e-4, atol=1e-6)
+    whole = torch.cat([value.flatten() for value in single.values()])
+    apart = torch.cat([(value - single[key]).flatten() for key, value in two.items()])
+    assert whole.norm() > 0 and apart.norm() < 1e-3 * whole.norm()
