@@ -1,7 +1,8 @@
 """Data-parallel training on CPU processes; run by tests/scripts/test_examples.py with switches and an output folder.
 
-Each process writes what changed, and a sum over the ControlNet, to a file of its own; the first also saves how far each trained weight has moved. What
-a step draws depends on its pairs alone here, so that two processes can be compared with one that has twice the batch.
+Each process writes what changed, and a sum over the ControlNet, to a file of its own; the first also saves how far each trained
+weight has moved. What a step draws depends on its pairs alone here, so that two processes can be compared with one that has twice
+the batch.
 """
 
 import json
