@@ -27,6 +27,7 @@ from cldm.config import override
 from cldm.model import create_model
 from cldm.settings import explain, setting
 from cldm.storage_tracker import OTHER, StorageTracker
+from cldm.terminal import show
 from cldm.training.cache import release_encoders
 from cldm.training.precision import PRECISIONS, cast_frozen, forward_context, set_recompute
 from cldm.training.presets import PRESETS
@@ -221,17 +222,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = []
             for preset in PRESETS:
                 rows.append((plan_of(preset), measure(plan_of(preset))))
-                print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
+                show(table(rows).splitlines()[-1], sys.stderr)  # each takes a while
         else:
             plan = override(Plan(), arguments)
             if plan.preset:
                 start = [f"{k}={v}" for k, v in vars(plan_of(plan.preset)).items()]
                 plan = override(Plan(), [*start, *arguments])
             rows = [(plan, measure(plan))]
-        print(table(rows))
+        for line in table(rows).splitlines():
+            show(line)
         over = [plan.preset for plan, report in rows if plan.preset and report.total > limit_of(plan.preset)]
         if over:
-            print(f"more than 90% of its name: {', '.join(over)}")
+            show(f"more than 90% of its name: {', '.join(over)}")
         return 1 if over else 0
 
     return run_command(parser.prog, work, interrupted="interrupted")
