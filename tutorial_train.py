@@ -83,9 +83,8 @@ def train(s: Settings) -> None:
         identity = run.identify(weights)
         model = create_model(s.config, weights=weights)
         phases = plan_phases(s.steps, s.only_mid_control, s.sd_locked, s.reconnect_at, s.unlock_at, s.unlock)
-        prepare(model, s, device)
         phases[-1].apply(model)  # which trains the most: what it locks is never trained
-        cast_frozen(model, frozen_precision(s))
+        prepare(model, s, device)
 
         # What is looked at: the held-out hints, before, meanwhile and after.
         sampling = Sampling(s.sample_steps, s.guidance_scale, s.seed, s.pictures_at_once)
@@ -164,7 +163,7 @@ def open_data(s: Settings, run: RunFolder) -> TrainingData:
 
 
 def prepare(model: ControlLDM, s: Settings, device: torch.device) -> None:
-    """Hand the model what the settings say about its training."""
+    """Hand the model, with everything unlocked that the run will train, what the settings say about its training."""
     model.learning_rate = s.learning_rate
     model.unlock_learning_rate = s.unlock_learning_rate or None
     model.optimizer_config = optimizer_config(s.optimizer, device)
@@ -176,6 +175,7 @@ def prepare(model: ControlLDM, s: Settings, device: torch.device) -> None:
     if s.sample_steps > model.num_timesteps:
         raise ConfigError(f"sample_steps must be at most {model.num_timesteps}, found {s.sample_steps}")
     allow_tf32(s.tf32)
+    cast_frozen(model, frozen_precision(s))
     set_recompute(model, s.recompute)
     if s.channels_last:
         use_channels_last(model)
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(
         "tutorial_train.py",
         lambda: train(parse_settings(arguments)),
-        interrupted=f"interrupted before the training began; {HOW_TO_GO_ON}",
+        interrupted=f"interrupted; {HOW_TO_GO_ON}",
     )
 
 

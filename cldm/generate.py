@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from annotator.network import choose_device
 from annotator.options import Parser
 from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
@@ -279,28 +280,6 @@ def load_model(
     for number, file in enumerate(controls):
         (add_control if number else load_control)(model, file)
     return model.to(device=device, dtype=dtype).eval()
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or without one the accelerator of this machine, or the CPU.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if name is None:
-        accelerator = getattr(torch, "accelerator", None)
-        if accelerator is not None and accelerator.is_available():
-            return accelerator.current_accelerator()
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-# -- the command -----------------------------------------------------------------------------------------
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:
