@@ -1,6 +1,7 @@
 """Lightning's Trainer for a run: what each step draws, how signals stop it, how its progress is shown."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -107,13 +108,23 @@ def make_loader(data: Dataset, batches: Sampler[list[int]], workers: int, pin_me
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=leave_signals_to_the_parent,
     )
 
 
-def _leave_interrupts_to_the_parent(_: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the step that is under way still needs its batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_the_parent(_: int) -> None:
+    """For processes that load data: Ctrl-C and a cluster's signals reach all processes, and the step under way needs its batches."""
+    for number in HANDLED:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """End processes that load data and that Lightning has not ended: they ignore the signal by which Python would do so."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.join(5)
+            if child.is_alive():
+                child.kill()
 
 
 class SeedSteps(pl.Callback):
@@ -259,6 +270,7 @@ def fit(
         with quiet_libraries():
             trainer.fit(model, loader, ckpt_path=resume)
     finally:
+        _end_workers()
         for number, handler in before.items():
             signal.signal(number, handler)
     if stop.received is not None:

@@ -228,7 +228,7 @@ def _temporary(place: Path) -> Iterator[Path]:
 def _bar(name: str, total: int, progress: bool) -> tqdm:
     shown = "".join(character if character.isprintable() else "?" for character in name)
     options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "dynamic_ncols": True}
-    return tqdm(desc=shown, total=total, disable=not progress, **options)
+    return tqdm(desc=shown, total=total, disable=None if progress else True, **options)
 
 
 def _write_file(

@@ -41,6 +41,7 @@ def _main(argv: list[str], log: Path) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.setsid()  # a group of its own, for signals that reach all processes of a run
     torch.set_num_threads(1)
     # Workers of data loaders come from the run, as they do when it is a command; from a server they would outlive a kill.
     multiprocessing.set_start_method("fork", force=True)
@@ -64,13 +65,16 @@ def run(argv: list[str], log: Path) -> int:
     return process.exitcode
 
 
-def stop_at(argv: list[str], log: Path, number: int, when) -> int:
-    """Exit status of a run that gets a signal as soon as `when()` is true; its own, if it ends before."""
+def stop_at(argv: list[str], log: Path, number: int, when, group: bool = False) -> int:
+    """Exit status of a run that gets a signal as soon as `when()` is true; its own, if it ends before.
+
+    With `group` all of its processes get it, as from a terminal or a cluster.
+    """
     process = start(argv, log)
     while process.is_alive() and not when():
         time.sleep(0.01)
     if process.is_alive():
-        os.kill(process.pid, number)
+        (os.killpg if group else os.kill)(process.pid, number)
     process.join()
     return process.exitcode
 

@@ -67,6 +67,19 @@ def test_signals_finish_the_step_save_it_and_say_how_to_go_on(data, tmp_path):
     assert newest(alone)["global_step"] == 12
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
+def test_a_signal_to_all_processes_leaves_those_that_load_data_alone(data, tmp_path, number, status):
+    """As Ctrl-C in a terminal and a cluster at the end of a job's time send it."""
+    argv = arguments(
+        data, tmp_path / "run", steps=10_000, save_every=2, pictures=0, workers=2, accumulate=2, batch_size=1
+    )
+    saved = tmp_path / "run" / "checkpoints" / "step-00000002.ckpt"
+    assert stop_at(argv, tmp_path / "log", number, saved.exists, group=True) == status, (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    assert said.startswith("stopped after step ")
+    assert newest(tmp_path / "run")["global_step"] == int(said.split()[3].rstrip(","))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
