@@ -5,6 +5,8 @@ A picture is an array (H, W), (H, W, 3) or (H, W, 4), uint8, in grey, RGB or RGB
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -176,23 +178,31 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     write_whole(path, data.tobytes())
 
 
-def write_whole(path: str | os.PathLike, data: bytes) -> None:
-    """Write beside the target, flush to the disk, rename: nobody ever sees half a file. Folders are made.
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write beside `path`, which takes its place, flushed to the disk, at the end: nobody ever sees half a file.
 
-    The temporary name is unique, so that two processes that write the same file do not disturb each other; the last one wins.
+    Folders are made. The temporary name is unique, so that two processes that write the same file do not disturb each other; the
+    last one wins. After an error nothing is left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file whole or not at all; see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def find_pictures(source: Path, target: Path | None = None) -> list[Path]:

@@ -7,7 +7,6 @@ names the weights file that this belongs to.
 import logging
 import os
 import re
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from cldm.checkpoint.opening import open_model
+from cldm.files import whole_file
 from ldm.files import write_weights
 from ldm.util import ConfigError
 
@@ -54,18 +54,8 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any | None = None
     ) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with whole_file(path) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str | os.PathLike, map_location: Any = "cpu", **_: Any) -> dict[str, Any]:
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)

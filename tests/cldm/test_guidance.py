@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from cldm.cldm import ControlLDM, ControlNet
+from cldm.cldm import ControlNet
 from cldm.ddim_hacked import DDIMSampler as PublicSampler
 from cldm.guidance import Control, ControlCall, strength_scales, takes_guided_hint
 from cldm.model import add_control, load_control
@@ -186,18 +186,6 @@ class Published(ControlNet):
         return super().forward(x, 1 - hint, timesteps, context)
 
 
-class Own(ControlLDM):
-    """A user's model with the `apply_model` of the reference."""
-
-    def apply_model(self, x_noisy, t, cond, *args, **kwargs):
-        text, unet = torch.cat(cond["c_crossattn"], 1), self.model.diffusion_model
-        if cond["c_concat"] is None:
-            return unet(x=x_noisy, timesteps=t, context=text, control=None, only_mid_control=self.only_mid_control)
-        control = self.control_model(x=x_noisy, hint=torch.cat(cond["c_concat"], 1), timesteps=t, context=text)
-        control = [c * scale for c, scale in zip(control, self.control_scales, strict=True)]
-        return unet(x=x_noisy, timesteps=t, context=text, control=control, only_mid_control=self.only_mid_control)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("guess_mode", [False, True])
 def test_networks_and_models_of_users(guess_mode):
@@ -209,12 +197,12 @@ def test_networks_and_models_of_users(guess_mode):
     control = [Control(case.hint, scales=scales, conditional_only=guess_mode, end=0.5)]
     without = model.make_guidance(case.cond, uncond, 3.0, [])(case.x, case.t)
 
-    own = fill_(instantiate_from_config({**config, "target": f"{__name__}.Own"})).eval()
+    own = fill_(instantiate_from_config({**config, "target": "tests.cldm.tiny.OwnControlLDM"})).eval()
     guidance = own.make_guidance(case.cond, uncond, 3.0, control)
     torch.testing.assert_close(guidance(case.x, case.t, 0, 2), want, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(guidance(case.x, case.t, 1, 2), without, atol=1e-4, rtol=1e-4)
     assert own.control_scales == [1.0] * 13
-    with pytest.raises(ValueError, match="Own has an apply_model of its own"):
+    with pytest.raises(ValueError, match="OwnControlLDM has an apply_model of its own"):
         own.make_guidance(case.cond, uncond, 3.0, [Control(case.hint, network=1)])
 
     config["params"]["control_stage_config"]["target"] = f"{__name__}.Published"

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import nn
 
 import annotator
-from cldm.cldm import ControlLDM
 from cldm.guidance import strength_scales
 from cldm.hack import enable_sliced_attention, hack_everything
 from cldm.pipeline import ControlPipeline
@@ -249,21 +248,9 @@ def test_scales_of_guess_mode():
     assert strength_scales(1.0, True) == pytest.approx(GUESS_SCALES) and strength_scales(0.5) == [0.5] * 13
 
 
-class Own(ControlLDM):
-    """A user's model, whose `apply_model` is written as in the reference."""
-
-    def apply_model(self, x_noisy, t, cond, *args, **kwargs):
-        text, unet = torch.cat(cond["c_crossattn"], 1), self.model.diffusion_model
-        if cond["c_concat"] is None:
-            return unet(x=x_noisy, timesteps=t, context=text, control=None, only_mid_control=self.only_mid_control)
-        control = self.control_model(x=x_noisy, hint=torch.cat(cond["c_concat"], 1), timesteps=t, context=text)
-        control = [c * scale for c, scale in zip(control, self.control_scales, strict=True)]
-        return unet(x=x_noisy, timesteps=t, context=text, control=control, only_mid_control=self.only_mid_control)
-
-
 @pytest.mark.parametrize("guess_mode", [False, True])
 def test_a_users_own_apply_model_gets_the_hint(model, guess_mode):
-    own = small_model(target=f"{__name__}.Own")
+    own = small_model(target="tests.cldm.tiny.OwnControlLDM")
     settings = {"prompt": "a", "steps": 2, "seed": 3, "guess_mode": guess_mode}
     want, got = (ControlPipeline(m)(hint(), **settings) for m in (model, own))
     without = ControlPipeline(own)(None, size=(64, 64), **settings)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from cldm.cldm import ControlLDM
 from ldm.util import instantiate_from_config
 from tests.parity import fill_, load_cases, noise_tensor
 
@@ -52,6 +53,18 @@ def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
         **params,
     )  # fmt: skip
     return {"target": "cldm.cldm.ControlLDM", "params": {**params, **changes}}
+
+
+class OwnControlLDM(ControlLDM):
+    """A user's model, whose `apply_model` is written as in the reference."""
+
+    def apply_model(self, x_noisy, t, cond, *args, **kwargs):
+        text, unet = torch.cat(cond["c_crossattn"], 1), self.model.diffusion_model
+        if cond["c_concat"] is None:
+            return unet(x=x_noisy, timesteps=t, context=text, control=None, only_mid_control=self.only_mid_control)
+        control = self.control_model(x=x_noisy, hint=torch.cat(cond["c_concat"], 1), timesteps=t, context=text)
+        control = [c * scale for c, scale in zip(control, self.control_scales, strict=True)]
+        return unet(x=x_noisy, timesteps=t, context=text, control=control, only_mid_control=self.only_mid_control)
 
 
 def tiny_model(name: str, **changes: Any) -> Any:
