@@ -1,6 +1,9 @@
 """Lines for the terminal, from texts that may hold anything, such as names in a file."""
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 
@@ -19,3 +22,16 @@ def show(line: str, stream: TextIO | None = None) -> None:
 def fail(message: object, program: str = "") -> None:
     """Write an error to stderr as one line, after the program's name."""
     show((f"{program}: " if program else "") + " ".join(str(message).split()), sys.stderr)
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Within it the named loggers report errors alone; afterwards they do as before."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    try:
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from cldm.command import Stopped
+from cldm.terminal import quiet
 from cldm.training.batches import derived_seed
 from cldm.training.checkpoints import WholeFiles
 from ldm.util import ConfigError
@@ -237,17 +238,10 @@ def _loss(outputs: Any) -> float:
 def quiet_libraries() -> Iterator[None]:
     """Keeps tips, deprecations and notes of Lightning and torch out of the console, which is for what the run has to say."""
     names = ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric", "torch")
-    levels = {name: logging.getLogger(name).level for name in names}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet(*names):
         for module in ("pytorch_lightning", "lightning", "lightning_fabric", "torch"):
             warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+        yield
 
 
 def fit(

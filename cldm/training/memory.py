@@ -10,7 +10,6 @@ gaps between allocations come on top: about 0.5 to 1 GiB on a GPU.
 """
 
 import argparse
-import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from cldm.config import override
 from cldm.model import create_model
 from cldm.settings import explain, setting
 from cldm.storage_tracker import OTHER, StorageTracker
-from cldm.terminal import show
+from cldm.terminal import quiet, show
 from cldm.training.cache import release_encoders
 from cldm.training.precision import PRECISIONS, cast_frozen, forward_context, set_recompute
 from cldm.training.presets import PRESETS
@@ -217,7 +216,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv).settings
 
     def work() -> int:
-        logging.getLogger("ldm").setLevel(logging.ERROR)
         if not arguments:
             rows = []
             for preset in PRESETS:
@@ -236,7 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(f"more than 90% of its name: {', '.join(over)}")
         return 1 if over else 0
 
-    return run_command(parser.prog, work, interrupted="interrupted")
+    with quiet("ldm"):  # the networks here have no weights, and would say so
+        return run_command(parser.prog, work, interrupted="interrupted")
 
 
 if __name__ == "__main__":

@@ -138,5 +138,6 @@ def test_as_a_command_from_another_folder(files: dict[str, str], tmp_path: Path)
     command = [sys.executable, str(ROOT / "tool_convert_control.py"), files["full"], "out.pth", "--to", "control-plain"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "wrote out.pth" in done.stdout and "100%" in done.stderr
+    assert "wrote out.pth" in done.stdout
+    assert "%" not in done.stderr  # bars are for terminals
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 2

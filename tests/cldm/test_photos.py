@@ -1,13 +1,11 @@
-"""Pairs from photographs: parts, sizes, names and prompts; and batches of one size."""
+"""Pairs from photographs: parts, sizes, names and prompts."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from cldm.data.batches import SameSizeBatches
 from cldm.data.folders import claim_folder
 from cldm.data.pairs import DataError
 from cldm.data.photos import Framing, bucket_sizes, parse_size, plan_pairs, read_prompts
@@ -140,20 +138,3 @@ def test_a_folder_is_claimed_once(tmp_path):
     (out / "note.json").unlink()
     with pytest.raises(ValueError, match="not made by this command"):
         claim_folder(out, "note.json", {"size": 2})
-
-
-@pytest.mark.parametrize("drop_last", [False, True])
-def test_batches_hold_one_size_and_see_all(drop_last):
-    sizes = [(64, 64) if i % 3 else (64, 128) for i in range(29)]  # 19 and 10
-    batches = SameSizeBatches(RandomSampler(sizes), 4, drop_last, sizes)
-    first, second = list(batches), list(batches)
-    assert len(first) == len(batches) == len(second) == (6 if drop_last else 8) and first != second
-    assert all(len({sizes[i] for i in batch}) == 1 for batch in first)
-    if drop_last:
-        assert all(len(batch) == 4 for batch in first)
-    else:
-        assert sorted(sum(first, [])) == list(range(29)) and sorted(map(len, first)) == [2, 3] + [4] * 6
-    loaded = list(DataLoader(sizes, batch_sampler=batches))
-    assert len(loaded) == len(batches) and all(len(set(height.tolist())) == 1 for height, _ in loaded)
-    with pytest.raises(ValueError, match="3 sizes"):
-        SameSizeBatches(SequentialSampler(sizes), 4, False, sizes[:3])

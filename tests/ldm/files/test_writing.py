@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -257,7 +258,12 @@ def test_names_that_are_no_text_are_refused(tmp_path: Path, suffix: str) -> None
     assert not os.listdir(tmp_path)
 
 
-def test_progress_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_weights(tmp_path / "piped.pt", {"a": torch.ones(3)})
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     write_weights(tmp_path / "shown.pt", {"a": torch.ones(3)})
     assert "shown.pt: 100%" in capsys.readouterr().err
     write_weights(tmp_path / "silent.pt", {"a": torch.ones(3)}, progress=False)
