@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +179,8 @@ def their_vae(model: ControlLDM) -> nn.Module:
     from diffusers import AutoencoderKL as TheirAutoencoder
 
     entries = {k: LazyTensor.of(v) for k, v in model.first_stage_model.state_dict().items()}
-    theirs = TheirAutoencoder.from_config(vae_config(entries, {"scale_factor": model.scale_factor, "image_size": 64}))
+    params = {"scale_factor": model.scale_factor, "image_size": 64, "first_stage_config": {"params": {}}}
+    theirs = TheirAutoencoder.from_config(vae_config(entries, params))
     if model.device.type != "meta":
         theirs.load_state_dict({k: v.read() for k, v in NETWORKS["vae"].to_diffusers(entries)[0].items()})
     return theirs.eval()
@@ -230,13 +231,13 @@ def timed(run: Callable[[], Tensor], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_of(side: str) -> float:
+def peak_of(side: str, argv: Sequence[str]) -> float:
     """GiB that one side needs, in a process of its own with the same arguments; on CUDA the device's memory."""
-    command = [sys.executable, "-m", "tests.benchmarks.bench_diffusers", *sys.argv[1:], "--memory", side]
+    command = [sys.executable, "-m", "tests.benchmarks.bench_diffusers", *argv, "--memory", side]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--device", default="cpu")
@@ -250,7 +251,8 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--versus", choices=("diffusers", "fp32", "eager"), default="diffusers")
     parser.add_argument("--memory", metavar="SIDE", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     if options.memory:
         run = prepare(options, (options.memory,))[options.memory]
@@ -280,7 +282,7 @@ def main() -> None:
     count = 1 if options.image else options.steps
     a, b = (statistics.median(times) / count for times in zip(*pairs, strict=True))
     ratios = sorted(x / y for x, y in pairs)
-    memory = [peak_of(side) for side in ("ours", other)]
+    memory = [peak_of(side, argv) for side in ("ours", other)]
     what = f"a batch of images in {options.steps} steps" if options.image else "a sampling step"
     print(
         f"{what}: {a:.3f} s here, {b:.3f} s {options.versus}, ratio {statistics.median(ratios):.3f} "
