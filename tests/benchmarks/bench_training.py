@@ -7,8 +7,8 @@
     python -m tests.benchmarks.bench_training throughput --device cuda --size full --compile --channels-last --batches 8 32
                                                                    images a second, share of the chip's peak, and memory
 
-`--size full` is SD 1.5 at 512 pixels: `step` then takes about 16 GB of memory for both sides, `base` 26. `--memory` adds the peak
-memory of each side, in a process of its own.
+`--size full` is SD 1.5 at 512 pixels: `step` then takes about 16 GB of memory for both sides, `base` 26. Where that is too much, `--apart`
+runs each side in processes of its own, still in turn. `--memory` adds the peak memory of each side.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import count, cycle, islice
+from dataclasses import asdict, dataclass
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -414,25 +414,52 @@ def timed(step: Step, device: str) -> float:
     return time.perf_counter() - start
 
 
-def compare(what: str, options: Options, pairs: int, folder: Path) -> str:
-    """One line with both times and their ratio."""
+@dataclass(frozen=True)
+class Alone:
+    """One side in a process of its own: the loss of a first step, the seconds of a second one, and the GiB that it took."""
+
+    loss: float
+    seconds: float
+    peak: float
+
+    @classmethod
+    def measure(cls, what: str, side: str, options: Options, folder: Path) -> "Alone":
+        step = prepare(what, options, (side,), folder)[side]
+        loss, seconds = float(step()), timed(step, options.device)
+        on_gpu = options.device.startswith("cuda")
+        return cls(loss, seconds, (torch.cuda.max_memory_allocated() if on_gpu else peak_memory()) / GIB)
+
+    @classmethod
+    def run(cls, side: str, arguments: list[str]) -> "Alone":
+        command = [sys.executable, "-m", "tests.benchmarks.bench_training", *arguments, "--only", side]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return cls(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(
+    what: str, options: Options, pairs: int, folder: Path, arguments: list[str], apart: bool, memory: bool
+) -> str:
+    """One line with both times, their ratio, and the memory if it is asked for."""
     first, second = COMPARISONS[what]
-    steps = prepare(what, options, (first, second), folder)
-    results = [float(steps[side]()) for side in (first, second)]  # a warm-up, too
-    times = [(timed(steps[first], options.device), timed(steps[second], options.device)) for _ in range(pairs)]
+    if apart:
+        runs = [(Alone.run(first, arguments), Alone.run(second, arguments)) for _ in range(pairs)]
+        losses = [run.loss for run in runs[0]]
+        times = [(x.seconds, y.seconds) for x, y in runs]
+    else:
+        steps = prepare(what, options, (first, second), folder)
+        losses = [float(steps[side]()) for side in (first, second)]  # a warm-up, too
+        times = [(timed(steps[first], options.device), timed(steps[second], options.device)) for _ in range(pairs)]
+        runs = [(Alone.run(first, arguments), Alone.run(second, arguments))] if memory else []
     a, b = (statistics.median(side) for side in zip(*times, strict=True))
     ratios = sorted(x / y for x, y in times)
-    same = f"; losses differ by {abs(results[0] - results[1]):.1e}" if what == "step" else ""
+    same = f"; losses differ by {abs(losses[0] - losses[1]):.1e}" if what == "step" else ""
+    if runs:
+        x, y = (max(run.peak for run in side) for side in zip(*runs, strict=True))
+        same += f"; peak memory {x:.2f} and {y:.2f} GiB, ratio {x / y:.3f}"
     return (
         f"{what}: {a:.3f} s {first}, {b:.3f} s {second}, ratio {statistics.median(ratios):.3f} "
         f"(from {ratios[0]:.3f} to {ratios[-1]:.3f}, {pairs} pairs){same}"
     )
-
-
-def peak_of(side: str, arguments: list[str]) -> float:
-    """GiB that one side takes, in a process of its own."""
-    command = [sys.executable, "-m", "tests.benchmarks.bench_training", *arguments, "--only", side]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -447,6 +474,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recompute", choices=["none", "trained", "all"], default="none", help="on both sides")
     parser.add_argument("--channels-last", action="store_true", help="on our side")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of each side")
+    parser.add_argument("--apart", action="store_true", help="each side in processes of its own, with its peak memory")
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="of throughput")
     parser.add_argument("--compile", action="store_true", help="of throughput: torch.compile both networks")
     parser.add_argument("--steps", type=int, default=20, help="of throughput: steps that are timed")
@@ -461,21 +489,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if args.only:
-            step = prepare(args.what, options, (args.only,), Path(folder))[args.only]
-            for _ in islice(count(), 2):
-                step()
-            on_gpu = args.device.startswith("cuda")
-            print(json.dumps((torch.cuda.max_memory_allocated() if on_gpu else peak_memory()) / GIB))
+            print(json.dumps(asdict(Alone.measure(args.what, args.only, options, Path(folder)))))
             return
         name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"CPU, {args.threads} threads"
         print(
             f"size {args.size} on {name}, {precision}, frozen weights {options.frozen}, recomputation {args.recompute}"
         )
-        line = compare(args.what, options, args.pairs, Path(folder))
-        if args.memory:
-            first, second = (peak_of(side, [a for a in given if a != "--memory"]) for side in COMPARISONS[args.what])
-            line += f"; peak memory {first:.2f} and {second:.2f} GiB, ratio {first / second:.3f}"
-        print(line, flush=True)
+        own = [a for a in given if a not in ("--memory", "--apart")]
+        print(compare(args.what, options, args.pairs, Path(folder), own, args.apart, args.memory), flush=True)
 
 
 if __name__ == "__main__":

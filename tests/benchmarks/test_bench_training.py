@@ -27,3 +27,10 @@ def test_throughput(capsys):
     )
     assert len(lines) == 2 and min(rates) > 0
     assert operations[0] == pytest.approx(operations[1], rel=0.1)
+
+
+def test_sides_apart(capsys):
+    bench_training.main(["base", "--size", "tiny", "--pairs", "1", "--apart"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    found = re.match(r"base: [\d.]+ s control, .*; peak memory ([\d.]+) and ([\d.]+) GiB", line)
+    assert all(0.1 < float(peak) < 10 for peak in found.groups())
