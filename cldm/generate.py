@@ -1,4 +1,4 @@
-"""`python -m cldm.generate HINT OUT --weights FILE --prompt TEXT`: pictures from one hint, a folder of hints, or a file of prompts.
+"""Make pictures from one hint, a folder of hints, or a file of prompts.
 
     python -m cldm.generate edges.png out/ --weights models/control_sd15_canny.pth --prompt "a bird" --samples 4
     python -m cldm.generate photos/ out/ --annotator canny --weights models/v1-5-pruned.safetensors \\
@@ -31,7 +31,7 @@ from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
 from cldm.arguments import check_numbers
 from cldm.checkpoint import identify
-from cldm.command import run_command
+from cldm.command import help_text, run_command
 from cldm.model import OPTIONAL, add_control, create_model, load_control, load_weights
 from cldm.pipeline import SAMPLER_NAMES, ControlPipeline
 from cldm.prompts import DEFAULT_PROMPT
@@ -76,8 +76,13 @@ class Job:
         }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0], allow_abbrev=False)
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=program,
+        description=help_text(__doc__, PROGRAM, program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "source", metavar="HINT", type=Path, help="a picture, a folder of pictures, or a file of prompts"
     )
@@ -325,7 +330,7 @@ def run(args: argparse.Namespace) -> int:
                 complaint = _make(pipeline, job, seeds, options, settings, args.target, bar)
                 if complaint is not None:
                     failed += len(seeds)
-                    tqdm.write(f"{PROGRAM}: {job.name}: {' '.join(complaint.split())}", file=sys.stderr)
+                    tqdm.write(f"{args.program}: {job.name}: {' '.join(complaint.split())}", file=sys.stderr)
     parts = [f"{missing - failed} written to {args.target}"]
     parts += [f"{total - missing} were there already"] if total > missing else []
     parts += [f"{failed} failed"] if failed else []
@@ -361,12 +366,12 @@ def _make(
     return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command; see the module's text for the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     return run_command(
-        PROGRAM,
-        lambda: run(build_parser().parse_args(argv)),
+        program,
+        lambda: run(build_parser(program).parse_args(argv, argparse.Namespace(program=program))),
         interrupted="interrupted; start it again to go on",
         mistakes=(ValueError, OSError),
     )
