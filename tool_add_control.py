@@ -18,7 +18,6 @@ from cldm.checkpoint.names import CONTROL_PREFIX
 from cldm.command import Parser, help_text, run_tool
 from ldm.files.tensors import FLOAT_DTYPES
 
-
 PROGRAM = "tool_add_control.py"
 
 

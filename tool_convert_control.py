@@ -17,7 +17,6 @@ from cldm.checkpoint import TARGETS, convert
 from cldm.command import Parser, help_text, run_tool
 from ldm.files.tensors import FLOAT_DTYPES
 
-
 PROGRAM = "tool_convert_control.py"
 
 

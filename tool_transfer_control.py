@@ -16,7 +16,6 @@ from cldm.checkpoint import transfer_control
 from cldm.command import Parser, help_text, run_tool
 from ldm.files.tensors import FLOAT_DTYPES
 
-
 PROGRAM = "tool_transfer_control.py"
 
 

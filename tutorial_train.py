@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from cldm.checkpoint import add_control
 from cldm.cldm import ControlLDM
@@ -40,7 +39,7 @@ from cldm.training.curves import Curves
 from cldm.training.data import TrainingData, check_once, hold_out
 from cldm.training.dynamics import Dynamics
 from cldm.training.engine import SeedSteps, ShowProgress, StopOnSignal, fit, make_trainer, run_options
-from cldm.training.folder import RunFolder
+from cldm.training.folder import RunFolder, own_rank
 from cldm.training.health import SkipBadSteps
 from cldm.training.held_out import HeldOut
 from cldm.training.metrics import run_loggers
@@ -67,7 +66,7 @@ def train(s: Settings) -> None:
             )
             return
         started = time.time()
-        is_first = rank_zero_only.rank == 0
+        is_first = own_rank() == 0
         device = make_trainer(**trainer_options(s, s.steps)).strategy.root_device
 
         # Data: pairs to train on, and the last few held out.
@@ -85,7 +84,7 @@ def train(s: Settings) -> None:
                 base, s.config, lambda path: add_control(base, path, s.config, overwrite=True)
             )
         identity = run.identify(weights)
-        model = create_model(s.config, weights=weights)
+        model: ControlLDM = create_model(s.config, weights=weights)
         phases = plan_phases(s.steps, s.only_mid_control, s.sd_locked, s.reconnect_at, s.unlock_at, s.unlock)
         phases[-1].apply(model)  # which trains the most: what it locks is never trained
         prepare(model, s, device)
@@ -220,6 +219,7 @@ def finish(
     """Write the trained model, and the picture that shows what it has learned."""
     if s.ema and not model.use_ema:
         model.average_weights(s.ema)
+    assert run.checkpoint is not None  # the last step is saved
     load_trained(model, run.checkpoint, identity)
     with model.ema_scope():
         after, scores = held_out.sample(model, f"after {run.step} steps")
@@ -230,7 +230,7 @@ def finish(
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    logging.basicConfig(level=logging.WARNING if rank_zero_only.rank else logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING if own_rank() else logging.INFO, format="%(message)s")
     arguments = sys.argv[1:] if argv is None else argv
     if any(a in ("-h", "--help") for a in arguments):
         print(help_text(__doc__, PROGRAM, program), explain(Settings), sep="\n")

@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from ldm.util import ConfigError
 PROGRAM = "python -m cldm.evaluate"
 RESULT, PICTURE = "evaluation.json", "evaluation.png"
 SHOWN = 8
-_CLIP = "openai/clip-vit-large-patch14"
+_CLIP: Final = "openai/clip-vit-large-patch14"
 
 
 def evaluate(a: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from annotator.network import choose_device
@@ -31,6 +30,7 @@ from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
 from cldm.arguments import check_numbers
 from cldm.checkpoint import identify
+from cldm.cldm import ControlLDM
 from cldm.command import help_text, run_command
 from cldm.model import OPTIONAL, add_control, create_model, load_control, load_weights
 from cldm.pipeline import SAMPLER_NAMES, ControlPipeline
@@ -265,7 +265,7 @@ def _hash(path: Path) -> str:
 
 def load_model(
     weights: str, controls: Sequence[str], config: str | None, device: torch.device, dtype: torch.dtype, steered: bool
-) -> nn.Module:
+) -> ControlLDM:
     """A model from files of any layout: the base, with its own ControlNet or those in `controls`.
 
     Raises:
@@ -280,7 +280,7 @@ def load_model(
         raise ConfigError(f"{weights} holds no ControlNet, and hints are to steer: name one with --control")
     if has_control and not controls:
         return create_model(name, weights=weights).to(device=device, dtype=dtype).eval()
-    model = create_model(name)
+    model: ControlLDM = create_model(name)
     load_weights(model, weights, optional=(*OPTIONAL, "control_model."))
     for number, file in enumerate(controls):
         (add_control if number else load_control)(model, file)
@@ -350,7 +350,7 @@ def _make(
     """Make and write the pictures of a job, one at a time; what is wrong with its files or its result, if anything."""
     try:
         hints = [None if path is None else read_image(path) for path in job.hints]
-        given = {
+        given: dict[str, Any] = {
             name: read_image(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None
         }
     except ValueError as error:

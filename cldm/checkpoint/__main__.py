@@ -1,7 +1,9 @@
 """Recognise weights files: layout, base model, what is missing or extra. They are never executed.
 
-python -m cldm.checkpoint models/control_sd15_canny.pth
-python -m cldm.checkpoint runs/tutorial/model.safetensors folder_of_diffusers/ --json
+    python -m cldm.checkpoint models/control_sd15_canny.pth
+    python -m cldm.checkpoint runs/tutorial/model.safetensors folder_of_diffusers/ --json
+
+The report also says what can be done with each file, and how.
 """
 
 from __future__ import annotations
