@@ -9,7 +9,7 @@ from pathlib import Path
 import shtab
 
 from annotator.__main__ import build_parser as detect_parser
-from annotator.registry import list_annotators
+from annotator.registry import describe, list_annotators
 from cldm.training.settings import Settings
 from controlnet.command import PROGRAM, SHELLS, SUBCOMMANDS
 from tutorial_dataset import CONDITIONS, check_parser, fill_parser, photos_parser
@@ -45,7 +45,8 @@ def _add_conditions(command: argparse.ArgumentParser, parsers: Iterable[tuple[st
     """Give a command the sub-command of each condition, out of the parser in which that condition's options are complete."""
     conditions = command.add_subparsers()
     for name, parser in parsers:
-        conditions.add_parser(name, parents=[_subparsers(parser)[name]], add_help=False)
+        # shtab leaves out what has no help.
+        conditions.add_parser(name, parents=[_subparsers(parser)[name]], add_help=False, help=describe(name).title)
 
 
 def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
