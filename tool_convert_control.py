@@ -2,6 +2,10 @@
 
     python tool_convert_control.py INPUT OUTPUT --to LAYOUT
 
+    python tool_convert_control.py runs/tutorial/model.safetensors control.safetensors --to control-plain
+    python tool_convert_control.py runs/tutorial/model.safetensors folder/ --to diffusers
+    python tool_convert_control.py control_sd15_canny.pth control_canny.safetensors --to control --dtype float16
+
 INPUT is any weights file or diffusers folder; it is recognised by its content, read tensor by tensor, never executed.
 """
 
@@ -10,15 +14,16 @@ import sys
 from collections.abc import Sequence
 
 from cldm.checkpoint import TARGETS, convert
-from cldm.command import run_tool
+from cldm.command import Parser, help_text, run_tool
 from ldm.files.tensors import FLOAT_DTYPES
 
+PROGRAM = "tool_convert_control.py"
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+
+def build_parser(program: str = PROGRAM) -> Parser:
     layouts = "\n".join(f"  {name:<20}{target.help}" for name, target in TARGETS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"layouts:\n{layouts}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    text = help_text(__doc__, PROGRAM, program)
+    parser = Parser(prog=program, description=text, epilog=f"layouts:\n{layouts}")
     parser.add_argument("input", metavar="INPUT", help="weights file, or folder of diffusers")
     parser.add_argument(
         "output", metavar="OUTPUT", help=".safetensors, .ckpt, .pth, .pt or .bin file, or a folder to make"
@@ -36,11 +41,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prediction", choices=("eps", "v"), help="what the model predicts, where the file does not tell"
     )
     parser.add_argument("--force", action="store_true", help="overwrite what exists")
-    return parser.parse_args(argv)
+    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    args = build_parser(program).parse_args(argv)
 
     def work() -> list[str]:
         return convert(
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overwrite=args.force,
         )
 
-    return run_tool("tool_convert_control.py", work)
+    return run_tool(program, work)
 
 
 if __name__ == "__main__":

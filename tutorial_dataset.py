@@ -4,20 +4,22 @@
     python tutorial_dataset.py canny training/photos training/photos-canny --size 512
     python tutorial_dataset.py --check training/photos-canny
 
-The first command draws a Fill set. The second makes the condition of every picture in a folder: `tutorial_dataset.py CONDITION
---help` shows the options of each. Both go on where they were when they are started again. The third reads every pair of a data
-folder, or every sample of shards, as training would. Exit status: 0, 1 if pictures failed or pairs cannot be used (the rest is
-done), 2 for a mistake in the command, 130 after Ctrl-C.
+The first command draws a Fill set: circles to fill, with both colours in the prompt. The second makes the condition of every
+picture in a folder: `tutorial_dataset.py CONDITION --help` shows the options of each. Both go on where they were when they are
+started again. The third reads every pair of a data folder, or every sample of shards, as training would.
+Exit status: 0, 1 if pictures failed or pairs cannot be used (the rest is done), 2 for a mistake in the command, 130 after Ctrl-C.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from annotator.options import Parser, add_detector_options, load_annotator, made_with, run_with_bar
 from annotator.pictures import find_pictures
 from annotator.registry import Hint, Request, describe, list_annotators
-from cldm.command import MISTAKES, run_command
+from cldm.command import MISTAKES, help_text, run_command
 from cldm.data.checking import check_dataset
 from cldm.data.fill import PALETTES, generate_fill
 from cldm.data.folders import claim_folder, note_count
@@ -52,13 +54,14 @@ class MyDataset(PairDataset):
         super().__init__(root, leave_out)
 
 
-def fill_parser() -> argparse.ArgumentParser:
-    """The command line for a Fill set."""
+def fill_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command line for a Fill set, and the help for all three."""
     parser = Parser(
-        prog=PROGRAM,
-        description="Make a Fill set: circles to fill, with both colours in the prompt.",
-        epilog=f"{PROGRAM} CONDITION PHOTOS OUT makes a set from pictures, CONDITION being one of {', '.join(CONDITIONS)}. "
-        f"{PROGRAM} --check DATA looks for pairs that cannot be used.",
+        prog=program,
+        description=help_text(__doc__, PROGRAM, program),
+        epilog=f"{program} CONDITION PHOTOS OUT makes a set from pictures. CONDITION is one of\n"
+        f"{fill(', '.join(CONDITIONS), 100)}.\n{program} --check DATA looks for pairs that cannot be used.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", default="./training/fill50k/", help="folder to write (default: %(default)s)")
     parser.add_argument("--count", type=int, default=50_000, help="number of pairs (default: %(default)s)")
@@ -72,9 +75,9 @@ def fill_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def photos_parser(condition: str) -> argparse.ArgumentParser:
+def photos_parser(condition: str, program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line for a set from photographs, with one sub-command a condition; only the named one has its options."""
-    parser = Parser(prog=PROGRAM, description="Make a training set from a folder of pictures.")
+    parser = Parser(prog=program, description="Make a training set from a folder of pictures.")
     commands = parser.add_subparsers(dest="condition", metavar="CONDITION", required=True)
     for name in CONDITIONS:
         command = commands.add_parser(
@@ -107,9 +110,9 @@ def photos_parser(condition: str) -> argparse.ArgumentParser:
     return parser
 
 
-def check_parser() -> argparse.ArgumentParser:
+def check_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line for looking at a data set."""
-    parser = Parser(prog=PROGRAM, description="Read every pair as training would, and name those that cannot be used.")
+    parser = Parser(prog=program, description="Read every pair as training would, and name those that cannot be used.")
     parser.add_argument("--check", required=True, metavar="DATA", help="data folder, or WebDataset shards")
     parser.add_argument("--workers", type=int, help="threads (default: one for each processor)")
     parser.set_defaults(run=check_data)
@@ -127,7 +130,7 @@ def check_data(options: argparse.Namespace) -> int:
         dataset = MyDataset(options.check, leave_out=True)
         count, problems = len(dataset), check_dataset(dataset, options.workers)
     for problem in problems:
-        fail(problem, PROGRAM)
+        fail(problem, options.program)
     # Beside broken pairs there are problems of the whole: lines of a listing, pairs not made yet.
     usable = count - sum(problem.index >= 0 for problem in problems)
     print(
@@ -160,7 +163,7 @@ def make_pairs(options: argparse.Namespace) -> int:
     claim_folder(options.out, "photos.json", settings_of(framing, settings))
     note_count(options.out, "photos.json", len(pairs))
     for complaint in complaints:
-        print(f"{PROGRAM}: {complaint}", file=sys.stderr)
+        print(f"{options.program}: {complaint}", file=sys.stderr)
     todo = [pair for pair in pairs if not pair.is_current(options.out)]
     failed: set[Path] = set()
 
@@ -174,7 +177,7 @@ def make_pairs(options: argparse.Namespace) -> int:
         write_pair(options.out, pair, hint.source, hint.picture)
 
     try:
-        failed = run_with_bar(PROGRAM, options, annotator, todo, read, write, len(pairs), unit="pair")
+        failed = run_with_bar(options.program, options, annotator, todo, read, write, len(pairs), unit="pair")
     finally:
         made = list_pairs(options.out, (pair for pair in pairs if pair.picture not in failed))
     note_count(options.out, "photos.json", made)  # not reached where the making was interrupted
@@ -185,19 +188,21 @@ def make_pairs(options: argparse.Namespace) -> int:
     return 1 if failed or complaints else 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     arguments = sys.argv[1:] if argv is None else argv
 
     def work() -> int:
         if any(a == "--check" or a.startswith("--check=") for a in arguments):
-            parser = check_parser()
+            parser = check_parser(program)
+        elif arguments and not arguments[0].startswith("-"):
+            parser = photos_parser(arguments[0], program)
         else:
-            parser = photos_parser(arguments[0]) if arguments and not arguments[0].startswith("-") else fill_parser()
-        options = parser.parse_args(arguments)
+            parser = fill_parser(program)
+        options = parser.parse_args(arguments, argparse.Namespace(program=program))
         return options.run(options)
 
     return run_command(
-        PROGRAM,
+        program,
         work,
         interrupted="interrupted; the same command goes on",
         # The annotators know nothing of this library's errors: options that they refuse are ValueError, a detector that

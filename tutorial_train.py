@@ -5,9 +5,11 @@
 With no arguments, everything happens for the tiny model: data is made, control is added to the base, the ControlNet is trained and
 scored on hints that it has not seen. With other settings it is the training run for real weights, e.g.
 
-    python tool_add_control.py models/v1-5-pruned.ckpt models/control_sd15_ini.safetensors
     python tutorial_train.py config=cldm_v15 weights=models/control_sd15_ini.safetensors data=training/fill50k \\
         preset=24gb learning_rate=1e-5 steps=20000 out=runs/fill50k
+
+where `controlnet add-control models/v1-5-pruned.ckpt models/control_sd15_ini.safetensors` (or `python tool_add_control.py` and
+the same names) has given the base a ControlNet.
 
 `--help` lists the settings, with their defaults for the tiny model. A run that was interrupted, in whatever way, goes on when the
 same command is given again, and ends with the same weights as one that was not.
@@ -16,15 +18,15 @@ same command is given again, and ends with the same weights as one that was not.
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from cldm.checkpoint import add_control
 from cldm.cldm import ControlLDM
-from cldm.command import run_command
+from cldm.command import help_text, run_command
 from cldm.data.fill import generate_fill
 from cldm.data.shards import find_shards
 from cldm.evaluation import Sampling
@@ -37,7 +39,7 @@ from cldm.training.curves import Curves
 from cldm.training.data import TrainingData, check_once, hold_out
 from cldm.training.dynamics import Dynamics
 from cldm.training.engine import SeedSteps, ShowProgress, StopOnSignal, fit, make_trainer, run_options
-from cldm.training.folder import RunFolder
+from cldm.training.folder import RunFolder, own_rank
 from cldm.training.health import SkipBadSteps
 from cldm.training.held_out import HeldOut
 from cldm.training.metrics import run_loggers
@@ -49,6 +51,7 @@ from ldm.files.locating import locate
 from ldm.util import ConfigError
 from tutorial_dataset import MyDataset
 
+PROGRAM = "tutorial_train.py"
 HOW_TO_GO_ON = "the same command goes on from there"
 
 
@@ -63,7 +66,7 @@ def train(s: Settings) -> None:
             )
             return
         started = time.time()
-        is_first = rank_zero_only.rank == 0
+        is_first = own_rank() == 0
         device = make_trainer(**trainer_options(s, s.steps)).strategy.root_device
 
         # Data: pairs to train on, and the last few held out.
@@ -81,7 +84,7 @@ def train(s: Settings) -> None:
                 base, s.config, lambda path: add_control(base, path, s.config, overwrite=True)
             )
         identity = run.identify(weights)
-        model = create_model(s.config, weights=weights)
+        model: ControlLDM = create_model(s.config, weights=weights)
         phases = plan_phases(s.steps, s.only_mid_control, s.sd_locked, s.reconnect_at, s.unlock_at, s.unlock)
         phases[-1].apply(model)  # which trains the most: what it locks is never trained
         prepare(model, s, device)
@@ -216,6 +219,7 @@ def finish(
     """Write the trained model, and the picture that shows what it has learned."""
     if s.ema and not model.use_ema:
         model.average_weights(s.ema)
+    assert run.checkpoint is not None  # the last step is saved
     load_trained(model, run.checkpoint, identity)
     with model.ema_scope():
         after, scores = held_out.sample(model, f"after {run.step} steps")
@@ -225,17 +229,13 @@ def finish(
     run.finish({"steps": run.step, "before": scores_before, "after": scores})
 
 
-def main(argv: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.WARNING if rank_zero_only.rank else logging.INFO, format="%(message)s")
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    logging.basicConfig(level=logging.WARNING if own_rank() else logging.INFO, format="%(message)s")
     arguments = sys.argv[1:] if argv is None else argv
     if any(a in ("-h", "--help") for a in arguments):
-        print(__doc__, explain(Settings), sep="\n")
+        print(help_text(__doc__, PROGRAM, program), explain(Settings), sep="\n")
         return 0
-    return run_command(
-        "tutorial_train.py",
-        lambda: train(parse_settings(arguments)),
-        interrupted=f"interrupted; {HOW_TO_GO_ON}",
-    )
+    return run_command(program, lambda: train(parse_settings(arguments)), interrupted=f"interrupted; {HOW_TO_GO_ON}")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,13 @@ class Job(NamedTuple):
     target: Path
 
 
-def build_parser(name: str | None) -> argparse.ArgumentParser:
+def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line, with one sub-command a condition; only `name` has its options, as reading them imports detectors."""
-    parser = Parser(prog=PROGRAM, description="Make the conditions of ControlNet from pictures.")
+    parser = Parser(
+        prog=program,
+        description=(__doc__ or "").replace(PROGRAM, program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--list", action="store_true", help="list all conditions and their parameters")
     commands = parser.add_subparsers(dest="name", metavar="NAME", help="a condition; NAME --help shows its parameters")
     for known in list_annotators():
@@ -146,7 +150,7 @@ def _run(args: argparse.Namespace) -> int:
     def write(job: Job, hint: Hint) -> None:
         save_png(job.target, getattr(hint, SAVED[args.save]))
 
-    failed = len(run_with_bar(PROGRAM, args, annotator, todo, read, write, len(jobs)))
+    failed = len(run_with_bar(args.program, args, annotator, todo, read, write, len(jobs)))
     line = f"{len(todo) - failed} written to {args.target}"
     if len(todo) < len(jobs):
         line += f", {len(jobs) - len(todo)} were there already"
@@ -154,13 +158,13 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command; see the module's text for the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(next((word for word in argv if not word.startswith("-")), None))
+    parser = build_parser(next((word for word in argv if not word.startswith("-")), None), program)
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_args(argv, argparse.Namespace(program=program))
         if args.list:
             _print_list()
             return 0
@@ -168,11 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("which condition? --list shows them all")
         return _run(args)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; start it again to go on", file=sys.stderr)
+        print(f"{program}: interrupted; start it again to go on", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as err:
         reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        print(f"{PROGRAM}: {reason}", file=sys.stderr)
+        print(f"{program}: {reason}", file=sys.stderr)
         return 2
 
 

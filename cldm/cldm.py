@@ -26,7 +26,7 @@ from cldm.guidance import (
 from ldm.models.diffusion.ddpm import LatentDiffusion, drawn_prompts
 from ldm.models.diffusion.guidance import Guidance, Scale, make_guidance
 from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetEncoder, UNetModel
-from ldm.modules.diffusionmodules.util import conv_nd, in_own_precision, repeat_rows, zero_module
+from ldm.modules.diffusionmodules.util import conv_nd, in_own_precision, repeat_rows, weight_of, zero_module
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
 from ldm.util import ConfigError, images_to_nchw, instantiate_from_config
@@ -85,8 +85,7 @@ class ControlNet(UNetEncoder):
         """hint (B, hint_channels, H, W) -> (B, model_channels, h, w). Does not depend on the timestep."""
         if hint.shape[1] != self.hint_channels:
             raise ValueError(f"this ControlNet takes hints of {self.hint_channels} channels, found {hint.shape[1]}")
-        weight = self.input_hint_block[0].weight
-        return self.input_hint_block(hint.to(weight.dtype), None, None)
+        return self.input_hint_block(hint.to(weight_of(self.input_hint_block[0]).dtype), None, None)
 
     @repeats_latents
     def forward(
@@ -112,13 +111,13 @@ class ControlNet(UNetEncoder):
         Raises:
             ValueError: the hint is missing, or of another size or number than the latents.
         """
-        if (hint is None) == (guided_hint is None):
+        if hint is not None and guided_hint is None:
+            guided_hint = self.encode_hint(hint)  # (B, model_channels, h, w)
+        elif hint is not None or guided_hint is None:
             raise ValueError("give either hint or guided_hint")
-        dtype = self.input_blocks[0][0].weight.dtype
+        dtype = self.input_weight.dtype
         context = None if context is None else context.to(dtype)
         emb = self.embed_timesteps(timesteps)  # (B, E)
-        if guided_hint is None:
-            guided_hint = self.encode_hint(hint)  # (B, model_channels, h, w)
         if guided_hint.shape[2:] != x.shape[2:]:
             size = tuple(8 * s for s in x.shape[2:])
             raise ValueError(
@@ -162,7 +161,7 @@ class ControlledUnetModel(UNetModel):
             **kwargs: `y`, class labels; others are accepted for compatibility.
         """
         # Without gradient unless the encoder itself is trained (the paper's last stage, section 3.5).
-        trained = self.input_blocks[0][0].weight.requires_grad
+        trained = self.input_weight.requires_grad
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             emb = self.embed_timesteps(timesteps, kwargs.get("y"))
             hidden, skips = self.encode(x, emb, context)
@@ -173,12 +172,12 @@ class ControlledUnetModel(UNetModel):
             hidden = add_rows(hidden, control[-1])
             if not only_mid_control:
                 skips = [add_rows(skip, c) for skip, c in zip(skips, control[:-1], strict=True)]
-        dtype = self.out[-1].weight.dtype
+        dtype = weight_of(self.out[-1]).dtype
         # A decoder in training stays float32 beside an encoder in half precision.
         if dtype != emb.dtype and not torch.is_autocast_enabled(x.device.type):
             hidden, skips, emb = hidden.to(dtype), [skip.to(dtype) for skip in skips], emb.to(dtype)
         output = self.decode(hidden, skips, emb, context).to(x.dtype)
-        return repeat_rows(output, len(timesteps))  # where nothing looks at a context
+        return repeat_rows(output, len(emb))  # where nothing looks at a context
 
 
 def _check_alike(control_model: ControlNet, unet: ControlledUnetModel) -> None:
@@ -319,9 +318,10 @@ class ControlLDM(LatentDiffusion):
         """
         average = LitEma(self, decay)
         if self.use_ema:
+            buffers = dict(average.named_buffers())
             for name, value in self.model_ema.named_buffers():
-                if name in average._buffers and name != "decay":
-                    average._buffers[name].copy_(value)
+                if name in buffers and name != "decay":
+                    buffers[name].copy_(value)
         self.use_ema, self.model_ema = True, average
 
     def averaged_module(self) -> nn.Module:
@@ -460,23 +460,24 @@ class ControlLDM(LatentDiffusion):
         Raises:
             ConfigError: the configuration cannot be built, or the network does not fit this UNet.
         """
+        network: Any = control  # a ControlNet, or whatever class takes its place
         if not isinstance(control, nn.Module):
             config = self._control_stage_config if control is None else control
-            control = instantiate_from_config({**config, "params": {**config["params"], **changes}})
+            network = instantiate_from_config({**config, "params": {**config["params"], **changes}})
         elif changes:
             raise ConfigError(f"{', '.join(changes)} cannot be changed in a network that is already built")
         unet, like = self.model.diffusion_model, next(self.control_model.parameters())
-        if isinstance(unet, ControlledUnetModel) and isinstance(control, ControlNet):
-            _check_alike(control, unet)
-        control.global_average_pooling = global_average_pooling
-        self.more_control_models.append(control.to(like).eval().requires_grad_(False))
+        if isinstance(unet, ControlledUnetModel) and isinstance(network, ControlNet):
+            _check_alike(network, unet)
+        network.global_average_pooling = global_average_pooling
+        self.more_control_models.append(network.to(like).eval().requires_grad_(False))
         return len(self.more_control_models)
 
     def pools_control(self, number: int) -> bool:
         """Whether a ControlNet's outputs are averaged over height and width."""
         if number == 0:
             return self.global_average_pooling
-        return self.more_control_models[number - 1].global_average_pooling
+        return bool(self.more_control_models[number - 1].global_average_pooling)
 
     def compile_networks(self, **options: Any) -> None:
         """Compile UNet and ControlNets in place with `torch.compile`; the state dict keeps its keys."""

@@ -1,10 +1,12 @@
 """What the scripts share as commands: a mistake of the user's becomes one line and an exit status; signals end them in order."""
 
+import argparse
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, NoReturn
 
 from cldm.data.pairs import DataError
 from cldm.terminal import fail, show
@@ -13,6 +15,29 @@ from ldm.util import ConfigError
 
 # What the user can mend. Any other error is a defect, of this library or another one, and keeps its traceback.
 MISTAKES = (ConfigError, DataError, CheckpointError, OSError)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are one line on stderr and exit status 2, and whose help keeps the lines of its text."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; --help shows what it takes", self.prog)
+        self.exit(2)
+
+
+def help_text(text: str | None, own: str, program: str) -> str:
+    """A docstring as `--help` shows it, with the name in its examples by which the program was started.
+
+    Args:
+        text: the docstring; None where Python has left them out (`-OO`).
+        own: the program's name in the docstring: `tutorial_train.py` or `python -m cldm.generate`.
+        program: its name now: the same, or `controlnet train`.
+    """
+    text = text or ""
+    return text if program == own else text.replace(f"python {own}", program).replace(own, program)
 
 
 class Stopped(BaseException):

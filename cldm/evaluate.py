@@ -1,6 +1,7 @@
 """Score a checkpoint on a data folder.
 
-    python -m cldm.evaluate CHECKPOINT FOLDER --condition canny
+    python -m cldm.evaluate runs/tutorial/model.safetensors training/fill_tiny --condition fill --guidance-scale 3
+    python -m cldm.evaluate models/control_sd15_canny.pth training/photos-canny --condition canny --parameter low_threshold=80
 
 Pictures are made for the hints of pairs at the end of the folder, which `tutorial_train.py` holds out; the condition's own
 detector is run on them, and what it finds is compared with the hints. Beside the score stand two others that tell how to read it:
@@ -14,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from cldm.checkpoint import identify
 from cldm.checkpoint.names import CONTROL_PREFIX
 from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
-from cldm.command import run_command
+from cldm.command import Parser, help_text, run_command
 from cldm.data.pairs import PairDataset
 from cldm.evaluation import CONDITIONS, Fidelity, Sampling, Score, fill_samples, fill_score, generate, save_comparison
 from cldm.files import write_whole
@@ -32,9 +33,10 @@ from cldm.model import OPTIONAL, create_model, load_control, load_weights
 from cldm.terminal import show
 from ldm.util import ConfigError
 
+PROGRAM = "python -m cldm.evaluate"
 RESULT, PICTURE = "evaluation.json", "evaluation.png"
 SHOWN = 8
-_CLIP = "openai/clip-vit-large-patch14"
+_CLIP: Final = "openai/clip-vit-large-patch14"
 
 
 def evaluate(a: argparse.Namespace) -> dict[str, Any]:
@@ -222,14 +224,12 @@ def clip_score(pictures: np.ndarray, prompts: Sequence[str]) -> float:
     return float(score(list(tensor), list(prompts), model_name_or_path=_CLIP))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 for a mistake on the command line or in the files that it names."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    parser = argparse.ArgumentParser(
-        prog="python -m cldm.evaluate",
-        description="Make pictures for the hints at the end of a data folder, and score how well they follow them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and keeps the lines of the description."""
+
+
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    parser = Parser(prog=program, description=help_text(__doc__, PROGRAM, program), formatter_class=_Formatter)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a model with control, or a ControlNet alone (then --base)")
     add("folder", metavar="FOLDER", help="data folder with prompt.json")
@@ -262,10 +262,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder of evaluation.json and evaluation.png; evaluations/CHECKPOINT-CONDITION if not given",
     )
     add("--force", action="store_true", help="write over the evaluation in that folder")
-    arguments = parser.parse_args(argv)
-    return run_command(
-        parser.prog, lambda: evaluate(arguments) and None, interrupted="interrupted; nothing was written"
-    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """0, or 2 for a mistake on the command line or in the files that it names."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    arguments = build_parser(program).parse_args(argv)
+
+    def work() -> None:
+        evaluate(arguments)
+
+    return run_command(program, work, interrupted="interrupted; nothing was written")
 
 
 if __name__ == "__main__":

@@ -106,8 +106,10 @@ def map_ssim(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     _check_alike(found, wanted)
-    found, wanted = (torch.from_numpy(maps.mean(axis=3))[:, None] for maps in (found, wanted))  # (N, 1, H, W)
-    return structural_similarity_index_measure(found, wanted, data_range=255.0, reduction="none").numpy()
+    found_grey, wanted_grey = (torch.from_numpy(maps.mean(axis=3))[:, None] for maps in (found, wanted))  # (N, 1, H, W)
+    similarity = structural_similarity_index_measure(found_grey, wanted_grey, data_range=255.0, reduction="none")
+    assert isinstance(similarity, torch.Tensor)  # it is a tuple where the whole map is asked for
+    return similarity.numpy()
 
 
 def map_rmse(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -241,9 +243,10 @@ class Fidelity:
 
         if condition not in CONDITIONS or condition == "fill":
             raise ConfigError(f"there is no score for the condition {condition!r}; there are: {', '.join(CONDITIONS)}")
+        posed = targets if condition == "openpose" else ()  # what poses are looked for in
+        if posed is None:
+            raise ValueError("poses are compared with those in the target pictures, which are missing")
         if condition == "openpose":
-            if targets is None:
-                raise ValueError("poses are compared with those in the target pictures, which are missing")
             version = "1.1"  # which gives joints, too
         self.condition = condition
         self.hints = hints
@@ -251,7 +254,7 @@ class Fidelity:
         describe(condition, version).check_parameters(parameters)
         self.annotator = load(condition, device=device, weights=weights, version=version)
         self.name = POSE_SCORE if condition == "openpose" else COMPARISONS[condition].name
-        self._people = [self.people(picture) for picture in targets] if condition == "openpose" else []
+        self._people = [self.people(picture) for picture in posed]
 
     def __call__(self, pictures: np.ndarray) -> dict[str, float]:
         """`fidelity/<condition>_<score>` of pictures uint8 (N, H, W, 3), one for each hint."""

@@ -1,4 +1,4 @@
-"""`python -m cldm.generate HINT OUT --weights FILE --prompt TEXT`: pictures from one hint, a folder of hints, or a file of prompts.
+"""Make pictures from one hint, a folder of hints, or a file of prompts.
 
     python -m cldm.generate edges.png out/ --weights models/control_sd15_canny.pth --prompt "a bird" --samples 4
     python -m cldm.generate photos/ out/ --annotator canny --weights models/v1-5-pruned.safetensors \\
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from annotator.network import choose_device
@@ -31,7 +30,8 @@ from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
 from cldm.arguments import check_numbers
 from cldm.checkpoint import identify
-from cldm.command import run_command
+from cldm.cldm import ControlLDM
+from cldm.command import help_text, run_command
 from cldm.model import OPTIONAL, add_control, create_model, load_control, load_weights
 from cldm.pipeline import SAMPLER_NAMES, ControlPipeline
 from cldm.prompts import DEFAULT_PROMPT
@@ -76,8 +76,13 @@ class Job:
         }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=PROGRAM, description=__doc__.splitlines()[0], allow_abbrev=False)
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=program,
+        description=help_text(__doc__, PROGRAM, program),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "source", metavar="HINT", type=Path, help="a picture, a folder of pictures, or a file of prompts"
     )
@@ -260,7 +265,7 @@ def _hash(path: Path) -> str:
 
 def load_model(
     weights: str, controls: Sequence[str], config: str | None, device: torch.device, dtype: torch.dtype, steered: bool
-) -> nn.Module:
+) -> ControlLDM:
     """A model from files of any layout: the base, with its own ControlNet or those in `controls`.
 
     Raises:
@@ -275,7 +280,7 @@ def load_model(
         raise ConfigError(f"{weights} holds no ControlNet, and hints are to steer: name one with --control")
     if has_control and not controls:
         return create_model(name, weights=weights).to(device=device, dtype=dtype).eval()
-    model = create_model(name)
+    model: ControlLDM = create_model(name)
     load_weights(model, weights, optional=(*OPTIONAL, "control_model."))
     for number, file in enumerate(controls):
         (add_control if number else load_control)(model, file)
@@ -325,7 +330,7 @@ def run(args: argparse.Namespace) -> int:
                 complaint = _make(pipeline, job, seeds, options, settings, args.target, bar)
                 if complaint is not None:
                     failed += len(seeds)
-                    tqdm.write(f"{PROGRAM}: {job.name}: {' '.join(complaint.split())}", file=sys.stderr)
+                    tqdm.write(f"{args.program}: {job.name}: {' '.join(complaint.split())}", file=sys.stderr)
     parts = [f"{missing - failed} written to {args.target}"]
     parts += [f"{total - missing} were there already"] if total > missing else []
     parts += [f"{failed} failed"] if failed else []
@@ -345,7 +350,7 @@ def _make(
     """Make and write the pictures of a job, one at a time; what is wrong with its files or its result, if anything."""
     try:
         hints = [None if path is None else read_image(path) for path in job.hints]
-        given = {
+        given: dict[str, Any] = {
             name: read_image(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None
         }
     except ValueError as error:
@@ -361,12 +366,12 @@ def _make(
     return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command; see the module's text for the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     return run_command(
-        PROGRAM,
-        lambda: run(build_parser().parse_args(argv)),
+        program,
+        lambda: run(build_parser(program).parse_args(argv, argparse.Namespace(program=program))),
         interrupted="interrupted; start it again to go on",
         mistakes=(ValueError, OSError),
     )

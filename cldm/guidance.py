@@ -76,7 +76,8 @@ def repeats_latents(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     The halves of the guidance have the same latents, so what comes before the first look at the text is computed once for both.
     """
-    forward.repeats_latents = True
+    marked: Any = forward
+    marked.repeats_latents = True
     return forward
 
 
@@ -165,7 +166,7 @@ class _EncodedControl:
                 raise ValueError(f"{len(hint)} hints for {batch} pictures; give one for all, or one for each")
         self.control = control
         self.model = model
-        self.network = networks[control.network]
+        self.network: Any = networks[control.network]  # a ControlNet, or whatever class takes its place
         self.batch = batch
         self.takes_guided = takes_guided_hint(self.network)
         self.equal_halves = equal_halves and can_repeat_latents(self.network)
@@ -187,14 +188,15 @@ class _EncodedControl:
 
     def _hint(self, rows: str, device: torch.device) -> Tensor:
         """The hint for these rows, encoded if the network takes it so."""
-        if rows == "uncond" and self.control.uncond_hint is None:
+        uncond_hint = self.control.uncond_hint
+        if rows == "uncond" and uncond_hint is None:
             rows = "cond"
         if rows not in self._hints:
             if rows == "both":
                 uncond, cond = self._hint("uncond", device), self._hint("cond", device)
                 hint = cond if uncond is cond and self.equal_halves else torch.cat([uncond, cond])
             else:
-                hint = (self.control.hint if rows == "cond" else self.control.uncond_hint).to(device)
+                hint = (self.control.hint if rows == "cond" or uncond_hint is None else uncond_hint).to(device)
                 hint = self.network.encode_hint(hint) if self.takes_guided else hint
                 hint = hint.expand(self.batch, -1, -1, -1)
             self._hints[rows] = hint
@@ -240,7 +242,8 @@ class ControlGuidance:
         if "uncond" not in self.contexts or scale == 1.0:
             return self._output("cond", x, t, acting)
         if "both" in self.contexts:
-            return combine(*self._output("both", torch.cat([x, x]), torch.cat([t, t]), acting).chunk(2), scale)
+            uncond, cond = self._output("both", torch.cat([x, x]), torch.cat([t, t]), acting).chunk(2)
+            return combine(uncond, cond, scale)
         # Texts of different lengths do not fit into one batch.
         of_uncond = [c for c in acting if not c.control.conditional_only]
         return combine(self._output("uncond", x, t, of_uncond), self._output("cond", x, t, acting), scale)

@@ -130,15 +130,18 @@ def to_array(x: Tensor) -> np.ndarray:
 
 def size_of(pictures: Pictures) -> tuple[int, int]:
     """(height, width) of a form of picture, of the first of several."""
+    picture: Any = pictures
     if isinstance(pictures, (list, tuple)):
         if not pictures:
             raise ValueError("pictures are missing: the list is empty")
-        pictures = pictures[0]
-    if isinstance(pictures, np.ndarray) and pictures.dtype == bool:
-        return pictures.shape[:2]
-    if isinstance(pictures, Tensor):
-        return tuple(pictures.shape[-2:])
-    return tuple(_tensor(pictures, "a picture").shape[2:])
+        picture = pictures[0]
+    if isinstance(picture, np.ndarray) and picture.dtype == bool:
+        height, width = picture.shape[:2]
+    elif isinstance(picture, Tensor):
+        height, width = picture.shape[-2:]
+    else:
+        height, width = _tensor(picture, "a picture").shape[2:]
+    return height, width
 
 
 def count_of(pictures: Pictures | None) -> int:

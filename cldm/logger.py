@@ -81,13 +81,14 @@ class ImageLogger(Instrument):
     def log_img(self, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str = "train") -> None:
         """Save pictures for a batch; the model and torch's random generators are left as they were."""
         trainer = pl_module.trainer
-        if not callable(getattr(pl_module, "log_images", None)) or not takes_part(trainer):
+        log_images: Any = getattr(pl_module, "log_images", None)
+        if not callable(log_images) or not takes_part(trainer):
             return
         kinds: dict[str, list[Tensor]] = {}
         with aside(trainer, pl_module), self.encoders(pl_module):
             for part in _parts(batch, self.max_images, self.at_once):
                 options = {"N": self.at_once} | self.log_images_kwargs
-                for kind, pictures in pl_module.log_images(part, split=split, **options).items():
+                for kind, pictures in log_images(part, split=split, **options).items():
                     if isinstance(pictures, Tensor):
                         # Rows of steps are one picture, (3, H, W).
                         pictures = pictures if pictures.dim() == 4 else pictures[None]
@@ -98,8 +99,8 @@ class ImageLogger(Instrument):
             self.log_local(folder, split, images, pl_module.global_step, pl_module.current_epoch, batch_idx)
 
     def _save_dir(self, pl_module: pl.LightningModule) -> str:
-        training_logger = pl_module.logger
-        return (training_logger.save_dir if training_logger is not None else None) or pl_module.trainer.default_root_dir
+        folder: Any = getattr(pl_module.logger, "save_dir", None)  # not every logger writes files
+        return folder or pl_module.trainer.default_root_dir
 
     def log_local(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from cldm.config import load_config, model_section, resolve
 from ldm.files import CheckpointError, LazyTensor
 from ldm.files.tensors import Tensors, parse_dtype
 from ldm.util import ConfigError, instantiate_from_config
+
+if TYPE_CHECKING:
+    from cldm.cldm import ControlLDM
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +39,8 @@ def create_model(
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-) -> nn.Module:
-    """The model that a configuration describes, on the CPU unless `device` says otherwise.
+) -> Any:
+    """The model that a configuration describes, a ControlLDM for packaged ones, on the CPU unless `device` says otherwise.
 
     Args:
         config_path: a YAML file, the name of a packaged one (`cldm_v15`, `cldm_v21`, `cldm_tiny`), or its content.
@@ -51,8 +54,10 @@ def create_model(
         ConfigError: the configuration cannot be built.
         CheckpointError: the weights cannot be read, do not fit, or say that they belong to another kind of model.
     """
+    source: str | Path = "the configuration"
+    config: Mapping[str, Any]
     if isinstance(config_path, Mapping):
-        source, config = "the configuration", config_path
+        config = config_path
     else:
         source, config = resolve(config_path, ".yaml"), load_config(config_path)
     section = model_section(config, source)
@@ -202,7 +207,7 @@ def load_control(model: nn.Module, path: str | Path) -> LoadReport:
     return report
 
 
-def add_control(model: nn.Module, path: str | Path, **changes: Any) -> int:
+def add_control(model: "ControlLDM", path: str | Path, **changes: Any) -> int:
     """Add the ControlNet of a file, of any layout, beside those that `model` has; the base is shared.
 
     Args:
@@ -216,7 +221,8 @@ def add_control(model: nn.Module, path: str | Path, **changes: Any) -> int:
         CheckpointError, ConfigError: as `load_control`; the model is as before then.
     """
     number = model.add_control(**changes)
-    first, pooling, added = model.control_model, model.global_average_pooling, model.control_networks()[number]
+    added: Any = model.control_networks()[number]
+    first, pooling = model.control_model, model.global_average_pooling
     try:  # as the model's only one, since that is what files hold
         model.control_model, model.global_average_pooling = added, added.global_average_pooling
         load_control(model, path)
@@ -267,8 +273,8 @@ def _fill(
             with torch.no_grad():
                 place.copy_(value)
             return
-        owner, _, name = key.rpartition(".")
-        owner, value = model.get_submodule(owner), value.to(device, place.dtype)
+        parent, _, name = key.rpartition(".")
+        owner, value = model.get_submodule(parent), value.to(device, place.dtype)
         if name in owner._parameters:
             owner._parameters[name] = nn.Parameter(value, requires_grad=place.requires_grad)
         else:

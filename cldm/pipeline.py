@@ -14,7 +14,7 @@ Shapes: N pictures, C channels, H W pixels, h w the latent, K ControlNets.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,7 +65,8 @@ class _Canvas:
 
     @classmethod
     def of(cls, size: tuple[int, int], multiple: int) -> "_Canvas":
-        return cls(*size, tuple(-(-side // multiple) * multiple for side in size))
+        height, width = (-(-side // multiple) * multiple for side in size)
+        return cls(*size, (height, width))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -334,6 +335,7 @@ class ControlPipeline:
     ) -> tuple[Tensor, Tensor | None]:
         """Both halves' texts, (count, M, D) each; None for a half that is not needed."""
         encoder = self.model.cond_stage_model
+        reading: AbstractContextManager[None] = nullcontext()
         if isinstance(encoder, FrozenTextEncoder):
             # What is not given stays as the encoder's own options say.
             reading = encoder.using(
@@ -343,8 +345,6 @@ class ControlPipeline:
             raise ValueError(
                 f"clip_skip and long_prompts are options of CLIP's encoders; this model has a {type(encoder).__name__}"
             )
-        else:
-            reading = nullcontext()
         halves = [prompts, negatives] if guided else [prompts]
         texts = [half for half in halves if not isinstance(half, Tensor)]
         texts = [[half] * count if isinstance(half, str) else list(half) * (count // len(half)) for half in texts]
@@ -366,7 +366,8 @@ class ControlPipeline:
         with self.low_memory.resident([self.model.first_stage_model], self.device):
             padded = inputs.pad(picture, canvas.padded).to(self.device)
             posterior = self.model.encode_first_stage(padded * 2 - 1)
-        latents = self.model.scale_factor * getattr(posterior, "mean", posterior)
+        mean: Any = getattr(posterior, "mean", posterior)
+        latents = self.model.scale_factor * mean
         keep = None
         if paint is not None:
             keep = 1 - F.max_pool2d((inputs.pad(paint, canvas.padded) > 0).float(), _LATENT_SCALE)
@@ -463,8 +464,8 @@ class ControlPipeline:
         return controls
 
     def _guidance(self, cond: Tensor, uncond: Tensor | None, scale: float, controls: Sequence[Control]) -> Guidance:
-        halves = [None if text is None else {"c_crossattn": [text]} for text in (cond, uncond)]
-        return self.model.make_guidance(*halves, scale, controls)
+        no_control = None if uncond is None else {"c_crossattn": [uncond]}
+        return self.model.make_guidance({"c_crossattn": [cond]}, no_control, scale, controls)
 
     def _check_weights(self) -> None:
         """Warn, once, of networks that were never trained: their last layers still hold the zeros of a new model."""

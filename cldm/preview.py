@@ -1,10 +1,13 @@
 """Latents as small pictures without the autoencoder's decoder, for a look while sampling."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from cldm.pictures import to_uint8
+from ldm.models.diffusion.ddpm import LatentDiffusion
 
 _PATCH = 64  # pixels of a patch of one colour, large enough that its middle knows nothing of its neighbours
 _GRID = 6
@@ -21,13 +24,13 @@ class LatentPreview:
     """
 
     @torch.no_grad()
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: LatentDiffusion) -> None:
         generator = torch.Generator().manual_seed(0)
         colours = torch.rand(3, _GRID, _GRID, generator=generator) * 2 - 1
         picture = colours.repeat_interleave(_PATCH, 1).repeat_interleave(_PATCH, 2)[None]  # (1, 3, H, W)
         weight = next(model.first_stage_model.parameters(), picture)
         posterior = model.encode_first_stage(picture.to(weight.device))
-        mean = getattr(posterior, "mean", posterior)
+        mean: Any = getattr(posterior, "mean", posterior)
         latent = mean[0].float().cpu() * float(model.scale_factor)  # (C, h, w)
         step = latent.shape[1] // _GRID
         middles = latent[:, step // 2 :: step, step // 2 :: step].flatten(1).T  # (patches, C)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cldm.cldm import ControlLDM
 from cldm.command import run_command
 from cldm.guidance import Control
 from cldm.low_memory import LowMemory
@@ -100,10 +101,13 @@ def _place(module: nn.Module, device: str, dtype: torch.dtype) -> None:
                 if old is not None:
                     kind = dtype if old.is_floating_point() else old.dtype
                     new = torch.empty(old.shape, dtype=kind, device=device)
-                    places[name] = nn.Parameter(new, requires_grad=False) if places is part._parameters else new
+                    if places is part._parameters:
+                        part._parameters[name] = nn.Parameter(new, requires_grad=False)
+                    else:
+                        part._buffers[name] = new
 
 
-def _stages(model: nn.Module, size: int, case: Case) -> list[tuple[str, list[nn.Module], Callable[[], object]]]:
+def _stages(model: ControlLDM, size: int, case: Case) -> list[tuple[str, list[nn.Module], Callable[[], object]]]:
     """Name, networks and work of each stage, as the pipeline does it."""
     count, latent = case.pictures, size // 8
     first_stage = model.first_stage_model

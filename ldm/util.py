@@ -27,7 +27,8 @@ def default(value: T | None, fallback: T | Callable[[], T]) -> T:
     """`value`, or the fallback (called first, if it is a function) where the value is None."""
     if value is not None:
         return value
-    return fallback() if inspect.isfunction(fallback) else fallback
+    chosen: Any = fallback
+    return chosen() if inspect.isfunction(chosen) else chosen
 
 
 def count_params(model: torch.nn.Module, verbose: bool = False) -> int:

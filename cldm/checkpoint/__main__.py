@@ -1,17 +1,24 @@
-"""`python -m cldm.checkpoint FILE`: what is this weights file?"""
+"""Recognise weights files: layout, base model, what is missing or extra. They are never executed.
+
+    python -m cldm.checkpoint models/control_sd15_canny.pth
+    python -m cldm.checkpoint runs/tutorial/model.safetensors folder_of_diffusers/ --json
+
+The report also says what can be done with each file, and how.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 
 from cldm.checkpoint.opening import identify
 from cldm.checkpoint.recognising import Report
+from cldm.command import Parser, help_text
 from cldm.terminal import fail, show
 from ldm.files import CheckpointError
 
+PROGRAM = "python -m cldm.checkpoint"
 _LAYOUTS = {
     "full": "full: base model and ControlNet",
     "base": "base model without a ControlNet",
@@ -27,15 +34,16 @@ _FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "tiny
 _SHOWN = 3  # keys of a long list
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report of each file named; 0, or 2 if one of them cannot be read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cldm.checkpoint",
-        description="Recognise weights files: layout, base model, what is missing or extra. They are never executed.",
-    )
+def build_parser(program: str = PROGRAM) -> Parser:
+    parser = Parser(prog=program, description=help_text(__doc__, PROGRAM, program))
     parser.add_argument("files", nargs="+", metavar="FILE", help="a weights file, or a folder of diffusers")
     parser.add_argument("--json", action="store_true", help="print one JSON object a file, all keys listed")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Print the report of each file named; 0, or 2 if one of them cannot be read."""
+    arguments = build_parser(program).parse_args(argv)
     code = 0
     for file in arguments.files:
         try:

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cldm.data.folders import unfinished
-from cldm.data.pairs import DataError
+from cldm.data.pairs import AnyItems, DataError, Items
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Problem:
         return self.message if self.name in self.message else f"{self.name}: {self.message}"
 
 
-def check_dataset(dataset: Dataset, workers: int | None = None, progress: bool = True) -> list[Problem]:
+def check_dataset(dataset: Items, workers: int | None = None, progress: bool = True) -> list[Problem]:
     """Load every item and look at it; returns what is wrong, by index.
 
     Args:
@@ -77,8 +77,8 @@ def check_dataset(dataset: Dataset, workers: int | None = None, progress: bool =
 
 
 def checked(
-    dataset: Dataset, broken: str = "stop", workers: int | None = None, progress: bool = True
-) -> "Dataset | Selected":
+    dataset: AnyItems, broken: str = "stop", workers: int | None = None, progress: bool = True
+) -> "AnyItems | Selected":
     """The data set, if nothing is wrong with it, or what is left of it.
 
     Args:
@@ -112,8 +112,8 @@ def abbreviate(problems: Sequence[Problem]) -> str:
 class Selected(Dataset):
     """Some items of a data set by their indices, with all that it tells of them (`name`, `sizes`, `prompts`, `fingerprint`)."""
 
-    def __init__(self, dataset: Dataset, indices: Iterable[int]) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Items, indices: Iterable[int]) -> None:
+        self.dataset: Any = dataset  # it may tell more than Items must
         self.indices = list(indices)
 
     def __len__(self) -> int:
@@ -161,7 +161,7 @@ class ReplaceBroken(Dataset):
         sizes: (height, width) by index, if they differ; an item is replaced only by one of its size.
     """
 
-    def __init__(self, dataset: Dataset, sizes: Sequence[tuple[int, int]] | None = None) -> None:
+    def __init__(self, dataset: Items, sizes: Sequence[tuple[int, int]] | None = None) -> None:
         self.dataset = dataset
         self._sizes = None if sizes is None or len(set(sizes)) <= 1 else list(sizes)
         # In memory that processes of a DataLoader share.
@@ -206,13 +206,13 @@ class ReplaceBroken(Dataset):
         return getattr(self.dataset, name)
 
 
-def name_of(dataset: Dataset, index: int) -> str:
+def name_of(dataset: Items, index: int) -> str:
     """What messages call an item."""
     named = getattr(dataset, "name", None)
     return named(index) if named is not None else f"item {index}"
 
 
-def hint_item_of(dataset: Dataset, index: int) -> dict[str, Any]:
+def hint_item_of(dataset: Items, index: int) -> dict[str, Any]:
     """An item without its target, which is not read if the data set knows how."""
     short = getattr(dataset, "hint_item", None)
     if short is not None:
@@ -268,7 +268,9 @@ def check_batch(
         if not isinstance(pictures, Tensor):
             continue
         if pictures.dim() not in (3, 4):
-            raise DataError(f"{key!r} must have the shape (B, H, W, C), or (B, H, W) if grey, found {tuple(pictures.shape)}")
+            raise DataError(
+                f"{key!r} must have the shape (B, H, W, C), or (B, H, W) if grey, found {tuple(pictures.shape)}"
+            )
         look = pictures.device.type == "cpu" if values is None else values
         _check_pictures(key, pictures, look, "[-1, 1]" if key == first_stage_key else "[0, 1]")
 

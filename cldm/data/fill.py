@@ -140,7 +140,9 @@ def paint_circle(
     distance = np.hypot(x[None] - centre[0], y[:, None] - centre[1])
     inside = radius - distance if outline is None else outline / 2 - np.abs(distance - radius)
     cover = np.clip(inside + 0.5, 0, 1)[..., None]
-    picture[top:bottom, left:right] = np.rint(cover * np.float32(colour) + (1 - cover) * np.float32(ground))
+    picture[top:bottom, left:right] = np.rint(
+        cover * np.array(colour, np.float32) + (1 - cover) * np.array(ground, np.float32)
+    )
     return picture
 
 

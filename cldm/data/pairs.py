@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -154,6 +154,25 @@ def stored_size(path: Path | BinaryIO) -> tuple[int, int]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{_called(path)} does not decode as a picture: {error}") from error
     return (width, height) if turned else (height, width)
+
+
+class Items(Protocol):
+    """Any data set by index: items are `{"jpg", "txt", "hint"}`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+class SizedItems(Items, Protocol):
+    """A data set that knows the sizes of its pictures without reading them."""
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each item."""
+        ...
+
+
+AnyItems = TypeVar("AnyItems", bound=Items)
 
 
 class PairDataset(Dataset):

@@ -255,8 +255,9 @@ def cut_part(pair: PhotoPair, framing: Framing) -> tuple[np.ndarray, np.ndarray]
         DataError: a photograph that cannot be read.
     """
     photo = _read_photo(pair.picture)
-    height, width = framing.size_of(*photo.shape[:2])
-    part = photo[framing.part_of(*photo.shape[:2], pair.name)]
+    own_height, own_width = photo.shape[:2]
+    height, width = framing.size_of(own_height, own_width)
+    part = photo[framing.part_of(own_height, own_width, pair.name)]
     shrinks = part.shape[0] > height
     return part, cv2.resize(part, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LANCZOS4)
 

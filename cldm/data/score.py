@@ -134,5 +134,5 @@ def _is_colour(pixels: np.ndarray, wanted: Colour, tolerance: float) -> bool:
     """Whether the median of (n, 3) pixels is within `tolerance` of a colour."""
     if len(pixels) == 0:
         return False
-    median = tuple(int(v) for v in np.median(pixels, axis=0))
-    return float(colour_distances([median, wanted])[0, 1]) <= tolerance
+    red, green, blue = (int(v) for v in np.median(pixels, axis=0))
+    return float(colour_distances([(red, green, blue), wanted])[0, 1]) <= tolerance

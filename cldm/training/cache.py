@@ -29,10 +29,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cldm.data.checking import hint_item_of, name_of
-from cldm.data.pairs import DataError
+from cldm.data.pairs import DataError, Items, SizedItems
 from cldm.files import locked, write_whole
 from cldm.model import load_weights
 from cldm.training.precision import forward_context
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.util import ConfigError, images_to_nchw
 
@@ -61,8 +62,8 @@ class _Store:
         return {"folder": self.folder, "places": self._places, "read": self._read}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])
-        self._places, self._read = state["places"], state["read"]
+        self.folder, self._places, self._read = state["folder"], state["places"], state["read"]
+        self._open = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -156,7 +157,7 @@ class CachedPairs(Dataset):
         cache: what `make_cache` returned.
     """
 
-    def __init__(self, dataset: Dataset, cache: TrainingCache) -> None:
+    def __init__(self, dataset: SizedItems, cache: TrainingCache) -> None:
         self.dataset = dataset
         self.cache = cache
         self._fingerprints = [_fingerprint(dataset, i) for i in range(len(dataset))]
@@ -167,7 +168,7 @@ class CachedPairs(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = hint_item_of(self.dataset, index)
         try:
-            moments = self.cache.moments(self._fingerprints[index])
+            moments = self.cache.moments(self._fingerprints[index] or "")
             context = self.cache.context(item["txt"])
         except KeyError as error:
             raise DataError(
@@ -175,16 +176,19 @@ class CachedPairs(Dataset):
             ) from error
         return {**item, "moments": moments, "context": context}
 
+    def sizes(self) -> list[tuple[int, int]]:
+        return self.dataset.sizes()
+
     def __getattr__(self, name: str) -> Any:
-        # Names, sizes and prompts are those of the data set behind.
+        # Names and prompts are those of the data set behind.
         if name.startswith("_") or name == "dataset":
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
 
 def make_cache(
-    model: nn.Module,
-    dataset: Dataset,
+    model: LatentDiffusion,
+    dataset: Items,
     folder: str | Path,
     precision: str = "32-true",
     batch_size: int = 4,
@@ -235,7 +239,7 @@ def _bar(todo: Sequence[Any] | dict[str, Any], what: str, unit: str, progress: b
     return tqdm(total=len(todo), desc=f"caching {what}", unit=unit, disable=None if progress and todo else True)
 
 
-def _missing_targets(dataset: Dataset, latents: _Store) -> dict[str, int]:
+def _missing_targets(dataset: Items, latents: _Store) -> dict[str, int]:
     """Index of an item for each target that is not stored."""
     return {
         key: index
@@ -245,7 +249,7 @@ def _missing_targets(dataset: Dataset, latents: _Store) -> dict[str, int]:
 
 
 def _encode_targets(
-    model: nn.Module, dataset: Dataset, todo: dict[str, int], batch_size: int, context: Callable, bar: tqdm
+    model: LatentDiffusion, dataset: Items, todo: dict[str, int], batch_size: int, context: Callable, bar: tqdm
 ) -> Iterator[tuple[str, Tensor]]:
     """(key, moments (8, h, w)) of each target; those of one size go through the encoder together."""
     begun: dict[Hashable, list[tuple[str, Tensor]]] = defaultdict(list)
@@ -288,7 +292,7 @@ def _ahead(
         yield done, result.result()
 
 
-def _target(dataset: Dataset, index: int) -> Tensor | None:
+def _target(dataset: Items, index: int) -> Tensor | None:
     try:
         return torch.as_tensor(dataset[index]["jpg"])
     except DataError as error:
@@ -297,7 +301,7 @@ def _target(dataset: Dataset, index: int) -> Tensor | None:
 
 
 def _encode_texts(
-    model: nn.Module, wanted: dict[str, str], context: Callable, bar: tqdm
+    model: LatentDiffusion, wanted: dict[str, str], context: Callable, bar: tqdm
 ) -> Iterator[tuple[str, Tensor]]:
     keys = list(wanted)
     for start in range(0, len(keys), _TEXTS):
@@ -319,20 +323,21 @@ def _text_key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _fingerprint(dataset: Dataset, index: int, broken_is: str | None = "") -> str | None:
+def _fingerprint(dataset: Items, index: int, broken_is: str | None = "") -> str | None:
     """A key that changes with the target of an item, `broken_is` if it cannot be read."""
     told = getattr(dataset, "fingerprint", None)
     try:
         known = told(index) if told is not None else None
         if known is None:  # the picture may not be what a file holds: it decides itself
             picture = torch.as_tensor(dataset[index]["jpg"]).contiguous()
-            known = f"{tuple(picture.shape)} {hashlib.sha256(picture.view(torch.uint8).numpy()).hexdigest()}"
+            digest = hashlib.sha256(picture.view(torch.uint8).numpy().data).hexdigest()
+            known = f"{tuple(picture.shape)} {digest}"
     except DataError:
         return broken_is
     return hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _prompts(dataset: Dataset) -> list[str]:
+def _prompts(dataset: Items) -> list[str]:
     if hasattr(dataset, "prompts"):
         return list(dataset.prompts())
     return [dataset[index]["txt"] for index in range(len(dataset))]
@@ -402,7 +407,7 @@ def release_encoders(model: nn.Module) -> None:
             setattr(model, name, ReleasedEncoder(encoder))
 
 
-def restore_encoders(model: nn.Module, weights: str | Path) -> None:
+def restore_encoders(model: LatentDiffusion, weights: str | Path) -> None:
     """Bring released encoders back, on the model's device and in the dtype that they had, from the file they were filled from.
 
     Raises:
@@ -421,7 +426,7 @@ def restore_encoders(model: nn.Module, weights: str | Path) -> None:
 
 
 @contextmanager
-def encoders(model: nn.Module, weights: str | Path) -> Iterator[None]:
+def encoders(model: LatentDiffusion, weights: str | Path) -> Iterator[None]:
     """Inside it the encoders are in memory, for pictures; released ones are released again afterwards.
 
     Args:

@@ -57,7 +57,10 @@ class WholeFiles(TorchCheckpointIO):
         with whole_file(path) as file:
             torch.save(checkpoint, file)
 
-    def load_checkpoint(self, path: str | os.PathLike, map_location: Any = "cpu", **_: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = True, **_: Any
+    ) -> dict[str, Any]:
+        """The checkpoint; `weights_only` is accepted for compatibility, as nothing is ever executed."""
         return torch.load(path, map_location=map_location or "cpu", weights_only=True)
 
 
@@ -150,8 +153,9 @@ class ExportControl(pl.Callback):
         if trainer.is_global_zero:
             path = self.folder / f"control-step-{step:08}.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with pl_module.ema_scope():  # written inside it: tensors of a CPU are not copied
-                entries = {f"control_model.{k}": v.cpu() for k, v in pl_module.control_model.state_dict().items()}
+            model: Any = pl_module  # a ControlLDM, or a class written like it
+            with model.ema_scope():  # written inside it: tensors of a CPU are not copied
+                entries = {f"control_model.{k}": v.cpu() for k, v in model.control_model.state_dict().items()}
                 write_weights(path, entries, overwrite=True, progress=False)
 
 
@@ -203,8 +207,8 @@ def _restore_optimizer(checkpoint: dict[str, Any], model: pl.LightningModule) ->
     if any(isinstance(key, str) for key in saved["state"]):  # of FSDP, whose states have names
         return
     by_name = {name: saved["state"][i] for i, name in enumerate(checkpoint["optimizer_names"]) if i in saved["state"]}
-    optimizer = model.configure_optimizers()
-    optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
+    configured: Any = model.configure_optimizers()
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
     names = names_in_optimizer(model, optimizer)
     if names == checkpoint["optimizer_names"]:
         return

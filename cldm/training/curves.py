@@ -7,7 +7,7 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def curves_png(rows: Rows, title: str = "") -> bytes:
     from matplotlib.figure import Figure
 
     columns = {name for row in rows for name in row}
-    panels = [
+    panels: list[tuple[Callable[..., None], float]] = [
         (draw, height)
         for draw, height, wanted in (
             (_draw_loss, 3.0, ("train/loss",)),
@@ -77,7 +77,7 @@ def curves_png(rows: Rows, title: str = "") -> bytes:
         )
         if any(name.startswith(wanted) for name in columns)
     ]
-    figure = Figure(figsize=(11, 0.8 + sum(height for _, height in panels or [(None, 2.0)])), layout="constrained")
+    figure = Figure(figsize=(11, 0.8 + sum([height for _, height in panels] or [2.0])), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(
         max(len(panels), 1), 1, sharex=True, squeeze=False, height_ratios=[height for _, height in panels] or None
@@ -109,7 +109,7 @@ def curves_png(rows: Rows, title: str = "") -> bytes:
 def _series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
     """Steps and finite values of a column."""
     pairs = [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    return [int(step) for step, _ in pairs], [value for _, value in pairs]
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -185,11 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cldm.training.curves", description="Draw curves.png of a run.")
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="folder that holds metrics.csv")
     arguments = parser.parse_args(argv)
-    return run_command(
-        parser.prog,
-        lambda: [show(str(draw_curves(folder))) for folder in arguments.folders] and None,
-        interrupted="interrupted",
-    )
+
+    def work() -> None:
+        for folder in arguments.folders:
+            show(str(draw_curves(folder)))
+
+    return run_command(parser.prog, work, interrupted="interrupted")
 
 
 if __name__ == "__main__":

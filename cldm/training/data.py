@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cldm.data.checking import ReplaceBroken, Selected, checked, name_of
-from cldm.data.pairs import DataError
+from cldm.data.pairs import DataError, Items, SizedItems
 from cldm.data.shards import ShardStream, decode, read_samples
 from cldm.files import locked, write_whole
 from cldm.training.batches import RunBatches
@@ -28,7 +28,7 @@ HELD_OUT = 64  # by default, and at most a tenth
 class Named(Dataset):
     """A data set whose items say under `name` what messages call them."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Items) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class FirstSamples(Dataset):
         return self.items[index]
 
     def sizes(self) -> list[tuple[int, int]]:
-        return [tuple(item["jpg"].shape[:2]) for item in self.items]
+        return [(len(item["jpg"]), len(item["jpg"][0])) for item in self.items]
 
 
 @dataclass
@@ -73,7 +73,7 @@ class TrainingData:
         shards: trained on instead, as a stream; `pairs` are then their first ones, to look at.
     """
 
-    pairs: Dataset
+    pairs: SizedItems
     held_out: int
     shards: Sequence[str] = ()
 
@@ -134,7 +134,7 @@ def hold_out(count: int, wanted: int | None) -> int:
     return wanted
 
 
-def check_once(dataset: Dataset, broken: str, note: Path) -> Dataset:
+def check_once(dataset: SizedItems, broken: str, note: Path) -> SizedItems:
     """The data set without what is broken; what was found is noted, so that a run that goes on need not look again.
 
     Args:
@@ -153,17 +153,19 @@ def check_once(dataset: Dataset, broken: str, note: Path) -> Dataset:
         except (OSError, ValueError, KeyError, TypeError):  # not noted yet
             pass
         usable = checked(dataset, broken)
-        kept = set(usable.indices) if usable is not dataset else set(range(len(dataset)))
+        kept = set(range(len(dataset)))
+        if usable is not dataset and isinstance(usable, Selected):
+            kept = set(usable.indices)
         left_out = [i for i in range(len(dataset)) if i not in kept]
         write_whole(note, json.dumps({"names": names, "left_out": left_out}).encode())
         return usable
 
 
-def _without(dataset: Dataset, left_out: set[int]) -> Selected:
+def _without(dataset: Items, left_out: set[int]) -> Selected:
     return Selected(dataset, [i for i in range(len(dataset)) if i not in left_out])
 
 
-def pictures_of(dataset: Dataset, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def pictures_of(dataset: Items, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Hints and targets of the first few pairs as uint8 (N, H, W, 3), and their prompts."""
     items: list[Mapping[str, Any]] = [dataset[i] for i in range(min(count, len(dataset)))]
     hints = np.stack([np.rint(np.asarray(item["hint"]) * 255).astype(np.uint8) for item in items])

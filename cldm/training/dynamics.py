@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cldm.training.instrument import LEVELS, Instrument, log_metrics, seconds_in_instruments, whole_weights
 from cldm.training.metrics import continue_loggers
@@ -57,20 +57,17 @@ class Dynamics(Instrument):
             self._sums = torch.zeros(2, LEVELS + 1, device=model.device)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if loss is not None:
-            self._count(torch.tensor([LEVELS], device=model.device), loss.detach().float().reshape(1) * accumulate)
-        if getattr(model, "sample_losses", None) is not None:
-            timesteps, losses = model.sample_losses
-            self._count(timesteps * LEVELS // model.num_timesteps, losses.float())
-
-    def _count(self, places: Tensor, values: Tensor) -> None:
-        """Add finite values (n,) at places (n,)."""
-        finite = values.isfinite()
-        self._sums[0].index_add_(0, places, values.where(finite, torch.zeros_like(values)))
-        self._sums[1].index_add_(0, places, finite.float())
+            level = torch.tensor([LEVELS], device=model.device)
+            _count(self._sums, level, loss.detach().float().reshape(1) * accumulate)
+        sample_losses: Any = getattr(model, "sample_losses", None)
+        if sample_losses is not None:
+            timesteps, losses = sample_losses
+            _count(self._sums, timesteps * LEVELS // getattr(model, "num_timesteps", LEVELS), losses.float())
 
     def measure(self, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         with whole_weights(trainer):
             norms = control_norms(getattr(model, "control_model", None))
+        assert self._sums is not None  # a measurement follows a batch
         sums, counts = self._sums.tolist()  # waits for the device
         names = [*(f"train/loss_noise_{level}" for level in range(LEVELS)), "train/loss"]
         losses = {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
@@ -87,8 +84,15 @@ class Dynamics(Instrument):
         self._start_interval(trainer)
 
 
+def _count(sums: Tensor, places: Tensor, values: Tensor) -> None:
+    """Add finite values (n,), and how many there are, to sums (2, levels) at places (n,)."""
+    finite = values.isfinite()
+    sums[0].index_add_(0, places, values.where(finite, torch.zeros_like(values)))
+    sums[1].index_add_(0, places, finite.float())
+
+
 @torch.no_grad()
-def control_norms(control: nn.Module | None) -> dict[str, float]:
+def control_norms(control: Any) -> dict[str, float]:
     """L2 norms of each zero convolution, of the hint encoder and of its last convolution, as far as the network has them."""
     if not hasattr(control, "zero_convs") or not hasattr(control, "middle_block_out"):
         return {}

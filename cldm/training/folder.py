@@ -17,6 +17,11 @@ from cldm.training.settings import Settings, changes
 from ldm.util import ConfigError
 
 
+def own_rank() -> int:
+    """This process's number among those of the run; 0 where it is the only one."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
 class RunFolder:
     """Where a run keeps what it makes.
 
@@ -94,7 +99,7 @@ class RunFolder:
                 f"{self.path} holds a run with different settings ({', '.join(changed)}); "
                 f"choose another out for a run of its own{more}"
             )
-        if rank_zero_only.rank == 0:
+        if own_rank() == 0:
             write_settings(self.note, settings)
         return noted is not None and not changed
 
@@ -105,7 +110,7 @@ class RunFolder:
         Raises:
             ConfigError: another run does.
         """
-        if rank_zero_only.rank != 0:
+        if own_rank() != 0:
             yield
             return
         try:
@@ -125,7 +130,7 @@ class RunFolder:
         if state and isinstance(known, dict) and {k: known.get(k) for k in state} == state and "sha256" in known:
             return {"name": weights.name, "sha256": known["sha256"]}
         digest = sha256_of(weights)
-        if state and rank_zero_only.rank == 0:
+        if state and own_rank() == 0:
             noted[str(weights.resolve())] = state | {"sha256": digest}
             write_whole(note, json.dumps(noted, indent=1).encode())
         return {"name": weights.name, "sha256": digest}

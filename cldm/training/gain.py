@@ -100,7 +100,7 @@ class ControlGain(Instrument):
         """Timesteps for each pair."""
         return math.ceil(EVALUATIONS / self.count)
 
-    def measure(self, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def measure(self, trainer: pl.Trainer, model: Any, batch: Any, batch_idx: int) -> None:
         if not takes_part(trainer):
             return
         with aside(trainer, model, self.seed):

@@ -116,7 +116,9 @@ def whole_weights(trainer: pl.Trainer) -> AbstractContextManager[None]:
         return nullcontext()
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return FullyShardedDataParallel.summon_full_params(trainer.strategy.model, writeback=False)
+    model = trainer.strategy.model
+    assert model is not None  # it is training
+    return FullyShardedDataParallel.summon_full_params(model, writeback=False)
 
 
 def to_device(trainer: pl.Trainer, model: pl.LightningModule, batch: Any) -> Any:

@@ -30,6 +30,7 @@ from cldm.terminal import quiet, show
 from cldm.training.cache import release_encoders
 from cldm.training.precision import PRECISIONS, cast_frozen, forward_context, set_recompute
 from cldm.training.presets import PRESETS
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import ConfigError
 
 GIB = 2**30
@@ -82,7 +83,7 @@ class AdamMemory(torch.optim.Optimizer):
         self.eight_bit = eight_bit
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> Any:
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             state = self.state[parameter]
             if state:
@@ -136,12 +137,12 @@ def _give_fake_memory(model: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(
                     torch.empty_like(value, device="cpu"), requires_grad=value.requires_grad
                 )
-        for name, value in module._buffers.items():
-            if value is not None and value.is_meta:
-                module._buffers[name] = torch.empty_like(value, device="cpu")
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
-def _measure_steps(model: nn.Module, plan: Plan, tracker: StorageTracker) -> Counter[str]:
+def _measure_steps(model: LatentDiffusion, plan: Plan, tracker: StorageTracker) -> Counter[str]:
     trained = [p for p in model.parameters() if p.requires_grad]
     tracker.assign("frozen weights", (p for p in model.parameters() if not p.requires_grad))
     tracker.assign("frozen weights", model.buffers())
@@ -162,7 +163,7 @@ def _measure_steps(model: nn.Module, plan: Plan, tracker: StorageTracker) -> Cou
     return tracker.peak
 
 
-def _batch(model: nn.Module, plan: Plan) -> dict[str, Any]:
+def _batch(model: Any, plan: Plan) -> dict[str, Any]:
     count, side = plan.batch_size, plan.size
     batch: dict[str, Any] = {"hint": torch.rand(count, side, side, model.control_model.hint_channels)}
     if plan.cache:

@@ -2,6 +2,7 @@
 scale (the ControlNet first, then Stable Diffusion with it), in one run."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cldm.cldm import ControlLDM
 
@@ -52,9 +53,11 @@ def plan_phases(
     """
     unlocked = "" if sd_locked else unlock
     phases = [Phase(0, steps, only_mid_control or reconnect_at > 0, unlocked)]
-    for step, change in sorted(
-        [(reconnect_at, {"only_mid_control": False}), (unlock_at, {"unlocked": unlock})], key=lambda c: c[0]
-    ):
+    changes: list[tuple[int, dict[str, Any]]] = [
+        (reconnect_at, {"only_mid_control": False}),
+        (unlock_at, {"unlocked": unlock}),
+    ]
+    for step, change in sorted(changes, key=lambda c: c[0]):
         if not 0 < step < steps:
             continue
         last = phases.pop()

@@ -63,7 +63,7 @@ class HeldOutPictures(Instrument):
         self.shown = shown
         self.encoders = encoders or nullcontext
 
-    def measure(self, trainer: pl.Trainer, model: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def measure(self, trainer: pl.Trainer, model: Any, batch: Any, batch_idx: int) -> None:
         if not takes_part(trainer):
             return
         with aside(trainer, model), self.encoders(model), model.ema_scope():

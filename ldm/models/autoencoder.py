@@ -82,7 +82,7 @@ class AutoencoderKL(pl.LightningModule):
         self.quant_conv = nn.Conv2d(2 * ddconfig["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, ddconfig["z_channels"], 1)
         self.use_ema = ema_decay is not None
-        if self.use_ema:
+        if ema_decay is not None:
             self.model_ema = LitEma(self, decay=ema_decay)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys)
@@ -117,13 +117,15 @@ class AutoencoderKL(pl.LightningModule):
         return torch.cat([guarded(self, function, part, what) for part in x.split(1)])
 
     def _encode(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 2 * embed_dim, h, w)
-        in_bands = self.band_positions is not None and not torch.is_grad_enabled()
-        return self.quant_conv(encode_in_bands(self.encoder, x, self.band_positions) if in_bands else self.encoder(x))
+        if self.band_positions is None or torch.is_grad_enabled():
+            return self.quant_conv(self.encoder(x))
+        return self.quant_conv(encode_in_bands(self.encoder, x, self.band_positions))
 
     def _decode(self, z: Tensor) -> Tensor:  # (B, embed_dim, h, w) -> (B, C, H, W)
         z = self.post_quant_conv(z)
-        in_bands = self.band_positions is not None and not torch.is_grad_enabled()
-        return decode_in_bands(self.decoder, z, self.band_positions) if in_bands else self.decoder(z)
+        if self.band_positions is None or torch.is_grad_enabled():
+            return self.decoder(z)
+        return decode_in_bands(self.decoder, z, self.band_positions)
 
     def forward(self, input: Tensor, sample_posterior: bool = True) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Pictures (B, C, H, W) -> their reconstructions and posteriors."""
@@ -163,7 +165,7 @@ class AutoencoderKL(pl.LightningModule):
             torch.optim.Adam(trained, lr=self.learning_rate, betas=self.adam_betas), self.scheduler_config
         )
 
-    def get_last_layer(self) -> nn.Parameter:
+    def get_last_layer(self) -> Tensor:
         """The weight that adaptive losses take gradients at."""
         return self.decoder.last_layer
 

@@ -195,14 +195,10 @@ class SpatialTransformer(nn.Module):
         use_checkpoint: bool = True,
     ) -> None:
         super().__init__()
-        if context_dim is None or isinstance(context_dim, int):
-            context_dim = [context_dim] * depth
-        elif len(context_dim) == 1:
-            context_dim = list(context_dim) * depth
-        if len(context_dim) != depth:
-            raise ValueError(
-                f"context_dim must be one width or one for each of the {depth} blocks, found {list(context_dim)}"
-            )
+        given = [context_dim] if context_dim is None or isinstance(context_dim, int) else list(context_dim)
+        widths = given * depth if len(given) == 1 else given
+        if len(widths) != depth:
+            raise ValueError(f"context_dim must be one width or one for each of the {depth} blocks, found {widths}")
         inner = n_heads * d_head
         self.in_channels = in_channels
         self.use_linear = use_linear
@@ -212,7 +208,7 @@ class SpatialTransformer(nn.Module):
             BasicTransformerBlock(
                 inner, n_heads, d_head, dropout, width, disable_self_attn=disable_self_attn, checkpoint=use_checkpoint
             )
-            for width in context_dim
+            for width in widths
         )
         self.proj_out = zero_module(nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1))
 

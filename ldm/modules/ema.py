@@ -18,6 +18,9 @@ class LitEma(nn.Module):
         use_num_upates: weigh the first updates less, (1 + n) / (10 + n). (The argument is spelled so in the public interface.)
     """
 
+    decay: torch.Tensor
+    num_updates: torch.Tensor
+
     def __init__(self, model: nn.Module, decay: float = 0.9999, use_num_upates: bool = True) -> None:
         super().__init__()
         if not 0.0 <= decay <= 1.0:

@@ -30,11 +30,12 @@ class AncestralSampler(Sampler):
         device: see Sampler.
     """
 
+    model: "AncestralSampling"
     adds_noise = True
     mask_before_step = False  # as published: a run ends with what the mask keeps
 
     def __init__(
-        self, model: DiffusionProcess, clip_denoised: bool = False, device: torch.device | str | None = None
+        self, model: "AncestralSampling", clip_denoised: bool = False, device: torch.device | str | None = None
     ) -> None:
         super().__init__(model, device=device)
         self.clip_denoised = clip_denoised
@@ -74,6 +75,7 @@ class AncestralSampler(Sampler):
         """As `step`, where t (B,) may differ from picture to picture."""
         mean, _, log_variance, x_start = self.posterior(x, t, denoiser.guidance(x, t), denoiser)
         noise = denoiser.noise.of_step(x, 1.0, repeat_noise)
+        assert noise is not None  # as it is at sigma 0 alone
         return mean + (t > 0).reshape(log_variance.shape) * torch.exp(0.5 * log_variance) * noise, x_start
 
     def run(
@@ -112,8 +114,17 @@ class AncestralSampler(Sampler):
         return x, kept["x_inter"]
 
 
-class AncestralSampling:
+class AncestralSampling(DiffusionProcess):
     """The public methods of ancestral sampling for models without conditioning."""
+
+    clip_denoised: bool
+    log_every_t: int
+    image_size: int | Sequence[int]
+    channels: int
+
+    def apply_model(self, x_noisy: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        """The network's output (B, C, h, w) for x_noisy (B, C, h, w) at t (B,)."""
+        raise NotImplementedError
 
     def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of p(x_{t-1} | x_t)."""

@@ -69,14 +69,22 @@ class DiffusionWrapper(pl.LightningModule):
     ) -> Tensor:
         """x (B, C, h, w), t (B,), lists of (B, C', h, w) and of (B, M, D), labels (B,) -> (B, C, h, w)."""
         key = self.conditioning_key or ""
-        arguments: dict[str, Tensor] = {}
+        arguments: dict[str, Tensor | None] = {}
         if key.startswith(("concat", "hybrid")):
-            x = torch.cat([x, *c_concat], dim=1)
+            x = torch.cat([x, *_given(c_concat, "c_concat", key)], dim=1)
         if key.startswith(("crossattn", "hybrid")):
-            arguments["context"] = torch.cat(list(c_crossattn), dim=1)
+            arguments["context"] = torch.cat(_given(c_crossattn, "c_crossattn", key), dim=1)
         if key.endswith("adm"):
-            arguments["y"] = c_crossattn[0] if key == "adm" and c_adm is None else c_adm
+            in_context = key == "adm" and c_adm is None
+            arguments["y"] = _given(c_crossattn, "c_adm", key)[0] if in_context else c_adm
         return self.diffusion_model(x, t, **arguments)
+
+
+def _given(conditioning: Sequence[Tensor] | None, name: str, key: str) -> list[Tensor]:
+    """A conditioning that a model with this `conditioning_key` cannot do without."""
+    if conditioning is None:
+        raise ValueError(f"a model with conditioning_key {key!r} needs {name} in its conditioning")
+    return list(conditioning)
 
 
 class DDPM(AncestralSampling, DiffusionProcess, pl.LightningModule):
@@ -242,8 +250,8 @@ class DDPM(AncestralSampling, DiffusionProcess, pl.LightningModule):
         alpha = self.alphas_cumprod[t]
         snr = alpha / (1 - alpha)
         # A squared error in eps is SNR times that in x_0, one in v (SNR + 1) times.
-        unit = {"x0": 1.0, "eps": snr, "v": snr + 1}[self.parameterization]
-        return snr.clamp(max=self.min_snr) / unit
+        units: dict[str, Tensor | float] = {"x0": 1.0, "eps": snr, "v": snr + 1}
+        return snr.clamp(max=self.min_snr) / units[self.parameterization]
 
     def p_losses(
         self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, cond: Conditioning = None
@@ -307,9 +315,11 @@ class DDPM(AncestralSampling, DiffusionProcess, pl.LightningModule):
             batch_size=size,
         )
         if self.scheduler_config is not None:
+            optimizers = self.optimizers()
+            optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
             self.log(
                 "lr_abs",
-                self.optimizers().param_groups[0]["lr"],
+                optimizer.param_groups[0]["lr"],
                 prog_bar=True,
                 on_step=True,
                 on_epoch=False,
@@ -438,6 +448,8 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
         *args, **kwargs: see DDPM.
     """
 
+    scale_factor: float | Tensor  # a buffer with `scale_by_std`
+
     def __init__(
         self,
         first_stage_config: Mapping[str, Any],
@@ -463,7 +475,7 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
         # Starting weights also fill the first stage and the conditioning's encoder, which are not there before the end.
         names = ("ckpt_path", "ignore_keys", "load_only_unet", "reset_ema", "reset_num_ema_updates")
         start = {"ckpt_path": None} | {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().__init__(*args, conditioning_key=conditioning_key, **kwargs)
+        super().__init__(*args, **kwargs | {"conditioning_key": conditioning_key})
         self.clip_denoised = False  # latents are not confined to [-1, 1]
         self.num_timesteps_cond = 1
         self.concat_mode = concat_mode
@@ -519,7 +531,7 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
                 raise ConfigError("scale_by_std sets scale_factor itself; leave that at 1.0")
             images = super().get_input(batch, self.first_stage_key).to(self.device)
             latents = self.get_first_stage_encoding(self.encode_first_stage(images)).detach()
-            self.scale_factor.fill_(1.0 / latents.std())
+            torch.as_tensor(self.scale_factor).fill_(1.0 / latents.std())
             logger.info(
                 "scale_factor set to %.5f, the inverse of the latents' standard deviation", float(self.scale_factor)
             )
@@ -651,10 +663,10 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
         """
         if cond is None:
             return self.model(x_noisy, t)
-        if not isinstance(cond, Mapping):
-            key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
-            cond = {key: list(cond) if isinstance(cond, (list, tuple)) else [cond]}
-        return self.model(x_noisy, t, **cond)
+        if isinstance(cond, Mapping):
+            return self.model(x_noisy, t, **cond)
+        key = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
+        return self.model(x_noisy, t, **{key: list(cond) if isinstance(cond, (list, tuple)) else [cond]})
 
     def p_losses(  # the order of arguments is the public one of this class
         self, x_start: Tensor, cond: Conditioning, t: Tensor, noise: Tensor | None = None
@@ -691,7 +703,9 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
         shape = tuple(shape) if shape is not None else self.sample_shape()
         if ddim:
             return DDIMSampler(self).sample(ddim_steps, batch_size, shape, cond, verbose=False, **options)
-        return self.sample(cond=cond, shape=(batch_size, *shape), return_intermediates=True, verbose=False, **options)
+        full_shape = (batch_size, *shape)
+        latents, kept = self.sample(cond, shape=full_shape, return_intermediates=True, verbose=False, **options)
+        return latents, kept
 
     @torch.no_grad()
     def log_images(
@@ -730,7 +744,12 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
         """
         z, c, log = self.logged_inputs(batch, N)
         ddim = ddim_steps is not None
-        steps = {"ddim": ddim, "ddim_steps": ddim_steps, "shape": z.shape[1:], **({"eta": ddim_eta} if ddim else {})}
+        steps: dict[str, Any] = {
+            "ddim": ddim,
+            "ddim_steps": ddim_steps,
+            "shape": z.shape[1:],
+            **({"eta": ddim_eta} if ddim else {}),
+        }
         if plot_diffusion_rows:
             log["diffusion_row"] = self._decoded_rows(self._noised_steps(z[:n_row]))
         with self.ema_scope() if use_ema_scope else nullcontext():
@@ -740,7 +759,7 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
                 if plot_denoise_rows and ddim:
                     log["denoise_row"] = self._decoded_rows(kept["pred_x0"])
             if unconditional_guidance_scale > 1.0 and ddim and c is not None:
-                guidance = {
+                guidance: dict[str, Any] = {
                     "unconditional_guidance_scale": unconditional_guidance_scale,
                     "unconditional_conditioning": self.unconditional_like(c, len(z), unconditional_guidance_label),
                 }

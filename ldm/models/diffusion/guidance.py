@@ -97,7 +97,8 @@ class BatchedGuidance:
         if scale == 1.0:
             return self.model.apply_model(x, t, self.cond)
         both = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self.both)  # (2B, C, h, w)
-        return combine(*both.chunk(2), scale)
+        of_uncond, of_cond = both.chunk(2)
+        return combine(of_uncond, of_cond, scale)
 
 
 class CorrectedGuidance:
@@ -156,7 +157,7 @@ def can_join(uncond: Conditioning, cond: Conditioning) -> bool:
     return cond is None and uncond is None
 
 
-def join_conditioning(uncond: Conditioning, cond: Conditioning) -> Any:
+def join_conditioning(uncond: Any, cond: Any) -> Any:
     """Both conditionings in one batch, unconditional first; see `can_join`."""
     if isinstance(cond, Mapping):
         return {key: join_conditioning(uncond[key], cond[key]) for key in cond}
@@ -168,8 +169,9 @@ def join_conditioning(uncond: Conditioning, cond: Conditioning) -> Any:
 def check_batch(conditioning: Conditioning, batch_size: int, what: str = "a conditioning") -> None:
     """Raise ValueError if a tensor in `conditioning` is not for `batch_size` pictures."""
     if isinstance(conditioning, Mapping):
-        conditioning = list(conditioning.values())
-    if isinstance(conditioning, (list, tuple)):
+        for value in conditioning.values():
+            check_batch(value, batch_size, what)
+    elif isinstance(conditioning, (list, tuple)):
         for entry in conditioning:
             check_batch(entry, batch_size, what)
     elif isinstance(conditioning, Tensor) and conditioning.dim() and conditioning.shape[0] != batch_size:

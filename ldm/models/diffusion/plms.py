@@ -44,6 +44,7 @@ class PLMSSampler(DDIMSampler):
             combined = (eps + ahead) / 2
         else:
             newest_first = [eps, *reversed(self._older)]
-            combined = sum(w * e for w, e in zip(_WEIGHTS[len(self._older)], newest_first, strict=True))
+            weighted = (w * e for w, e in zip(_WEIGHTS[len(self._older)], newest_first, strict=True))
+            combined = sum(weighted, torch.zeros_like(eps))
         self._older = [*self._older, eps][-3:]
         return move(combined)

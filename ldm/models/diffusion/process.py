@@ -84,6 +84,17 @@ class DiffusionProcess(nn.Module):
         v_posterior: see `diffusion_quantities`.
     """
 
+    betas: Tensor
+    alphas_cumprod: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    log_one_minus_alphas_cumprod: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+    lvlb_weights: Tensor
+
     def __init__(
         self,
         beta_schedule: str = "linear",
@@ -140,12 +151,12 @@ class DiffusionProcess(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffusionProcess":
         """What `to`, `half`, `cuda`, `to_empty` and others do: the schedule follows to another device and keeps its values."""
-        exact = {name: self._buffers[name] for name in self._float32_buffers}
+        exact = {name: values for name, values in self._buffers.items() if name in self._float32_buffers}
         super()._apply(fn, recurse)
         for name, values in exact.items():
-            device = self._buffers[name].device
-            if not values.is_meta:
-                self._buffers[name] = values.to(device)
+            moved = self._buffers[name]
+            if values is not None and moved is not None and not values.is_meta:
+                self._buffers[name] = values.to(moved.device)
         return self
 
     def _at(self, quantity: Tensor, t: Tensor, like: Tensor) -> Tensor:

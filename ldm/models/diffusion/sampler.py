@@ -84,7 +84,8 @@ class StepTable:
 
     def factors(self, index: int) -> tuple[float, float]:
         """Signal and noise level where a step starts."""
-        return self._factors[index][:2]
+        signal, noise_level, *_ = self._factors[index]
+        return signal, noise_level
 
     def step(self, number: int, count: int, batch_size: int, device: torch.device) -> Step:
         """The `number`-th step of a run over the first `count` entries, which begins with the last of them."""
@@ -134,7 +135,10 @@ class Denoiser:
 
     def settle(self, x0: Tensor) -> Tensor:
         """The x_0 that a step goes on with, for the one that it has predicted."""
-        return self.model.first_stage_model.quantize(x0)[0] if self.quantize else x0
+        if not self.quantize:
+            return x0
+        first_stage: Any = getattr(self.model, "first_stage_model", None)  # only some models have one
+        return first_stage.quantize(x0)[0]
 
 
 class Sampler:
@@ -285,8 +289,10 @@ class Sampler:
         Raises:
             ValueError, TypeError: options that do not fit, or that this sampler does not have.
         """
-        if (S is None) == (ddim_steps is None):
+        given = [number for number in (S, ddim_steps) if number is not None]
+        if len(given) != 1:
             raise TypeError("give the number of steps once, as S or as ddim_steps")
+        steps = given[0]
         if batch_size is None or shape is None:
             raise TypeError("sample() needs batch_size and shape (channels, height, width)")
         if len(shape) != 3:
@@ -298,7 +304,6 @@ class Sampler:
             )
         if normals_sequence is not None:
             logger.warning("normals_sequence has no effect; give initial noise as x_T, or generators")
-        steps = S if S is not None else ddim_steps
         if steps != int(steps):
             raise ValueError(f"the number of steps must be a whole number, found {steps}")
         self.make_schedule(steps, ddim_eta=eta, verbose=verbose)
@@ -404,17 +409,16 @@ class Sampler:
             raise ValueError(f"{count} steps of a schedule of {len(table)}")
         if log_every_t < 1:
             raise ValueError(f"log_every_t must be at least 1, found {log_every_t}")
-        if mask is not None:
-            mask, x0 = self._mask(mask, x0, x)
+        keep = None if mask is None else self._mask(mask, x0, x)
         kept: Intermediates = {"x_inter": [x], "pred_x0": [x]}
         self.start(count)
         for number in tqdm(range(count), desc=type(self).__name__, disable=not verbose):
             at = table.step(number, count, len(x), x.device)
-            if mask is not None and self.mask_before_step:
-                x = self._blend(x, mask, x0, at, table, denoiser.noise)
+            if keep is not None and self.mask_before_step:
+                x = self._blend(x, *keep, at, table, denoiser.noise)
             x, pred_x0 = self.step(x, at, denoiser)
-            if mask is not None and not self.mask_before_step:
-                x = self._blend(x, mask, x0, at, table, denoiser.noise)
+            if keep is not None and not self.mask_before_step:
+                x = self._blend(x, *keep, at, table, denoiser.noise)
             if on_step:
                 on_step(at, x, pred_x0)
             if at.index % log_every_t == 0 or number == 0:

@@ -75,7 +75,7 @@ def make_scheduler(scheduler: Any, model: DiffusionModel) -> Any:
         scheduler = getattr(diffusers, name)
     if isinstance(scheduler, type):
         settings = scheduler_settings(model) | settings
-        accepted = inspect.signature(scheduler.__init__).parameters
+        accepted = inspect.signature(scheduler).parameters
         scheduler = scheduler(**{key: value for key, value in settings.items() if key in accepted})
     made = copy.deepcopy(scheduler)
     expected = getattr(getattr(made, "config", None), "prediction_type", None)

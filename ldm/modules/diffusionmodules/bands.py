@@ -8,8 +8,9 @@ map is not held either, but computed from the smaller one whenever a band of it 
 Shapes: B batch, C channels, H W the height and width of a map; a band is rows `start` to `end` of one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,8 @@ class FeatureMap:
 def decode_in_bands(decoder: Decoder, z: Tensor, positions: int) -> Tensor:
     """What `decoder(z)` gives, (B, z_channels, h, w) -> (B, out_ch, H, W), in bands of about `positions` positions."""
     current = _held(decoder.mid(decoder.conv_in(z)), positions)
-    for level in reversed(decoder.up):
+    levels: Iterator[Any] = reversed(decoder.up)
+    for level in levels:
         for index, block in enumerate(level.block):
             current = _resnet_block(block, current)
             if len(level.attn):
@@ -66,7 +68,8 @@ def encode_in_bands(encoder: Encoder, x: Tensor, positions: int) -> Tensor:
         _gather(picture, lambda start, end: _convolve(encoder.conv_in, picture.rows, picture.height, start, end)),
         positions,
     )
-    for level in encoder.down:
+    levels: Iterable[Any] = encoder.down
+    for level in levels:
         for index, block in enumerate(level.block):
             current = _resnet_block(block, current)
             if len(level.attn):
@@ -88,6 +91,7 @@ def _gather(like: FeatureMap, band: Rows) -> Tensor:
         if whole is None:
             whole = part.new_empty(*part.shape[:2], like.height, part.shape[3])
         whole[:, :, start:end] = part
+    assert whole is not None  # a map has at least one band
     return whole
 
 
@@ -102,7 +106,9 @@ def _statistics(norm: nn.GroupNorm, x: FeatureMap) -> tuple[Tensor, Tensor]:
 
     Means and variances of the bands are joined as in Chan et al. 1979, which does not lose digits as sums of squares do.
     """
-    count, mean, squares = 0, 0.0, 0.0  # of all bands so far; squares of deviations from the mean
+    count = 0  # of all bands so far, as the others; squares of deviations from the mean
+    mean: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
     for start, end in x.bands():
         band = x.rows(start, end).float()
         band = band.reshape(len(band), norm.num_groups, -1)  # (B, groups, n)
@@ -112,10 +118,11 @@ def _statistics(norm: nn.GroupNorm, x: FeatureMap) -> tuple[Tensor, Tensor]:
         squares = squares + variance * n + offset.square() * (count * n / (count + n))
         mean = mean + offset * (n / (count + n))
         count += n
-    scale = (squares / count + norm.eps).rsqrt()  # (B, groups)
-    scale, mean = (t.repeat_interleave(norm.num_channels // norm.num_groups, dim=1) for t in (scale, mean))  # (B, C)
-    factor = scale * norm.weight.float()
-    return factor[:, :, None, None], (norm.bias.float() - mean * factor)[:, :, None, None]
+    scale = torch.as_tensor(squares / count + norm.eps).rsqrt()  # (B, groups)
+    width = norm.num_channels // norm.num_groups
+    factor = scale.repeat_interleave(width, dim=1) * norm.weight.float()  # (B, C)
+    centres = torch.as_tensor(mean).repeat_interleave(width, dim=1)  # (B, C)
+    return factor[:, :, None, None], (norm.bias.float() - centres * factor)[:, :, None, None]
 
 
 def _normed(norm: nn.GroupNorm, x: FeatureMap) -> Rows:
@@ -182,4 +189,5 @@ def _reduced(downsample: Downsample, x: FeatureMap) -> FeatureMap:
         if out is None:
             out = band.new_empty(*band.shape[:2], height, band.shape[3])
         out[:, :, start:end] = band
+    assert out is not None  # a map has at least one band
     return _held(out, x.positions)

@@ -4,7 +4,7 @@ Shapes: B batch, C channels, H W pixels, h w the latent's height and width.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -228,7 +228,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in_channels, H, W) -> (B, z or 2z, h, w)
         h = self.conv_in(x)
-        for level in self.down:
+        levels: Iterable[Any] = self.down
+        for level in levels:
             h = level(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
@@ -284,13 +285,14 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight that adaptive losses take gradients at."""
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:  # (B, z_channels, h, w) -> (B, out_ch, H, W)
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
+        levels: Iterator[Any] = reversed(self.up)
+        for level in levels:
             h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)

@@ -23,6 +23,7 @@ from ldm.modules.diffusionmodules.util import (
     normalization,
     repeat_rows,
     timestep_embedding,
+    weight_of,
     zero_module,
 )
 from ldm.util import ConfigError
@@ -262,6 +263,33 @@ class UNetEncoder(nn.Module):
         use_linear_in_transformer: see SpatialTransformer.
     """
 
+    image_size: int | None
+    in_channels: int
+    model_channels: int
+    num_res_blocks: Sequence[int]
+    attention_resolutions: Sequence[int]
+    dropout: float
+    channel_mult: Sequence[int]
+    conv_resample: bool
+    dims: int
+    use_checkpoint: bool
+    use_fp16: bool
+    num_heads: int
+    num_head_channels: int
+    num_heads_upsample: int
+    use_scale_shift_norm: bool
+    resblock_updown: bool
+    use_new_attention_order: bool
+    use_spatial_transformer: bool
+    transformer_depth: int
+    context_dim: int | Sequence[int] | None
+    n_embed: int | None
+    legacy: bool
+    disable_self_attentions: Sequence[bool] | None
+    num_attention_blocks: Sequence[int] | None
+    disable_middle_self_attn: bool
+    use_linear_in_transformer: bool
+
     def __init__(
         self,
         image_size: int | None = None,
@@ -400,9 +428,18 @@ class UNetEncoder(nn.Module):
         disabled = bool(self.disable_self_attentions[level]) if self.disable_self_attentions is not None else False
         return self.attention(channels, disabled, upsampling)
 
-    def embed_timesteps(self, timesteps: Tensor) -> Tensor:
+    @property
+    def input_weight(self) -> Tensor:
+        """The weight of the first convolution, which says in what precision the encoder works and whether it is trained."""
+        first: Any = self.input_blocks[0]
+        return weight_of(first[0])
+
+    def embed_timesteps(self, timesteps: Tensor | None) -> Tensor:
         """timesteps (B,), fractions too -> (B, E)."""
-        return self.time_embed(timestep_embedding(timesteps, self.model_channels).to(self.time_embed[0].weight.dtype))
+        if timesteps is None:
+            raise ValueError("timesteps must be given; they are only optional in the signature, as published")
+        embedding = timestep_embedding(timesteps, self.model_channels)
+        return self.time_embed(embedding.to(weight_of(self.time_embed[0]).dtype))
 
 
 def build_encoder(options: UNetEncoder) -> tuple[nn.ModuleList, TimestepEmbedSequential, list[int]]:
@@ -519,7 +556,7 @@ class UNetModel(UNetEncoder):
         self.out = nn.Sequential(
             normalization(width), nn.SiLU(), zero_module(conv_nd(dims, width, out_channels, 3, padding=1))
         )
-        if self.predict_codebook_ids:
+        if self.n_embed is not None:
             self.id_predictor = nn.Sequential(normalization(width), conv_nd(dims, width, self.n_embed, 1))
         if self.use_fp16:
             self.convert_to_fp16()
@@ -534,7 +571,7 @@ class UNetModel(UNetEncoder):
         self.dtype = torch.float32
         self.float()
 
-    def embed_timesteps(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+    def embed_timesteps(self, timesteps: Tensor | None, y: Tensor | None = None) -> Tensor:
         """timesteps (B,) and, in class-conditional models, labels y (B,) -> (B, E)."""
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("y must be given if and only if the model is class-conditional")
@@ -545,7 +582,7 @@ class UNetModel(UNetEncoder):
 
     def encode(self, x: Tensor, emb: Tensor, context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """The middle block's output (B, C, h', w') and the skip connections, first level first."""
-        hidden = x.to(self.input_blocks[0][0].weight.dtype)
+        hidden = x.to(self.input_weight.dtype)
         context = None if context is None else context.to(hidden.dtype)
         skips = []
         for block in self.input_blocks:
@@ -557,7 +594,9 @@ class UNetModel(UNetEncoder):
         """Middle output and skip connections -> (B, out_channels, h, w)."""
         context = None if context is None else context.to(hidden.dtype)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
-            hidden = block(torch.cat([hidden, repeat_rows(skip, len(hidden))], dim=1), emb, context)  # (B, C_i, h_i, w_i)
+            hidden = block(
+                torch.cat([hidden, repeat_rows(skip, len(hidden))], dim=1), emb, context
+            )  # (B, C_i, h_i, w_i)
         return self.id_predictor(hidden) if self.predict_codebook_ids else self.out(hidden)
 
     def forward(

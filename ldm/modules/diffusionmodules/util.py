@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -34,15 +34,14 @@ __all__ = [
     "repeat_rows",
     "scale_module",
     "timestep_embedding",
+    "weight_of",
     "zero_module",
 ]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 _HALF = ({torch.bfloat16}, {torch.float16})
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_AVERAGE_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_AVERAGE_POOLS: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
@@ -104,6 +103,13 @@ def mean_flat(tensor: Tensor) -> Tensor:  # (B, ...) -> (B,)
     return tensor.flatten(1).mean(1)
 
 
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer that has one."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
     """x (B, ...) repeated along its first axis to `rows`, a multiple of B; x itself where it has as many or more."""
     return x if len(x) >= rows else x.repeat(rows // len(x), *((1,) * (x.dim() - 1)))
@@ -142,7 +148,7 @@ def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable
     return func(*inputs)
 
 
-def in_own_precision(forward: F) -> F:
+def in_own_precision(forward: Callable[..., Any]) -> Callable[..., Any]:
     """For the `forward` of a network: one whose weights are all in half precision computes in it, also inside autocast.
 
     Autocast would convert the input of every norm to float32 and back, which costs time and, in training, memory.

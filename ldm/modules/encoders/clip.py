@@ -63,6 +63,8 @@ class _Layer(nn.Module):
 class _Embeddings(nn.Module):
     """Token plus position embeddings; `position_ids` is in old files and not in new ones, so loading takes both."""
 
+    position_ids: Tensor
+
     def __init__(self, vocabulary: int, width: int, length: int) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(vocabulary, width)

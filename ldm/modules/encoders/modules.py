@@ -312,6 +312,7 @@ class FrozenCLIPEmbedder(FrozenTextEncoder):
     def _chosen_layer(self, tokens: Tensor) -> Tensor:
         """Token ids (B, L) -> (B, L, D), or (B, 1, D) where pooled."""
         if self.layer == "hidden":
+            assert self.layer_idx is not None  # as the constructor has checked
             return self.transformer.hidden_states(tokens)[self.layer_idx]
         states = self.transformer(tokens)  # (B, L, D)
         if self.layer == "last":
