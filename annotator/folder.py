@@ -4,10 +4,11 @@ import logging
 import os
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+from annotator.detector import first_line
 from annotator.registry import Annotator, Hint, Request
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ class Job(Protocol):
     def picture(self) -> Any: ...
 
 
-Read, Write = Callable[[Any], Request], Callable[[Any, Hint], None]
+Read = Callable[[Any], Request]
+Write = Callable[[Any, Hint], None]
 Reports = Iterator[tuple[Any, str | None]]  # a job that is done with None, or with one line that says what went wrong
 
 
@@ -54,20 +56,21 @@ def run(
             nothing. A batch that does not fit into memory is halved.
         workers: threads that read and write; as many as there are processors if not given.
     """
-    detector, workers = annotator.detector, workers or usable_cpus()
+    detector: Any = annotator.detector
+    workers = workers or usable_cpus()
     pool = ThreadPoolExecutor(workers)
 
-    def work(job: Job) -> None:
+    def detect_and_write(job: Job) -> None:
         request = read(job)
         write(job, annotator.finish(request, detector.detect(request.view, **request.parameters)))
 
     try:
         if hasattr(detector, "prepare"):
             batch = batch or (1 if detector.device.type == "cpu" else BATCH)
-            yield from _run_network(annotator, jobs, read, write, batch, workers, pool)
+            yield from _run_network(annotator, jobs, read, write, batch, 2 * batch + workers, pool)
         else:
-            for job, _, complaint in _ahead(pool, work, jobs, 2 * workers):
-                yield job, complaint
+            for job, done in _ahead(jobs, lambda job: pool.submit(detect_and_write, job), 2 * workers):
+                yield job, _complaint(job, done.exception())
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -78,92 +81,82 @@ def _run_network(
     read: Read,
     write: Write,
     batch: int,
-    workers: int,
+    ahead: int,
     pool: ThreadPoolExecutor,
 ) -> Reports:
     """Three stations: reading, the network's turn, writing; each holds a few pictures, so that memory stays flat."""
     from torch import stack  # which detectors without a network do without
 
-    detector = annotator.detector
-    groups: dict[Any, list] = defaultdict(
-        list
-    )  # what can be one batch: jobs with their requests and the network's inputs
-    writing: deque = deque()
+    detector: Any = annotator.detector
+    groups: dict[Any, list] = defaultdict(list)  # jobs, requests and network inputs, by what can be one batch
+    writing: deque[tuple[Job, Future]] = deque()
 
     def encode(job: Job) -> tuple[Request, Any]:
         request = read(job)
         return request, detector.prepare(request.view)
 
-    def write_output(job: Job, request: Request, output: Any) -> None:
+    def decode_and_write(job: Job, request: Request, output: Any) -> None:
+        if isinstance(output, Exception):
+            raise output
         write(job, annotator.finish(request, detector.finish(output, request.view, **request.parameters)))
 
-    def run_group(group: list) -> Reports:
+    def outputs(group: list) -> list[Any]:
+        """The network's outputs, or errors in their place; what fails together is tried again in halves."""
         nonlocal batch
-        todo = [group[start : start + batch] for start in range(0, len(group), batch)]
+        try:
+            return detector.run(stack([x for _, _, x in group]), **group[0][1].parameters)
+        except Exception as err:
+            if len(group) == 1:
+                return [err]
+            reason = str(err)  # the error itself would keep what the network has allocated
+        half = (len(group) + 1) // 2
+        if "memory" in reason and half < batch:
+            batch = half
+            logger.warning("%d pictures at once do not fit into memory; going on with %d", len(group), batch)
+        return outputs(group[:half]) + outputs(group[half:])
+
+    def run_group(group: list) -> Reports:
+        for start in range(0, len(group), batch):
+            part = group[start : start + batch]
+            for (job, request, _), output in zip(part, outputs(part), strict=True):
+                writing.append((job, pool.submit(decode_and_write, job, request, output)))
         group.clear()
-        while todo:
-            part, failure = todo.pop(), None
-            try:
-                outputs = detector.run(stack([x for _, _, x in part]), **part[0][1].parameters)
-            except Exception as err:
-                failure = err if len(part) == 1 else str(err)  # a traceback would keep what the network has allocated
-            if failure is None:
-                for (job, request, _), output in zip(part, outputs, strict=True):
-                    writing.append((job, pool.submit(_attempt, write_output, job, request, output)))
-            elif len(part) == 1:
-                yield part[0][0], _complaint(part[0][0], failure)
-            else:
-                if "memory" in failure:
-                    batch = (len(part) + 1) // 2
-                    logger.warning("%d pictures at once do not fit into memory; going on with %d", len(part), batch)
-                todo += [part[len(part) // 2 :], part[: len(part) // 2]]
+        yield from written(2 * batch)
 
     def written(limit: int) -> Reports:
         while len(writing) > limit:
             job, future = writing.popleft()
-            yield job, future.result()[1]
+            yield job, _complaint(job, future.exception())
 
-    for job, item, complaint in _ahead(pool, encode, jobs, 2 * batch + workers):
-        if complaint:
-            yield job, complaint
+    for job, found in _ahead(jobs, lambda job: pool.submit(encode, job), ahead):
+        if err := found.exception():
+            yield job, _complaint(job, err)
             continue
-        request, x = item
+        request, x = found.result()
         groups[x.shape, tuple(request.parameters.items())].append((job, request, x))
         largest = max(groups.values(), key=len)
-        if (
-            len(largest) >= batch or sum(map(len, groups.values())) >= 4 * batch
-        ):  # pictures of many shapes must not pile up
+        # Pictures of many shapes must not pile up.
+        if len(largest) >= batch or sum(map(len, groups.values())) >= 4 * batch:
             yield from run_group(largest)
-        yield from written(2 * batch)
     for group in groups.values():
         yield from run_group(group)
     yield from written(0)
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable, jobs: Sequence[Job], count: int
-) -> Iterator[tuple[Any, Any, str | None]]:
-    """Each job with what the pool has made of it and a complaint, in order; the pool is at most `count` jobs ahead."""
-    waiting: deque = deque()
+def _ahead(jobs: Iterable[Job], submit: Callable[[Job], Future], count: int) -> Iterator[tuple[Job, Future]]:
+    """The jobs in order, each with its future when that is done; at most `count` are submitted at a time."""
+    waiting: deque[tuple[Job, Future]] = deque()
     for job in jobs:
-        waiting.append((job, pool.submit(_attempt, work, job)))
+        waiting.append((job, submit(job)))
         if len(waiting) >= count:
-            first, future = waiting.popleft()
-            yield first, *future.result()
-    for job, future in waiting:
-        yield job, *future.result()
+            yield waiting.popleft()
+    yield from waiting
 
 
-def _attempt(work: Callable[..., Any], job: Job, *rest: Any) -> tuple[Any, str | None]:
-    """What the work gives, and what went wrong."""
-    try:
-        return work(job, *rest), None
-    except Exception as err:  # one picture must not stop the rest, whatever its trouble is
-        return None, _complaint(job, err)
-
-
-def _complaint(job: Job, err: Exception) -> str:
+def _complaint(job: Job, err: BaseException | None) -> str | None:
+    """What went wrong with one picture, in a line."""
+    if err is None:
+        return None
     logger.debug("%s failed", job.picture, exc_info=err)
-    reason = (str(err).strip().splitlines() or [""])[0]
-    line = reason if isinstance(err, (ValueError, OSError)) else f"{type(err).__name__}: {reason}"
+    line = first_line(err) if isinstance(err, (ValueError, OSError)) else f"{type(err).__name__}: {first_line(err)}"
     return line if str(job.picture) in line else f"{job.picture}: {line}"

@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from annotator.lineart.model import Generator
 from annotator.network import LazyNetwork, NetworkDetector, to_tensor
@@ -25,13 +25,11 @@ class LineartDetector(NetworkDetector):
     network = LazyNetwork("sk_model.pth")
     coarse_network = LazyNetwork("sk_model2.pth")
     min_side = Generator.MIN_SIDE
+    build_network = Generator
 
     def load(self, coarse: bool | None = None, **parameters: Any) -> None:
         if coarse is not None:
             _ = self.coarse_network if coarse else self.network
-
-    def build_network(self) -> nn.Module:
-        return Generator()
 
     def encode(self, image: np.ndarray) -> Tensor:
         return to_tensor(image) / 255.0

@@ -120,7 +120,6 @@ def test_its_conventions_and_the_references_side_by_side(tmp_path):
         assert np.array_equal(np.asarray(detector(Image.fromarray(PHOTO), **sizes)), want)
         assert np.array_equal(np.asarray(detector(PHOTO, **sizes)), want)
         assert np.array_equal(detector(input_image=PHOTO, **sizes, output_type="np"), want)
-        assert np.array_equal(detector(PHOTO, **sizes, return_pil=False), want)
         assert np.array_equal(detector(PHOTO, **sizes, output_type="np", scribble=True), fake_scribble(want))
     assert np.array_equal(CannyDetector()(PHOTO, **sizes).shape, (192, 192, 3))  # as arrays are answered there
     assert isinstance(CannyDetector()(PHOTO, **sizes, output_type="pil"), Image.Image)

@@ -118,7 +118,7 @@ def test_published_wrappings_are_taken_off(tmp_path, wrapped, prefix):
     tensors = {f"{prefix}conv.weight": torch.randn(2, 3), f"{prefix}conv.bias": torch.randn(2).half()}
     path = tmp_path / "net.pth"
     torch.save({"state_dict": tensors, "meta": {"epoch": 3}} if wrapped else tensors, path)
-    read = read_state_dict(path, wrapper="state_dict")
+    read = read_state_dict(path)
     assert list(read) == ["conv.weight", "conv.bias"]
     assert torch.equal(read["conv.weight"], tensors[f"{prefix}conv.weight"])
     if not wrapped:
@@ -155,7 +155,7 @@ def test_broken_and_hostile_files_are_named_and_execute_nothing(tmp_path):
     for content in ([torch.zeros(1)], {"state_dict": {"model": {}}}, {1: torch.zeros(1)}):
         torch.save(content, path)
         with pytest.raises(WeightsError, match="net.pth"):
-            read_state_dict(path, "state_dict")
+            read_state_dict(path)
 
 
 def test_files_of_other_networks_are_refused_with_some_of_the_entries():
