@@ -4,7 +4,7 @@ import logging
 import os
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -48,6 +48,8 @@ def run(
 ) -> Reports:
     """Do the jobs, and report each when it is done.
 
+    While the network sees one chunk of pictures, threads read the next one and write the one before; so memory stays flat.
+
     Args:
         annotator: its networks should be loaded (`annotator.detector.load`), or each picture reports what is missing.
         read: what the detector is to be called with for a job; called by several threads, as is `write`.
@@ -57,52 +59,23 @@ def run(
         workers: threads that read and write; as many as there are processors if not given.
     """
     detector: Any = annotator.detector
+    has_network = hasattr(detector, "prepare")
+    at_once = batch or (BATCH if has_network and detector.device.type != "cpu" else 1)
     workers = workers or usable_cpus()
     pool = ThreadPoolExecutor(workers)
 
-    def detect_and_write(job: Job) -> None:
+    def begin(job: Job) -> tuple[Request, Any]:
+        """The network's input; without a network, the map."""
         request = read(job)
-        write(job, annotator.finish(request, detector.detect(request.view, **request.parameters)))
+        if has_network:
+            return request, detector.prepare(request.view)
+        return request, detector.detect(request.view, **request.parameters)
 
-    try:
-        if hasattr(detector, "prepare"):
-            batch = batch or (1 if detector.device.type == "cpu" else BATCH)
-            yield from _run_network(annotator, jobs, read, write, batch, 2 * batch + workers, pool)
-        else:
-            for job, done in _ahead(jobs, lambda job: pool.submit(detect_and_write, job), 2 * workers):
-                yield job, _complaint(job, done.exception())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _run_network(
-    annotator: Annotator,
-    jobs: Sequence[Job],
-    read: Read,
-    write: Write,
-    batch: int,
-    ahead: int,
-    pool: ThreadPoolExecutor,
-) -> Reports:
-    """Three stations: reading, the network's turn, writing; each holds a few pictures, so that memory stays flat."""
-    from torch import stack  # which detectors without a network do without
-
-    detector: Any = annotator.detector
-    groups: dict[Any, list] = defaultdict(list)  # jobs, requests and network inputs, by what can be one batch
-    writing: deque[tuple[Job, Future]] = deque()
-
-    def encode(job: Job) -> tuple[Request, Any]:
-        request = read(job)
-        return request, detector.prepare(request.view)
-
-    def decode_and_write(job: Job, request: Request, output: Any) -> None:
-        if isinstance(output, Exception):
-            raise output
-        write(job, annotator.finish(request, detector.finish(output, request.view, **request.parameters)))
-
-    def outputs(group: list) -> list[Any]:
+    def network(group: list) -> list[Any]:
         """The network's outputs, or errors in their place; what fails together is tried again in halves."""
-        nonlocal batch
+        nonlocal at_once
+        from torch import stack  # which detectors without a network do without
+
         try:
             return detector.run(stack([x for _, _, x in group]), **group[0][1].parameters)
         except Exception as err:
@@ -110,53 +83,54 @@ def _run_network(
                 return [err]
             reason = str(err)  # the error itself would keep what the network has allocated
         half = (len(group) + 1) // 2
-        if "memory" in reason and half < batch:
-            batch = half
-            logger.warning("%d pictures at once do not fit into memory; going on with %d", len(group), batch)
-        return outputs(group[:half]) + outputs(group[half:])
+        if "memory" in reason and half < at_once:
+            at_once = half
+            logger.warning("%d pictures at once do not fit into memory; going on with %d", len(group), at_once)
+        return network(group[:half]) + network(group[half:])
 
-    def run_group(group: list) -> Reports:
-        for start in range(0, len(group), batch):
-            part = group[start : start + batch]
-            for (job, request, _), output in zip(part, outputs(part), strict=True):
-                writing.append((job, pool.submit(decode_and_write, job, request, output)))
-        group.clear()
-        yield from written(2 * batch)
+    def end(job: Job, request: Request, output: Any) -> None:
+        if isinstance(output, Exception):
+            raise output
+        if has_network:
+            output = detector.finish(output, request.view, **request.parameters)
+        write(job, annotator.finish(request, output))
 
-    def written(limit: int) -> Reports:
-        while len(writing) > limit:
-            job, future = writing.popleft()
+    size = max(4 * at_once, 2 * workers)
+    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    ending: deque[tuple[Job, Future]] = deque()
+    beginning: list[tuple[Job, Future]] = []
+    try:
+        for following in [*chunks, []]:
+            begun, beginning = beginning, [(job, pool.submit(begin, job)) for job in following]
+            groups: dict[Any, list] = defaultdict(list)  # jobs, requests and inputs, by what can be one batch
+            for job, future in begun:
+                if err := future.exception():
+                    yield job, _complaint(job, err)
+                else:
+                    request, x = future.result()
+                    same = (x.shape, *request.parameters.items()) if has_network else None
+                    groups[same].append((job, request, x))
+            for group in groups.values():
+                while group:
+                    part, group = group[:at_once], group[at_once:]
+                    outputs = network(part) if has_network else [x for _, _, x in part]
+                    for (job, request, _), output in zip(part, outputs, strict=True):
+                        ending.append((job, pool.submit(end, job, request, output)))
+                    while ending and (ending[0][1].done() or len(ending) > size):
+                        job, future = ending.popleft()
+                        yield job, _complaint(job, future.exception())
+        for job, future in ending:
             yield job, _complaint(job, future.exception())
-
-    for job, found in _ahead(jobs, lambda job: pool.submit(encode, job), ahead):
-        if err := found.exception():
-            yield job, _complaint(job, err)
-            continue
-        request, x = found.result()
-        groups[x.shape, tuple(request.parameters.items())].append((job, request, x))
-        largest = max(groups.values(), key=len)
-        # Pictures of many shapes must not pile up.
-        if len(largest) >= batch or sum(map(len, groups.values())) >= 4 * batch:
-            yield from run_group(largest)
-    for group in groups.values():
-        yield from run_group(group)
-    yield from written(0)
-
-
-def _ahead(jobs: Iterable[Job], submit: Callable[[Job], Future], count: int) -> Iterator[tuple[Job, Future]]:
-    """The jobs in order, each with its future when that is done; at most `count` are submitted at a time."""
-    waiting: deque[tuple[Job, Future]] = deque()
-    for job in jobs:
-        waiting.append((job, submit(job)))
-        if len(waiting) >= count:
-            yield waiting.popleft()
-    yield from waiting
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _complaint(job: Job, err: BaseException | None) -> str | None:
     """What went wrong with one picture, in a line."""
     if err is None:
         return None
+    if not isinstance(err, Exception):  # such as an interruption
+        raise err
     logger.debug("%s failed", job.picture, exc_info=err)
     line = first_line(err) if isinstance(err, (ValueError, OSError)) else f"{type(err).__name__}: {first_line(err)}"
     return line if str(job.picture) in line else f"{job.picture}: {line}"

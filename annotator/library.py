@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from annotator.detector import first_line, import_extra
-from annotator.network import NetworkDetector, to_tensor
+from annotator.network import NetworkDetector
 from annotator.weights import Hub, WeightsError, find_weights, refuse_unsafe_pickle, search_folders
 
 EXTRA = "detectors"
@@ -31,11 +31,11 @@ class LibraryDetector(NetworkDetector):
     min_side = 32
 
     def encode(self, image: np.ndarray) -> Tensor:
-        return to_tensor(image)
+        return torch.from_numpy(np.require(image, requirements=["C", "W"]))
 
     def forward(self, x: Tensor, **parameters: Any) -> np.ndarray:
-        """What `predict` finds in a batch (B, 3, H, W), 0 to 255, as an array of B objects."""
-        images = list(x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy())
+        """What `predict` finds in a batch (B, H, W, 3), uint8, as an array of B objects."""
+        images = list(x.cpu().numpy())
         results = np.empty(len(images), dtype=object)
         for index, result in enumerate(self.predict(images, **self.arguments() | parameters)):
             results[index] = result

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from annotator.detector import VERSIONS
 from annotator.folder import Job, Read, Write, run
-from annotator.registry import REGISTRY, Annotator, describe, load
+from annotator.registry import REGISTRY, Annotator, AnnotatorInfo, describe, load
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,9 +20,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def versions_of(name: str) -> list[AnnotatorInfo]:
+    """The condition `name` in every version that has it."""
+    return [info for (known, _), info in REGISTRY.items() if known == name]
+
+
 def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out: Sequence[str] = ()) -> None:
     """Give `command` the options of the condition `name`: how it runs, and its parameters but for those left out."""
-    infos = [info for (known, _), info in REGISTRY.items() if known == name]
+    infos = versions_of(name)
     command.set_defaults(detect_resolution=None, device=None, weights=None, batch=None)
     command.add_argument("--version", choices=VERSIONS, help="ControlNet whose conventions hold")
     if any(info.works_at == "detect" for info in infos):

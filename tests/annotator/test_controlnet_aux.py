@@ -148,6 +148,8 @@ def test_mistakes_are_named(tmp_path):
         MidasDetector.from_pretrained(str(tmp_path), model_type="dpt_large")
     with pytest.raises(WeightsError, match="body_pose_model.pth"):
         OpenposeDetector.from_pretrained(str(tmp_path))
+    with pytest.raises(WeightsError, match="sub/ControlNetHED.pth"):
+        HEDdetector.from_pretrained(str(tmp_path), subfolder="sub")
     canny = CannyDetector()
     with pytest.raises(ValueError, match="output_type must be pil or np, got 'latent'"):
         canny(Image.fromarray(PHOTO), output_type="latent")
