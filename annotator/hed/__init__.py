@@ -46,12 +46,7 @@ class HEDdetector(NetworkDetector):
             return to_tensor(image[:, :, ::-1]) / 255.0
         return to_tensor(image)
 
-    def decode(
-        self,
-        output: Any,
-        size: tuple[int, int],
-        safe: Safe = False,
-    ) -> np.ndarray:
+    def decode(self, output: Any, size: tuple[int, int], safe: Safe = False) -> np.ndarray:
         if isinstance(self.network, BSDS500HED):
             edge = output[0].cpu().numpy()  # (h, w)
         else:

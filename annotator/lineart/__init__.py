@@ -38,10 +38,7 @@ class LineartDetector(NetworkDetector):
         return (self.coarse_network if coarse else self.network)(x)
 
     def decode(
-        self,
-        output: Any,
-        size: tuple[int, int],
-        coarse: Annotated[bool, "fewer, bolder lines (sk_model2.pth)"] = False,
+        self, output: Any, size: tuple[int, int], coarse: Annotated[bool, "fewer, bolder lines (sk_model2.pth)"] = False
     ) -> np.ndarray:
         """(H, W), uint8. As in the reference, a side that is no multiple of 4 comes back as the next one (150 gives 152); but
         where a side has fewer than 5 pixels, where the reference fails, the size is kept."""

@@ -31,11 +31,7 @@ class MidasDetector(NetworkDetector):
         return to_tensor(image) / 127.5 - 1.0
 
     def decode(
-        self,
-        output: Any,
-        size: tuple[int, int],
-        a: Flatness = 2 * math.pi,
-        bg_th: Background = 0.1,
+        self, output: Any, size: tuple[int, int], a: Flatness = 2 * math.pi, bg_th: Background = 0.1
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         depth = output[: size[0], : size[1]].cpu().numpy()
         if self.version == "1.1":

@@ -23,13 +23,7 @@ class PidiNetDetector(NetworkDetector):
     def encode(self, image: np.ndarray) -> Tensor:
         return to_tensor(image[:, :, ::-1]) / 255.0
 
-    def decode(
-        self,
-        output: Any,
-        size: tuple[int, int],
-        safe: Safe = False,
-        apply_filter: bool = False,
-    ) -> np.ndarray:
+    def decode(self, output: Any, size: tuple[int, int], safe: Safe = False, apply_filter: bool = False) -> np.ndarray:
         edge = output[-1][0, : size[0], : size[1]].cpu().numpy()  # the fused one of five
         return edges_to_map((edge > 0.5).astype(np.float32) if apply_filter else edge, 2 if safe else 0)
 
