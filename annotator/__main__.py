@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from annotator.detector import first_line
 from annotator.folder import seed_of
 from annotator.options import Parser, add_detector_options, check_resolution, load_annotator, made_with, run_with_bar
 from annotator.pictures import find_pictures, save_png, write_whole
@@ -47,15 +48,18 @@ def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentP
         command = commands.add_parser(known, help=describe(known).title, description=describe(known).title)
         if known != name:
             continue
+        inpaint = name == "inpaint"
         command.add_argument("source", metavar="IN", type=Path, help="a picture or a folder of pictures")
         command.add_argument("target", metavar="OUT", type=Path, help="a .png file or a folder")
-        command.add_argument("--resolution", type=int, help="shorter side of the result, both sides multiples of 64, as training "
-                             "needs them (default: as the picture)")  # fmt: skip
-        default = "map" if name == "inpaint" else "hint"
-        text = f"what a model takes, people look at, or the detector gives (default: {default})"
-        command.add_argument("--save", choices=SAVED, default=default, help=text)
+        text = (
+            "shorter side of the result, both sides multiples of 64, as training needs them (default: as the picture)"
+        )
+        command.add_argument("--resolution", type=int, help=text)
+        text = "what a model takes, people look at, or the detector gives (default: %(default)s)"
+        command.add_argument("--save", choices=SAVED, default="map" if inpaint else "hint", help=text)
         command.add_argument("--force", action="store_true", help="make anew what is already there")
-        if name == "inpaint":
+        command.set_defaults(mask=None)
+        if inpaint:
             text = "where to paint, in white: a picture, or a folder with PNG files of the same names (default: where IN is transparent)"
             command.add_argument("--mask", type=Path, help=text)
         add_detector_options(command, known)
@@ -70,28 +74,27 @@ def _print_list() -> None:
 
 def _plan(source: Path, target: Path) -> list[Job]:
     """All pictures and where each goes: the same name below `target`, as PNG."""
-    if source.is_dir():
-        if target.exists() and not target.is_dir():
-            raise ValueError(f"{target} is a file, but {source} is a folder")
-        if target.resolve() == source.resolve():
-            raise ValueError(f"IN and OUT are the same folder: {source}")
-        jobs: dict[Path, Job] = {}
-        for path in find_pictures(source, target):
-            name = path.relative_to(source)
-            goal = target / name.with_suffix(".png")
-            if goal in jobs:
-                raise ValueError(f"{jobs[goal].picture} and {path} would both become {goal}; rename one of them")
-            jobs[goal] = Job(path, name.as_posix(), goal)
-        return list(jobs.values())
+    many = source.is_dir()
     if not source.exists():
         raise ValueError(f"there is no {source}")
-    if target.is_dir() or not target.suffix:
+    if many and target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, but {source} is a folder")
+    if not many and (target.is_dir() or not target.suffix):
         target = target / f"{source.stem}.png"
-    if target.suffix.lower() != ".png":
+    if not many and target.suffix.lower() != ".png":
         raise ValueError(f"OUT must be a .png file or a folder, not {target}")
     if target.resolve() == source.resolve():
-        raise ValueError(f"IN and OUT are the same file: {source}")
-    return [Job(source, source.name, target)]
+        raise ValueError(f"IN and OUT are the same {'folder' if many else 'file'}: {source}")
+    if not many:
+        return [Job(source, source.name, target)]
+    jobs: dict[Path, Job] = {}
+    for path in find_pictures(source, target):
+        name = path.relative_to(source)
+        goal = target / name.with_suffix(".png")
+        if goal in jobs:
+            raise ValueError(f"{jobs[goal].picture} and {path} would both become {goal}; rename one of them")
+        jobs[goal] = Job(path, name.as_posix(), goal)
+    return list(jobs.values())
 
 
 def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], force: bool) -> list[Job]:
@@ -125,27 +128,25 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(
             "no picture file can hold the -1 of an inpainting hint; --save map keeps its hole as transparency"
         )
-    jobs = _plan(args.source, args.target)
-    many = args.source.is_dir()
+    jobs, many = _plan(args.source, args.target), args.source.is_dir()
     if not many and jobs[0].target.exists() and not args.force:
         raise ValueError(f"{jobs[0].target} exists already; --force makes it anew")
-    masks = getattr(args, "mask", None)
-    if masks is not None and not masks.exists():
-        raise ValueError(f"there is no mask {masks}")
+    if args.mask and not args.mask.exists():
+        raise ValueError(f"there is no mask {args.mask}")
     annotator, parameters = load_annotator(args, args.name)
     settings = made_with(annotator, parameters, args) | {"resolution": args.resolution, "saved": args.save}
-    if masks is not None:
-        settings["mask"] = str(masks.resolve())
+    if args.mask:
+        settings["mask"] = str(args.mask.resolve())
     todo = _unfinished(jobs, args.target, settings, args.force) if many else jobs
 
     def read(job: Job) -> Request:
         own = dict(parameters)
         if many and "seed" in own:
             own["seed"] = seed_of(own["seed"], job.name)
-        mask = masks / Path(job.name).with_suffix(".png") if masks is not None and masks.is_dir() else masks
-        return annotator.request(
-            job.picture, args.resolution, getattr(args, "detect_resolution", None), mask=mask, **own
-        )
+        mask = args.mask
+        if mask and mask.is_dir():
+            mask = mask / Path(job.name).with_suffix(".png")
+        return annotator.request(job.picture, args.resolution, args.detect_resolution, mask=mask, **own)
 
     def write(job: Job, hint: Hint) -> None:
         save_png(job.target, getattr(hint, SAVED[args.save]))
@@ -175,8 +176,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         print(f"{program}: interrupted; start it again to go on", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, ImportError) as err:
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        print(f"{program}: {reason}", file=sys.stderr)
+        print(f"{program}: {first_line(err)}", file=sys.stderr)
         return 2
 
 

@@ -19,12 +19,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_
 import numpy as np
 from PIL import Image
 
-from annotator.pictures import HWC3, Picture, as_array, resize, resize_image, resized_shape
+from annotator.pictures import HWC3, as_array, resize, resize_image, resized_shape
 
 VERSIONS = ("1.0", "1.1")
 VERSION_VARIABLE = "ANNOTATOR_VERSION"
-
-Maps = np.ndarray | tuple[np.ndarray, ...]
 
 _version: str | None = None
 
@@ -50,6 +48,11 @@ def check_version(version: str) -> str:
     return version
 
 
+def first_line(err: BaseException) -> str:
+    """An error's text without what follows its first line; its class if it has none."""
+    return (str(err).strip().splitlines() or [type(err).__name__])[0]
+
+
 def import_extra(module: str, extra: str) -> ModuleType:
     """An optional library; ImportError with the command that installs it if it is missing."""
     try:
@@ -66,27 +69,25 @@ class Parameter:
     kind: type  # bool, int, float or str
     default: bool | int | float | str | None  # None for an argument that may be left out
     help: str
-    minimum: float | None = None  # of a number; included, as is the maximum
-    maximum: float | None = None
+    minimum: Any = None  # of a number; included, as is the maximum
+    maximum: Any = None
     choices: tuple[str, ...] = ()  # of a str
 
-    def check(self, value: object) -> object:
+    def check(self, value: Any) -> Any:
         """`value` in the parameter's type; ValueError if it is of another kind or out of range."""
-        if self.default is None and value is None:
+        if value is None and self.default is None:
             return None
         if self.kind is str:
-            if value not in self.choices:
-                raise ValueError(f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}")
-            return value
-        if self.kind is bool:
-            if not isinstance(value, (bool, np.bool_)):
-                raise ValueError(f"{self.name} must be True or False, got {value!r}")
-            return bool(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            raise ValueError(f"{self.name} must be a number, got {value!r}")
-        if not self.minimum <= value <= self.maximum or (self.kind is int and value != int(value)):
+            fits, wanted = value in self.choices, f"one of {', '.join(self.choices)}"
+        elif self.kind is bool:
+            fits, wanted = isinstance(value, (bool, np.bool_)), "True or False"
+        else:
             whole = "a whole number" if self.kind is int else "a number"
-            raise ValueError(f"{self.name} must be {whole} from {self.minimum:g} to {self.maximum:g}, got {value}")
+            wanted = f"{whole} from {self.minimum:g} to {self.maximum:g}"
+            fits = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+            fits = fits and self.minimum <= value <= self.maximum and self.kind(value) == value
+        if not fits:
+            raise ValueError(f"{self.name} must be {wanted}, got {value!r}")
         return self.kind(value)
 
 
@@ -98,12 +99,12 @@ def read_parameters(function: Callable) -> dict[str, Parameter]:
     hints = get_type_hints(function, include_extras=True)
     parameters = {}
     for name, argument in inspect.signature(function).parameters.items():
-        if get_origin(hints.get(name)) is not Annotated:
-            continue
-        kind, *limits, text = get_args(hints[name])
-        choices = get_args(kind) if get_origin(kind) is Literal else ()
-        kind = str if choices else next((part for part in get_args(kind) if part is not type(None)), kind)
-        parameters[name] = Parameter(name, kind, argument.default, text, *limits, choices=choices)
+        if get_origin(hints.get(name)) is Annotated:
+            kind, *limits, text = get_args(hints[name])
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            kind = str if choices else next((part for part in get_args(kind) if part is not type(None)), kind)
+            minimum, maximum = limits or (None, None)
+            parameters[name] = Parameter(name, kind, argument.default, text, minimum, maximum, choices)
     return parameters
 
 
@@ -117,7 +118,9 @@ class Detector:
     """
 
     call: ClassVar[str] = "detect"  # the method whose arguments, after the picture, are those of the detector
-    output_type: ClassVar[str | None] = "pil"  # of a call in controlnet_aux's way; None: as the picture that was given
+    # In controlnet_aux's way: "pil", or None for a result of the kind that was given; shorter side of the map, None for the picture's.
+    output_type: ClassVar[str | None] = "pil"
+    image_resolution: ClassVar[int | None] = 512
     pretrained = False  # made by `from_pretrained`
 
     def __init__(
@@ -131,21 +134,10 @@ class Detector:
             choose_device(device)  # which computes nothing here, but must exist
         self.version = default_version() if version is None else check_version(version)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_or_path: str | os.PathLike | None = None, **options: Any) -> "Detector":
-        """A detector that is called in controlnet_aux's way."""
-        detector = cls(**options)
-        detector.pretrained = True
-        return detector
-
-    def to(self, device: Any) -> "Detector":
-        """The detector itself, with its networks on `device`."""
-        return self
-
     def load(self, **parameters: Any) -> None:
         """Load what a call with these arguments needs and is not loaded yet; ValueError if it cannot be had."""
 
-    def detect(self, image: np.ndarray, **parameters: Any) -> Maps:
+    def detect(self, image: np.ndarray, *args: Any, **parameters: Any) -> Any:
         """The map of a picture (H, W, C), uint8, at its size: (H, W) or (H, W, 3), uint8; or several."""
         raise NotImplementedError
 
@@ -162,7 +154,7 @@ class Detector:
         """Those of the arguments that people may choose; see `read_parameters`."""
         return read_parameters(getattr(cls, cls.call))
 
-    def __call__(self, input_image: Picture | None = None, *args: Any, **parameters: Any) -> Any:
+    def __call__(self, input_image: Any = None, *args: Any, **parameters: Any) -> Any:
         """The map of a picture; see the module's text for the two conventions and `detect` or `decode` for the arguments.
 
         Args:
@@ -172,35 +164,32 @@ class Detector:
         Returns:
             (H, W) or (H, W, 3), uint8, or several; in controlnet_aux's way a PIL picture or (h, w, 3), uint8.
         """
-        for other_name in ("img", "oriImg"):
-            input_image = parameters.pop(other_name, None) if input_image is None else input_image
         known = self.arguments()
         given = dict(zip(known, args, strict=False))
         if len(args) > len(known) or given.keys() & parameters.keys():
             raise TypeError(f"{type(self).__name__} takes {', '.join(known) or 'nothing'} after the picture, each once")
         parameters |= given
+        image = as_array(input_image)
         if not self.pretrained and not isinstance(input_image, Image.Image) and parameters.keys() <= known.keys():
-            return self.detect(as_array(input_image), **parameters)
+            return self.detect(image, **parameters)
 
-        detect_resolution, image_resolution = (
-            parameters.pop(f"{name}_resolution", 512) for name in ("detect", "image")
-        )
-        output_type = parameters.pop(
-            "output_type", parameters.pop("return_pil", None)
-        )  # the latter is deprecated, and in use
+        view = resize_image(HWC3(image), parameters.pop("detect_resolution", 512))
+        resolution = parameters.pop("image_resolution", self.image_resolution)
+        output_type = parameters.pop("output_type", None) or self.output_type
         if output_type is None:
-            output_type = self.output_type or ("np" if isinstance(input_image, np.ndarray) else "pil")
-        if output_type not in ("pil", "np", True, False):
+            output_type = "np" if isinstance(input_image, np.ndarray) else "pil"
+        if output_type not in ("pil", "np"):
             raise ValueError(f"output_type must be pil or np, got {output_type!r}")
-        view = resize_image(HWC3(as_array(input_image)), detect_resolution)
-        found = self.aux_map(view, resized_shape(*view.shape[:2], image_resolution), **parameters)
-        if output_type in ("np", False):
+        height, width = view.shape[:2]
+        shape = image.shape[:2] if resolution is None else resized_shape(height, width, resolution)
+        found = self.aux_map(view, shape, **parameters)
+        if output_type == "np":
             return found
         return tuple(map(Image.fromarray, found)) if isinstance(found, tuple) else Image.fromarray(found)
 
-    def aux_map(self, view: np.ndarray, size: tuple[int, int], **parameters: Any) -> Maps:
+    def aux_map(self, view: np.ndarray, size: tuple[int, int], *args: Any, **parameters: Any) -> Any:
         """What controlnet_aux gives for a picture (H, W, 3) at the detector's size: (*size, 3), uint8; maybe several."""
-        found = self.detect(view, **parameters)
+        found = self.detect(view, *args, **parameters)
         if isinstance(found, tuple):
             return tuple(resize(HWC3(one), size) for one in found)
         return resize(HWC3(found), size)

@@ -5,9 +5,10 @@ import os
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+from annotator.detector import first_line
 from annotator.registry import Annotator, Hint, Request
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ class Job(Protocol):
     def picture(self) -> Any: ...
 
 
-Read, Write = Callable[[Any], Request], Callable[[Any, Hint], None]
+Read = Callable[[Any], Request]
+Write = Callable[[Any, Hint], None]
 Reports = Iterator[tuple[Any, str | None]]  # a job that is done with None, or with one line that says what went wrong
 
 
@@ -46,6 +48,8 @@ def run(
 ) -> Reports:
     """Do the jobs, and report each when it is done.
 
+    While the network sees one chunk of pictures, threads read the next one and write the one before; so memory stays flat.
+
     Args:
         annotator: its networks should be loaded (`annotator.detector.load`), or each picture reports what is missing.
         read: what the detector is to be called with for a job; called by several threads, as is `write`.
@@ -54,116 +58,79 @@ def run(
             nothing. A batch that does not fit into memory is halved.
         workers: threads that read and write; as many as there are processors if not given.
     """
-    detector, workers = annotator.detector, workers or usable_cpus()
+    detector: Any = annotator.detector
+    has_network = hasattr(detector, "prepare")
+    at_once = batch or (BATCH if has_network and detector.device.type != "cpu" else 1)
+    workers = workers or usable_cpus()
     pool = ThreadPoolExecutor(workers)
 
-    def work(job: Job) -> None:
+    def begin(job: Job) -> tuple[Request, Any]:
+        """The network's input; without a network, the map."""
         request = read(job)
-        write(job, annotator.finish(request, detector.detect(request.view, **request.parameters)))
+        if has_network:
+            return request, detector.prepare(request.view)
+        return request, detector.detect(request.view, **request.parameters)
 
+    def network(group: list) -> list[Any]:
+        """The network's outputs, or errors in their place; what fails together is tried again in halves."""
+        nonlocal at_once
+        from torch import stack  # which detectors without a network do without
+
+        try:
+            return detector.run(stack([x for _, _, x in group]), **group[0][1].parameters)
+        except Exception as err:
+            if len(group) == 1:
+                return [err]
+            reason = str(err)  # the error itself would keep what the network has allocated
+        half = (len(group) + 1) // 2
+        if "memory" in reason and half < at_once:
+            at_once = half
+            logger.warning("%d pictures at once do not fit into memory; going on with %d", len(group), at_once)
+        return network(group[:half]) + network(group[half:])
+
+    def end(job: Job, request: Request, output: Any) -> None:
+        if isinstance(output, Exception):
+            raise output
+        if has_network:
+            output = detector.finish(output, request.view, **request.parameters)
+        write(job, annotator.finish(request, output))
+
+    size = max(4 * at_once, 2 * workers)
+    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    ending: deque[tuple[Job, Future]] = deque()
+    beginning: list[tuple[Job, Future]] = []
     try:
-        if hasattr(detector, "prepare"):
-            batch = batch or (1 if detector.device.type == "cpu" else BATCH)
-            yield from _run_network(annotator, jobs, read, write, batch, workers, pool)
-        else:
-            for job, _, complaint in _ahead(pool, work, jobs, 2 * workers):
-                yield job, complaint
+        for following in [*chunks, []]:
+            begun, beginning = beginning, [(job, pool.submit(begin, job)) for job in following]
+            groups: dict[Any, list] = defaultdict(list)  # jobs, requests and inputs, by what can be one batch
+            for job, future in begun:
+                if err := future.exception():
+                    yield job, _complaint(job, err)
+                else:
+                    request, x = future.result()
+                    same = (x.shape, *request.parameters.items()) if has_network else None
+                    groups[same].append((job, request, x))
+            for group in groups.values():
+                while group:
+                    part, group = group[:at_once], group[at_once:]
+                    outputs = network(part) if has_network else [x for _, _, x in part]
+                    for (job, request, _), output in zip(part, outputs, strict=True):
+                        ending.append((job, pool.submit(end, job, request, output)))
+                    while ending and (ending[0][1].done() or len(ending) > size):
+                        job, future = ending.popleft()
+                        yield job, _complaint(job, future.exception())
+        for job, future in ending:
+            yield job, _complaint(job, future.exception())
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _run_network(
-    annotator: Annotator,
-    jobs: Sequence[Job],
-    read: Read,
-    write: Write,
-    batch: int,
-    workers: int,
-    pool: ThreadPoolExecutor,
-) -> Reports:
-    """Three stations: reading, the network's turn, writing; each holds a few pictures, so that memory stays flat."""
-    from torch import stack  # which detectors without a network do without
-
-    detector = annotator.detector
-    groups: dict[Any, list] = defaultdict(
-        list
-    )  # what can be one batch: jobs with their requests and the network's inputs
-    writing: deque = deque()
-
-    def encode(job: Job) -> tuple[Request, Any]:
-        request = read(job)
-        return request, detector.prepare(request.view)
-
-    def write_output(job: Job, request: Request, output: Any) -> None:
-        write(job, annotator.finish(request, detector.finish(output, request.view, **request.parameters)))
-
-    def run_group(group: list) -> Reports:
-        nonlocal batch
-        todo = [group[start : start + batch] for start in range(0, len(group), batch)]
-        group.clear()
-        while todo:
-            part, failure = todo.pop(), None
-            try:
-                outputs = detector.run(stack([x for _, _, x in part]), **part[0][1].parameters)
-            except Exception as err:
-                failure = err if len(part) == 1 else str(err)  # a traceback would keep what the network has allocated
-            if failure is None:
-                for (job, request, _), output in zip(part, outputs, strict=True):
-                    writing.append((job, pool.submit(_attempt, write_output, job, request, output)))
-            elif len(part) == 1:
-                yield part[0][0], _complaint(part[0][0], failure)
-            else:
-                if "memory" in failure:
-                    batch = (len(part) + 1) // 2
-                    logger.warning("%d pictures at once do not fit into memory; going on with %d", len(part), batch)
-                todo += [part[len(part) // 2 :], part[: len(part) // 2]]
-
-    def written(limit: int) -> Reports:
-        while len(writing) > limit:
-            job, future = writing.popleft()
-            yield job, future.result()[1]
-
-    for job, item, complaint in _ahead(pool, encode, jobs, 2 * batch + workers):
-        if complaint:
-            yield job, complaint
-            continue
-        request, x = item
-        groups[x.shape, tuple(request.parameters.items())].append((job, request, x))
-        largest = max(groups.values(), key=len)
-        if (
-            len(largest) >= batch or sum(map(len, groups.values())) >= 4 * batch
-        ):  # pictures of many shapes must not pile up
-            yield from run_group(largest)
-        yield from written(2 * batch)
-    for group in groups.values():
-        yield from run_group(group)
-    yield from written(0)
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable, jobs: Sequence[Job], count: int
-) -> Iterator[tuple[Any, Any, str | None]]:
-    """Each job with what the pool has made of it and a complaint, in order; the pool is at most `count` jobs ahead."""
-    waiting: deque = deque()
-    for job in jobs:
-        waiting.append((job, pool.submit(_attempt, work, job)))
-        if len(waiting) >= count:
-            first, future = waiting.popleft()
-            yield first, *future.result()
-    for job, future in waiting:
-        yield job, *future.result()
-
-
-def _attempt(work: Callable[..., Any], job: Job, *rest: Any) -> tuple[Any, str | None]:
-    """What the work gives, and what went wrong."""
-    try:
-        return work(job, *rest), None
-    except Exception as err:  # one picture must not stop the rest, whatever its trouble is
-        return None, _complaint(job, err)
-
-
-def _complaint(job: Job, err: Exception) -> str:
+def _complaint(job: Job, err: BaseException | None) -> str | None:
+    """What went wrong with one picture, in a line."""
+    if err is None:
+        return None
+    if not isinstance(err, Exception):  # such as an interruption
+        raise err
     logger.debug("%s failed", job.picture, exc_info=err)
-    reason = (str(err).strip().splitlines() or [""])[0]
-    line = reason if isinstance(err, (ValueError, OSError)) else f"{type(err).__name__}: {reason}"
+    line = first_line(err) if isinstance(err, (ValueError, OSError)) else f"{type(err).__name__}: {first_line(err)}"
     return line if str(job.picture) in line else f"{job.picture}: {line}"

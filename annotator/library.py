@@ -1,6 +1,5 @@
 """Detectors around networks of libraries, which take whole pictures and resize them themselves."""
 
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -11,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from annotator.detector import import_extra
-from annotator.network import NetworkDetector, to_tensor
+from annotator.detector import first_line, import_extra
+from annotator.network import NetworkDetector
 from annotator.weights import Hub, WeightsError, find_weights, refuse_unsafe_pickle, search_folders
 
 EXTRA = "detectors"
 CONFIG = "config.json"
-FILES = ["*.json", "*.txt", "*.safetensors"]
-OLDER_FILES = ["*.json", "*.txt", "*.bin"]
 # Nothing is fetched unseen, and no code of a model is run.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 ONLY_FOR_TRAINING = ("criterion", "auxiliary_head")  # parts of networks that published files may lack
@@ -34,18 +31,18 @@ class LibraryDetector(NetworkDetector):
     min_side = 32
 
     def encode(self, image: np.ndarray) -> Tensor:
-        return to_tensor(image)
+        return torch.from_numpy(np.require(image, requirements=["C", "W"]))
 
     def forward(self, x: Tensor, **parameters: Any) -> np.ndarray:
-        """What `predict` finds in a batch (B, 3, H, W), 0 to 255, as an array of B objects."""
-        images = list(x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy())
+        """What `predict` finds in a batch (B, H, W, 3), uint8, as an array of B objects."""
+        images = list(x.cpu().numpy())
         results = np.empty(len(images), dtype=object)
         for index, result in enumerate(self.predict(images, **self.arguments() | parameters)):
             results[index] = result
         return results
 
     @abstractmethod
-    def predict(self, images: list[np.ndarray], **parameters: Any) -> Sequence[Any]:
+    def predict(self, images: list[np.ndarray], *args: Any, **parameters: Any) -> Sequence[Any]:
         """What `decode` needs of each picture (H, W, 3), uint8, RGB, all of one size; `parameters` are those of the call."""
 
 
@@ -68,6 +65,7 @@ class HubModelDetector(LibraryDetector):
 
     model: ClassVar[str]
     auto_class: ClassVar[str]
+    processor: Any
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
         import_extra("transformers", EXTRA)  # rather now than after a long download
@@ -75,25 +73,24 @@ class HubModelDetector(LibraryDetector):
             published = bool(self.filenames) or (bool(filenames) and self.weights.repository == self.repository)
         else:
             places = search_folders() if self.weights is None else [Path(self.weights).expanduser()]
-            files = [place / file for place in places for file in filenames]
-            published = any(file.is_file() for file in files) or (bool(filenames) and places[0].is_file())
+            files = [file for place in places for file in (place, *(place / name for name in filenames))]
+            published = bool(filenames) and any(file.is_file() for file in files)
         return find_weights(filenames, self.weights) if published else find_model(self.weights, self.model)
 
     def load_network(self, name: str, path: Path) -> nn.Module:
         try:
-            if path.is_file():
-                network, missing = self.load_published(path)
-            else:
-                network, missing = self.load_model(path)
+            network, missing = (self.load_published(path), ()) if path.is_file() else self.load_model(path)
         except (ImportError, WeightsError):
             raise
         except Exception as err:  # errors of several libraries, all about what the path holds
-            reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-            raise WeightsError(f"{path} holds no model that {type(self).__name__} can use: {reason}") from err
-        check_parts(network, missing, path)
+            raise WeightsError(f"{path} holds no model that {type(self).__name__} can use: {first_line(err)}") from err
+        for part, module in network.named_children():
+            keys = {f"{part}.{key}" for key in module.state_dict()}
+            if keys and keys <= set(missing) and part not in ONLY_FOR_TRAINING:  # they would stay random
+                raise WeightsError(f"the weights in {path} have no {part}, which {type(network).__name__} needs")
         return network.float()
 
-    def load_model(self, path: Path) -> tuple[nn.Module, Iterable[str]]:
+    def load_model(self, path: Path) -> tuple[Any, Iterable[str]]:
         """The network of a model's folder, and its entries that no file there holds; sets `processor`."""
         transformers = import_extra("transformers", EXTRA)
         if not any(path.glob("*.safetensors")):
@@ -103,9 +100,9 @@ class HubModelDetector(LibraryDetector):
         network, report = self.network_class(path).from_pretrained(path, output_loading_info=True, **LOCAL)
         return network, report["missing_keys"]
 
-    def load_published(self, path: Path) -> tuple[nn.Module, Iterable[str]]:
-        """The same for the published file of another layout."""
-        raise WeightsError(f"{path} is a file; {type(self).__name__} takes a model's id or folder")
+    def load_published(self, path: Path) -> nn.Module:
+        """The same for the published file of another layout, which must hold all entries."""
+        raise NotImplementedError
 
     def network_class(self, path: Path) -> Any:
         """The class of transformers that loads the network of a folder."""
@@ -121,29 +118,13 @@ class HubModelDetector(LibraryDetector):
         return {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
-def check_parts(network: nn.Module, missing: Iterable[str], path: Path) -> None:
-    """WeightsError if a whole part of a network, such as its head, is missing in the file and would stay random."""
-    missing = set(missing)
-    for part, module in network.named_children():
-        keys = {f"{part}.{key}" for key in module.state_dict()}
-        if keys and keys <= missing and part not in ONLY_FOR_TRAINING:
-            raise WeightsError(f"the weights in {path} have no {part}, which {type(network).__name__} needs")
-
-
-def load_entries(
-    network_class: Any, config: Any, entries: dict[str, Tensor], path: Path
-) -> tuple[nn.Module, list[str]]:
-    """A network of transformers with entries under the hub's names, all of which must be there.
-
-    Raises:
-        WeightsError: naming an entry that is missing.
-    """
+def load_entries(network_class: Any, config: Any, entries: dict[str, Tensor], path: Path) -> nn.Module:
+    """A network of transformers with entries under the hub's names; WeightsError if one of them is missing."""
     network, report = network_class.from_pretrained(None, config=config, state_dict=entries, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
-        raise WeightsError(
-            f"{path} does not fit {network_class.__name__}: {len(missing)} entries are missing, such as {missing[0]}"
-        )
-    return network, missing
+        lack = f"{len(missing)} entries are missing, such as {missing[0]}"
+        raise WeightsError(f"{path} does not fit {network_class.__name__}: {lack}")
+    return network
 
 
 def find_model(weights: Any, model: str) -> Path:
@@ -155,15 +136,12 @@ def find_model(weights: Any, model: str) -> Path:
     if isinstance(weights, Hub):
         return _fetch(weights)
     name = model.split("/")[-1]
-    if weights is None:
-        for place in search_folders():
-            if (place / name / CONFIG).is_file():
-                return place / name
-        return _fetch(Hub(model))
-    place = Path(weights).expanduser()
-    for folder in (place, place / name):
+    place = Path(weights or "").expanduser()
+    for folder in (place, place / name) if weights else [folder / name for folder in search_folders()]:
         if (folder / CONFIG).is_file():
             return folder
+    if weights is None:
+        return _fetch(Hub(model))
     if place.exists():
         raise WeightsError(f"{place} is no folder of a model of transformers: it holds no {CONFIG}")
     if re.fullmatch(MODEL_ID, str(weights)):
@@ -172,40 +150,20 @@ def find_model(weights: Any, model: str) -> Path:
 
 
 def _fetch(hub: Hub) -> Path:
-    """A model's folder in the hub client's cache, where it is put if it is not there yet."""
+    """A model's folder in the cache of the hub's client, which asks the hub, where it can, for what is missing there."""
     from huggingface_hub import snapshot_download
 
-    def snapshot(files: list[str], local_files_only: bool = hub.local_files_only) -> Path:
-        options = {"cache_dir": hub.cache_dir, "local_files_only": local_files_only}
-        return Path(snapshot_download(hub.repository, allow_patterns=files, **options))
-
-    try:
-        cached = snapshot(FILES, local_files_only=True)
-    except OSError:
-        cached = None
-    if cached is not None and _is_complete(cached):
-        return cached
     find_weights((CONFIG,), hub)  # fails at once, with the reason, where there is no way to the hub
-    try:
-        folder = snapshot(FILES)
-        folder = folder if _is_complete(folder) else snapshot(OLDER_FILES)
-    except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise WeightsError(f"cannot get the model {hub.repository} from the hub: {reason}") from err
-    if not _is_complete(folder):
-        raise WeightsError(
-            f"cannot get the model {hub.repository} from the hub: its weights are not there, or not all of them"
-        )
-    return folder
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether a model's folder has weights, and where they are in several files, all of them."""
-    parts = {
-        part for index in folder.glob("*.index.json") for part in json.loads(index.read_text())["weight_map"].values()
-    }
-    for kind in (".safetensors", ".bin"):
-        files = {file.name for file in folder.glob(f"*{kind}")}
-        if files and {part for part in parts if part.endswith(kind)} <= files:
-            return True
-    return False
+    for weights in ("*.safetensors", "*.bin"):  # the second kind is for older models
+        try:
+            files = ["*.json", "*.txt", weights]
+            folder = Path(
+                snapshot_download(
+                    hub.repository, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only, allow_patterns=files
+                )
+            )
+        except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
+            raise WeightsError(f"cannot get the model {hub.repository} from the hub: {first_line(err)}") from err
+        if any(folder.glob(weights)):
+            return folder
+    raise WeightsError(f"cannot get the model {hub.repository} from the hub: its weights are not there")

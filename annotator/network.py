@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from annotator.detector import Detector, Maps, check_version, default_version
+from annotator.detector import Detector, check_version, default_version, first_line
 from annotator.pictures import HWC3, pad_to_multiple
 from annotator.weights import REPOSITORY, Hub, find_weights, fingerprint, load_weights, read_state_dict
 
@@ -32,16 +33,9 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
             raise ValueError("nothing can be computed on the device meta")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as err:
-        reason = (str(err).strip().splitlines() or [""])[0]
-        raise ValueError(
-            f"this machine has no device {device!s} ({reason}); use cpu, cuda, cuda:1, mps or xpu"
-        ) from err
+        reason = f"({first_line(err)}); use cpu, cuda, cuda:1, mps or xpu"
+        raise ValueError(f"this machine has no device {device!s} {reason}") from err
     return device
-
-
-def freeze(network: nn.Module, device: torch.device) -> nn.Module:
-    """`network` on `device`, in eval mode, without gradients."""
-    return network.to(device).eval().requires_grad_(False)
 
 
 class LazyNetwork:
@@ -65,8 +59,9 @@ class LazyNetwork:
             loaded = vars(detector)  # from the second time on, Python itself finds it there
             if self.name not in loaded:
                 path = detector.find_file(self.name, detector.filenames.get(self.name, self.filenames))
-                loaded[self.name] = freeze(detector.load_network(self.name, path), detector.device)
-                detector.loaded_from[Path(path).name] = path
+                network = detector.load_network(self.name, path)
+                loaded[self.name] = network.to(detector.device).eval().requires_grad_(False)
+                detector.loaded_from[path.name] = path
             return loaded[self.name]
 
 
@@ -74,20 +69,25 @@ class NetworkDetector(Detector):
     """A detector around a network: `encode` makes its input of a picture, `decode` a map of its output.
 
     A subclass names the published file, `network = LazyNetwork("file.pth")`, and gives `build_network`, `encode` and `decode`;
-    where it needs them, `stride`, `min_side`, `wrapper`, `forward`.
+    where it needs them, `stride`, `min_side`, `forward`.
 
     Attributes:
         network: in eval mode, on `device`, without gradients.
+        build_network: makes the network, with any weights: its class, if that takes no arguments.
         stride, min_side: pictures are padded, by repeating the last row and column, to multiples of `stride`; and, if a side
             is below `min_side`, to multiples of that. The map is that of the picture without the padding.
+        repository: of the published file, or the address of the file itself.
+        model_types: names of the network that `from_pretrained` is given in controlnet_aux's way.
         max_pixels: larger pictures are refused, as activations would not fit into memory.
-        wrapper: entry of the published file that holds the weights.
+        optional: what the keys of entries begin with that the file may lack.
     """
 
     call = "decode"
-    network = LazyNetwork()
+    network: Any = LazyNetwork()
+    build_network: ClassVar[Callable[..., nn.Module]]
     repository: ClassVar[str] = REPOSITORY
-    wrapper: ClassVar[str | None] = None
+    model_types: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[str | None] = None
     stride: ClassVar[int] = 1
     min_side: ClassVar[int] = 1
     max_pixels: int = 2**24
@@ -97,13 +97,13 @@ class NetworkDetector(Detector):
         device: str | torch.device | None = None,
         weights: "str | os.PathLike | Hub | None" = None,
         version: str | None = None,
-        filenames: dict[str, str] | None = None,
+        filenames: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.version = default_version() if version is None else check_version(version)
         self.device = choose_device(device)
         self.weights = weights
-        self.filenames: dict[str, Any] = {name: (file,) for name, file in (filenames or {}).items()}
-        self.loaded_from: dict[str, Path | str] = {}
+        self.filenames = filenames or {}
+        self.loaded_from: dict[str, Path] = {}
         self.load()
 
     @classmethod
@@ -114,6 +114,8 @@ class NetworkDetector(Detector):
         cache_dir: str | None = None,
         local_files_only: bool = False,
         device: str | torch.device | None = "cpu",
+        subfolder: str | None = None,
+        model_type: str | None = None,
         **options: Any,
     ) -> "NetworkDetector":
         """A detector that is called in controlnet_aux's way.
@@ -122,15 +124,21 @@ class NetworkDetector(Detector):
             pretrained_model_or_path: a folder, or a repository of the Hugging Face hub.
             filename: of the weights; `coarse_filename`, `hand_filename`, `face_filename` for further networks.
             device: the CPU, as there, if not given; `.to("cuda")` moves it.
+            subfolder: where the files are in the folder or repository.
+            model_type: one of `model_types`; it changes nothing, as the file itself says what it is.
         """
+        if model_type and model_type not in cls.model_types:
+            raise ValueError(f"model_type must be {' or '.join(cls.model_types) or 'left out'}, got {model_type!r}")
+        more = {option: options.pop(option) for option in list(options) if option.endswith("_filename")}
+        named = {"network": filename} | {option.replace("filename", "network"): file for option, file in more.items()}
+        filenames: dict[str, tuple[str, ...]] = {name: (file,) for name, file in named.items() if file}
+        if subfolder:
+            filenames = {"network": cls.network.filenames} | filenames
+            filenames = {name: tuple(f"{subfolder}/{file}" for file in files) for name, files in filenames.items()}
+        place = Path(pretrained_model_or_path)
+        weights = place if place.exists() else Hub(str(pretrained_model_or_path), cache_dir, local_files_only)
         options.setdefault("version", "1.1")  # which that library is made from
-        filenames = {"network": filename}
-        for option in [option for option in options if option.endswith("_filename")]:
-            filenames[option.removesuffix("_filename") + "_network"] = options.pop(option)
-        weights = pretrained_model_or_path
-        if not Path(weights).exists():
-            weights = Hub(str(weights), cache_dir, local_files_only)
-        detector = cls(device, weights, filenames={name: file for name, file in filenames.items() if file}, **options)
+        detector = cls(device, weights, filenames=filenames, **options)
         detector.pretrained = True
         return detector
 
@@ -154,20 +162,13 @@ class NetworkDetector(Detector):
     @property
     def sources(self) -> dict[str, str]:
         """Which weights were loaded: by file name, a fingerprint of the content, which takes a second for each gigabyte."""
-        return {name: self.source_of(path) for name, path in self.loaded_from.items()}
-
-    def source_of(self, path: Path | str) -> str:
-        return fingerprint(Path(path)) if Path(path).exists() else str(path)
+        return {name: fingerprint(path) for name, path in self.loaded_from.items()}
 
     def load_network(self, name: str, path: Path) -> nn.Module:
         """The network that is the attribute `name`, with the weights of `path`."""
         network = self.build_network()
-        load_weights(network, read_state_dict(path, self.wrapper), path)
+        load_weights(network, read_state_dict(path), path, self.optional)
         return network
-
-    def build_network(self) -> nn.Module:
-        """The network, with any weights."""
-        raise NotImplementedError
 
     def encode(self, image: np.ndarray) -> Tensor:
         """The network's input for a picture (H, W, 3), uint8, RGB: (C, h, w), on the CPU."""
@@ -177,7 +178,7 @@ class NetworkDetector(Detector):
         """The network's output for a batch (B, C, h, w): tensors whose first axis is the batch, alone or in lists or tuples."""
         return self.network(x)
 
-    def decode(self, output: Any, size: tuple[int, int]) -> Maps:
+    def decode(self, output: Any, size: tuple[int, int], *args: Any, **parameters: Any) -> Any:
         """The map (H, W) or (H, W, 3), uint8, of one picture of this size, from the network's output without the batch's axis.
 
         The output still has what was padded. Arguments of the detector's call follow, each with a default.
@@ -206,13 +207,13 @@ class NetworkDetector(Detector):
         return [_picture_of(output, index) for index in range(len(x))]
 
     @torch.no_grad()
-    def finish(self, output: Any, image: np.ndarray, **parameters: Any) -> Maps:
+    def finish(self, output: Any, image: np.ndarray, *args: Any, **parameters: Any) -> Any:
         """The map of a picture (H, W, C) from the network's output."""
-        return self.decode(output, image.shape[:2], **parameters)
+        return self.decode(output, image.shape[:2], *args, **parameters)
 
-    def detect(self, image: np.ndarray, **parameters: Any) -> Maps:
+    def detect(self, image: np.ndarray, *args: Any, **parameters: Any) -> Any:
         (output,) = self.run(self.prepare(image)[None], **parameters)
-        return self.finish(output, image, **parameters)
+        return self.finish(output, image, *args, **parameters)
 
 
 def to_tensor(image: np.ndarray) -> Tensor:

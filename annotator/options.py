@@ -27,8 +27,10 @@ def versions_of(name: str) -> list[AnnotatorInfo]:
 
 def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out: Sequence[str] = ()) -> None:
     """Give `command` the options of the condition `name`: how it runs, and its parameters but for those left out."""
+    infos = versions_of(name)
+    command.set_defaults(detect_resolution=None, device=None, weights=None, batch=None)
     command.add_argument("--version", choices=VERSIONS, help="ControlNet whose conventions hold")
-    if any(info.works_at == "detect" for info in versions_of(name)):
+    if any(info.works_at == "detect" for info in infos):
         command.add_argument("--detect-resolution", type=int, help="shorter side of what the detector sees")
     if describe(name).network:
         command.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best there is)")
@@ -37,22 +39,21 @@ def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out:
             "--batch", type=int, help="pictures the network sees at once (default: 1 on the CPU, else 8)"
         )
     command.add_argument("--workers", type=int, help="threads that read and write (default: one for each processor)")
-    offered = {parameter: info.defaults[parameter.name] for info in versions_of(name) for parameter in info.parameters}
-    for parameter, default in offered.items():
-        option = {"dest": parameter.name, "help": parameter.help}
+    offered = {parameter.name: (parameter, info) for info in infos for parameter in info.parameters}
+    for parameter, info in offered.values():
+        default = info.defaults[parameter.name]
+        option: dict[str, Any] = {"help": parameter.help}
         if parameter.kind is bool:
-            option |= (
-                {"action": argparse.BooleanOptionalAction} if default else {"action": "store_const", "const": True}
-            )
+            option["action"] = argparse.BooleanOptionalAction if default else "store_true"
         elif parameter.choices:
-            option |= {"choices": parameter.choices}
+            option["choices"] = parameter.choices
         else:
-            limits = f"{parameter.minimum:g} to {parameter.maximum:g}" + (
-                "" if default is None else f", default {default:g}"
-            )
+            known_default = "" if default is None else f", default {default:g}"
+            limits = f"{parameter.minimum:g} to {parameter.maximum:g}{known_default}"
             option |= {"type": parameter.kind, "metavar": "N", "help": f"{parameter.help} ({limits})"}
         if parameter.name not in leave_out:
-            command.add_argument("--" + parameter.name.replace("_", "-"), **option)
+            command.add_argument("--" + parameter.name.replace("_", "-"), default=None, **option)
+    command.set_defaults(offered=sorted(offered))
 
 
 def load_annotator(args: argparse.Namespace, name: str) -> tuple[Annotator, dict[str, Any]]:
@@ -63,16 +64,15 @@ def load_annotator(args: argparse.Namespace, name: str) -> tuple[Annotator, dict
     """
     info = describe(name, args.version)
     for option in ("workers", "batch"):
-        value = getattr(args, option, None)
+        value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
-    detect_resolution = getattr(args, "detect_resolution", None)
-    check_resolution("--detect-resolution", detect_resolution)
-    if detect_resolution is not None and info.works_at != "detect":
+    check_resolution("--detect-resolution", args.detect_resolution)
+    if args.detect_resolution is not None and info.works_at != "detect":
         raise ValueError(f"{name} {info.version} works on the picture itself and takes no --detect-resolution")
-    offered = {parameter for other in versions_of(name) for parameter in other.offers}
-    parameters = info.check_parameters({p: v for p, v in sorted(vars(args).items()) if p in offered and v is not None})
-    annotator = load(name, getattr(args, "device", None), getattr(args, "weights", None), info.version)
+    given = {parameter: getattr(args, parameter, None) for parameter in args.offered}
+    parameters = info.check_parameters({name: value for name, value in given.items() if value is not None})
+    annotator = load(name, args.device, args.weights, info.version)
     annotator.detector.load(**parameters)
     return annotator, parameters
 
@@ -83,7 +83,7 @@ def made_with(annotator: Annotator, parameters: dict[str, Any], args: argparse.N
     return {
         "condition": info.name,
         "version": info.version,
-        "detect_resolution": getattr(args, "detect_resolution", None) or info.detect_resolution,
+        "detect_resolution": args.detect_resolution or info.detect_resolution,
         "weights": getattr(annotator.detector, "sources", {}),
         **parameters,
     }
@@ -108,7 +108,7 @@ def run_with_bar(
     """Do the jobs under a progress bar of `total`; the pictures that failed, each complained about once, on stderr."""
     failed: set[Path] = set()
     with tqdm(total=total, initial=total - len(jobs), desc=annotator.info.name, unit=unit, disable=None) as bar:
-        for job, complaint in run(annotator, jobs, read, write, getattr(args, "batch", None), args.workers):
+        for job, complaint in run(annotator, jobs, read, write, args.batch, args.workers):
             if complaint and job.picture not in failed:
                 failed.add(job.picture)
                 tqdm.write(f"{program}: {complaint}", file=sys.stderr)

@@ -17,12 +17,8 @@ import numpy as np
 from annotator.canny import check_thresholds
 from annotator.detector import VERSIONS, Detector, Parameter, check_version, default_version
 from annotator.inpaint import cut_hole, picture_with_hole, scale_with_hole, show_hole
-from annotator.pictures import HWC3, Picture, as_array, resize, resize_image, without_alpha
+from annotator.pictures import HWC3, Picture, as_array, check_image, resize, resize_image, without_alpha
 from annotator.scribble import fake_scribble
-
-
-def unchanged(map: np.ndarray) -> np.ndarray:
-    return map
 
 
 def scale(map: np.ndarray) -> np.ndarray:
@@ -47,36 +43,49 @@ def thicken_and_invert(map: np.ndarray) -> np.ndarray:
     return 255 - cv2.dilate(HWC3(map), np.ones((3, 3), dtype=np.uint8))
 
 
+Convert = Callable[[np.ndarray], np.ndarray]
+
+
 @dataclass(frozen=True)
 class AnnotatorInfo:
-    """What is to be known about a condition without loading it."""
+    """What is to be known about a condition without loading it.
+
+    Attributes:
+        detector: dotted path of the class, imported when it is needed.
+        weights: what must be fetched: published files, or the id of a model.
+        extra: the extra of this package that the detector needs.
+        offers: arguments that people may choose; ranges and defaults stand in the detector's signature.
+        defaults_here: where they are not the detector's own.
+        check: raises ValueError for values that do not fit together.
+        works_at: on the picture at `detect_resolution` ("detect"), at its final size ("image"), or as it was given ("input").
+        detect_resolution: shorter side of what the detector is given; None unless `works_at` is "detect".
+        makes_size: the detector takes height and width of its result as `h` and `w`.
+        interpolation: by which the map comes to the size of the picture.
+        output: which of the detector's results is the map, where it gives several.
+        takes: makes the detector's input of a user's picture.
+        finish: changes the map at the size of the result.
+        to_hint: a map, also one from elsewhere, to the model's hint (H, W, 3), float32.
+        to_shown: a map to what people are shown.
+    """
 
     name: str
     version: str
     title: str
-    detector: str  # dotted path of the class, imported when it is needed
-    weights: str = ""  # what must be fetched: published files, or the id of a model
-    extra: str = ""  # the extra of this package that the detector needs
-    offers: tuple[
-        str, ...
-    ] = ()  # arguments that people may choose; ranges and defaults stand in the detector's signature
-    defaults_here: Mapping[str, Any] = field(default_factory=dict)  # where they are not the detector's own
-    check: Callable[[dict[str, Any]], object] | None = None  # raises ValueError for values that do not fit together
-    works_at: str = (
-        "detect"  # on the picture at `detect_resolution`; "image": at its final size; "input": as it was given
-    )
-    detect_resolution: int | None = (
-        512  # shorter side of what the detector is given; None unless `works_at` is "detect"
-    )
-    makes_size: bool = False  # the detector takes height and width of its result as `h` and `w`
-    interpolation: int = cv2.INTER_LINEAR  # by which the map comes to the size of the picture
-    output: int | None = None  # which of the detector's results is the map, where it gives several
-    takes: Callable[[np.ndarray], np.ndarray] = HWC3  # makes the detector's input of a user's picture
-    finish: Callable[[np.ndarray], np.ndarray] = HWC3  # changes the map at the size of the result
-    to_hint: Callable[[np.ndarray], np.ndarray] = (
-        scale  # a map, also one from elsewhere, to the model's hint (H, W, 3), float32
-    )
-    to_shown: Callable[[np.ndarray], np.ndarray] = HWC3  # a map to what people are shown
+    detector: str
+    weights: str = ""
+    extra: str = ""
+    offers: tuple[str, ...] = ()
+    defaults_here: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[dict[str, Any]], object] | None = None
+    works_at: str = "detect"
+    detect_resolution: int | None = 512
+    makes_size: bool = False
+    interpolation: int = cv2.INTER_LINEAR
+    output: int | None = None
+    takes: Convert = HWC3
+    finish: Convert = HWC3
+    to_hint: Convert = scale
+    to_shown: Convert = HWC3
 
     def __post_init__(self) -> None:
         if self.works_at != "detect":
@@ -191,26 +200,26 @@ class Annotator:
     def request(self, image: Picture, resolution: int | None = 512, detect_resolution: int | None = None,
                 picture: Picture | None = None, mask: Picture | None = None, **parameters: object) -> Request:  # fmt: skip
         """The first half of `make_hint`, until the detector is called."""
-        info, image = self.info, as_array(image)
-        if detect_resolution is not None and info.works_at != "detect":
+        info, given = self.info, as_array(image)
+        if detect_resolution is None:
+            detect_resolution = info.detect_resolution
+        elif info.works_at != "detect":
             raise ValueError(f"{info.name} {info.version} works on the picture itself and takes no detect_resolution")
         if mask is not None:
             if info.takes is not picture_with_hole:
                 raise ValueError(f"{info.name} takes no mask")
-            image = cut_hole(image, as_array(mask))
-        image = info.takes(image)
+            given = cut_hole(given, as_array(mask))
+        given = info.takes(given)
         if picture is not None:
-            picture = info.takes(as_array(picture))
+            final = info.takes(as_array(picture))
         else:
-            picture = image if resolution is None else resize_image(image, resolution)
+            final = given if resolution is None else resize_image(given, resolution)
         checked = info.check_parameters(parameters)
-        if info.works_at == "detect":
-            view = resize_image(image, info.detect_resolution if detect_resolution is None else detect_resolution)
-        else:
-            view = picture if info.works_at == "image" else image
         if info.makes_size:
-            checked |= {"h": picture.shape[0], "w": picture.shape[1]}
-        return Request(view, picture, checked)
+            checked |= {"h": final.shape[0], "w": final.shape[1]}
+        if detect_resolution is not None:
+            return Request(resize_image(given, detect_resolution), final, checked)
+        return Request(final if info.works_at == "image" else given, final, checked)
 
     def finish(self, request: Request, found: Any) -> Hint:
         """The second half of `make_hint`, from what the detector has found."""
@@ -234,12 +243,12 @@ SEG = ("semantic segmentation (UniFormer)", "annotator.uniformer.UniformerDetect
 MIDAS = ("annotator.midas.MidasDetector", "dpt_hybrid-midas-501f0c75.pt")
 HED, OLD_OR_NEW = "annotator.hed.HEDdetector", "ControlNetHED.pth or network-bsds500.pth"
 PIDINET = ("annotator.pidinet.PidiNetDetector", "table5_pidinet.pth")
-THRESHOLDS = {"offers": ("low_threshold", "high_threshold"), "check": check_thresholds}
+THRESHOLDS = ("low_threshold", "high_threshold")
 
 # Each record: name, version, title, class, weights, and what is not the usual. Detectors that ControlNet did not have follow 1.1.
 CONDITIONS = [
-    AnnotatorInfo("canny", "1.0", *CANNY, **THRESHOLDS, works_at="image", to_shown=invert),
-    AnnotatorInfo("canny", "1.1", *CANNY, **THRESHOLDS),
+    AnnotatorInfo("canny", "1.0", *CANNY, offers=THRESHOLDS, check=check_thresholds, works_at="image", to_shown=invert),
+    AnnotatorInfo("canny", "1.1", *CANNY, offers=THRESHOLDS, check=check_thresholds),
     AnnotatorInfo("mlsd", "1.0", *MLSD, offers=("thr_v", "thr_d"), interpolation=cv2.INTER_NEAREST, to_shown=thicken_and_invert),
     AnnotatorInfo("mlsd", "1.1", *MLSD, offers=("thr_v", "thr_d")),
     AnnotatorInfo("hed", "1.0", "soft edges (HED)", HED, OLD_OR_NEW),
@@ -267,10 +276,10 @@ CONDITIONS = [
     AnnotatorInfo("pidinet", "1.1", "soft edges (PiDiNet)", *PIDINET, offers=("safe",)),
     AnnotatorInfo("shuffle", "1.1", "shuffled content", "annotator.shuffle.ContentShuffleDetector", offers=("f", "seed"),
                   works_at="input", makes_size=True),
-    AnnotatorInfo("tile", "1.1", "the picture itself, resized linearly", "annotator.tile.TileDetector", works_at="input"),
-    AnnotatorInfo("ip2p", "1.1", "the picture itself, for instructions", "annotator.tile.TileDetector", works_at="image"),
+    AnnotatorInfo("tile", "1.1", "the picture itself, resized linearly", "annotator.pixels.TileDetector", works_at="input"),
+    AnnotatorInfo("ip2p", "1.1", "the picture itself, for instructions", "annotator.pixels.TileDetector", works_at="image"),
     AnnotatorInfo("inpaint", "1.1", "the picture with a hole", "annotator.inpaint.InpaintDetector", offers=("blur",),
-                  works_at="image", takes=picture_with_hole, finish=unchanged, to_hint=scale_with_hole, to_shown=show_hole),
+                  works_at="image", takes=picture_with_hole, finish=check_image, to_hint=scale_with_hole, to_shown=show_hole),
     # Conditions that neither version of ControlNet came with.
     AnnotatorInfo("depth_anything", "1.1", "depth (Depth Anything V2 or another)",
                   "annotator.depth_anything.DepthAnythingDetector", "depth-anything/Depth-Anything-V2-Small-hf",

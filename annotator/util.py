@@ -5,6 +5,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,15 +18,8 @@ __all__ = ["HWC3", "annotator_ckpts_path", "img2mask", "make_noise_disk", "min_m
 annotator_ckpts_path = str(Path(__file__).parent / "ckpts")
 
 # A pixel survives `nms` if it is the maximum along one of these directions: horizontal, vertical, both diagonals.
-LINE_KERNELS = tuple(
-    np.array(rows, dtype=np.uint8)
-    for rows in (
-        [[0, 0, 0], [1, 1, 1], [0, 0, 0]],
-        [[0, 1, 0], [0, 1, 0], [0, 1, 0]],
-        [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-        [[0, 0, 1], [0, 1, 0], [1, 0, 0]],
-    )
-)
+HORIZONTAL, DIAGONAL = np.array([[0, 0, 0], [1, 1, 1], [0, 0, 0]], dtype=np.uint8), np.eye(3, dtype=np.uint8)
+LINE_KERNELS = (HORIZONTAL, HORIZONTAL.T.copy(), DIAGONAL, np.fliplr(DIAGONAL).copy())
 
 
 def nms(x: np.ndarray, t: float, s: float) -> np.ndarray:
@@ -67,12 +61,12 @@ def make_noise_disk(
     W: int,  # noqa: N803
     C: int,  # noqa: N803
     F: int,  # noqa: N803
-    rng: np.random.RandomState | np.random.Generator | None = None,
+    rng: Any = None,
 ) -> np.ndarray:
     """Smooth noise whose bumps are about `F` pixels wide: (H, W, C), float64, 0..1.
 
     Args:
-        rng: where the numbers come from; numpy's global state if not given.
+        rng: where the numbers come from, a numpy RandomState or Generator; numpy's global state if not given.
     """
     if F < 1:
         raise ValueError(f"the width of the noise must be at least 1 pixel, got {F}")
@@ -96,10 +90,10 @@ def img2mask(
     Returns:
         (H, W), bool.
     """
-    rng = rng or random
+    draw: Any = rng or random
     img = check_image(img)
-    channel = img if img.ndim == 2 else img[:, :, rng.randrange(img.shape[2])]
+    channel = img if img.ndim == 2 else img[:, :, draw.randrange(img.shape[2])]
     channel = cv2.resize(channel, (W, H), interpolation=cv2.INTER_CUBIC)
-    if rng.uniform(0, 1) < 0.5:
+    if draw.uniform(0, 1) < 0.5:
         channel = 255 - channel
-    return channel < np.percentile(channel, rng.randrange(low, high))
+    return channel < np.percentile(channel, draw.randrange(low, high))

@@ -7,27 +7,28 @@ import hashlib
 import logging
 import os
 import pickle
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from annotator.detector import first_line
 from annotator.util import annotator_ckpts_path
 
 logger = logging.getLogger(__name__)
 
 REPOSITORY = "lllyasviel/Annotators"
-OLDER_REPOSITORY, OLDER_FOLDER = "lllyasviel/ControlNet", "annotator/ckpts"
+OLDER_REPOSITORY, OLDER_FOLDER, NOT_IN_OLDER = "lllyasviel/ControlNet", "annotator/ckpts", "facenet.pth"
 FOLDER_VARIABLE = "ANNOTATOR_CKPTS"
 CKPTS = Path(annotator_ckpts_path)
 # torch.load(weights_only=True) runs code of a file before 2.6 (CVE-2025-32434), and corrupts memory before 2.10
 # (CVE-2026-24747).
 SAFE_UNPICKLER = (2, 10)
+WRAPPERS = ("state_dict", "model")  # entries of published files under which the weights lie
 
 
 class WeightsError(ValueError):
@@ -52,12 +53,12 @@ def search_folders() -> list[Path]:
 def find_weights(
     filenames: Sequence[str], weights: str | os.PathLike | Hub | None = None, repository: str = REPOSITORY
 ) -> Path:
-    """Where the published file lies on this machine, fetched once from Hugging Face if it is nowhere.
+    """Where the published file lies on this machine, fetched once if it is nowhere.
 
     Args:
         filenames: published names, any of which serves, also with the suffix `.safetensors`; the first one is fetched.
         weights: a file (of any name), a folder that holds one of the files, or a repository; then nowhere else is looked.
-        repository: Hugging Face repository of the published file.
+        repository: Hugging Face repository of the published file, or the file's own address elsewhere.
 
     Without `weights`: `annotator/ckpts/`, then the folder named by the variable ANNOTATOR_CKPTS, then the download.
 
@@ -66,23 +67,20 @@ def find_weights(
     """
     first = filenames[0]
     if isinstance(weights, Hub):
-        if weights.repository == OLDER_REPOSITORY and "/" not in first:
-            first = f"{OLDER_FOLDER}/{first}"
         try:
             return _fetch(weights, first)
         except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
-            raise WeightsError(
-                f"cannot get {first} from {weights.repository}, which is no folder here either: {_first_line(err)}"
-            ) from err
-    address = f"https://huggingface.co/{repository}/resolve/main/{first}"
-    if weights is not None and Path(weights).expanduser().is_file():
-        return Path(weights).expanduser()
-    places = search_folders()
-    for place in places if weights is None else [Path(weights).expanduser()]:
+            reason = f"which is no folder here either: {first_line(err)}"
+            raise WeightsError(f"cannot get {first} from {weights.repository}, {reason}") from err
+    places = search_folders() if weights is None else [Path(weights).expanduser()]
+    if weights is not None and places[0].is_file():
+        return places[0]
+    for place in places:
         for name in filenames:
             for candidate in (place / name, (place / name).with_suffix(".safetensors")):
                 if candidate.is_file():
                     return candidate
+    address = repository if _is_address(repository) else f"https://huggingface.co/{repository}/resolve/main/{first}"
     if weights is not None:
         raise WeightsError(
             f"no weights at {weights}: neither a file nor a folder that holds {' or '.join(filenames)} "
@@ -93,15 +91,30 @@ def find_weights(
     except Exception as err:
         raise WeightsError(
             f"cannot get the weights {first}: not in {', '.join(map(str, places))}; fetching {address} failed "
-            f"({_first_line(err)}); put the file into {places[-1]}, or name its folder with the environment variable "
+            f"({first_line(err)}); put the file into {places[-1]}, or name its folder with the environment variable "
             f"{FOLDER_VARIABLE} or as weights"
         ) from err
 
 
+def _is_address(repository: str) -> bool:
+    return "://" in repository
+
+
 def _fetch(hub: Hub, filename: str) -> Path:
-    """A file from the hub client's cache, or downloaded into it."""
+    """A file from the cache of the hub's client (or of torch, for an address elsewhere), or downloaded into it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
+    if _is_address(hub.repository):
+        stored = Path(torch.hub.get_dir()) / "checkpoints" / filename
+        if not stored.is_file():
+            logger.info("fetching %s", hub.repository)
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(hub.repository, str(stored))
+        return stored
+    if hub.repository == OLDER_REPOSITORY and filename == NOT_IN_OLDER:
+        hub = replace(hub, repository=REPOSITORY)
+    elif hub.repository == OLDER_REPOSITORY and "/" not in filename:
+        filename = f"{OLDER_FOLDER}/{filename}"
     cached = try_to_load_from_cache(hub.repository, filename, hub.cache_dir)
     if isinstance(cached, str):
         return Path(cached)
@@ -126,14 +139,11 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict[str, Tensor]:
-    """Tensors of a weight file on the CPU, by name.
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Tensors of a weight file, a `.safetensors` file or one written by `torch.save`, on the CPU, by name.
 
-    Args:
-        path: a `.safetensors` file or one written by `torch.save`.
-        wrapper: entry under which the weights lie in the published file; taken if it is there.
-
-    A `module.` before every key, which data-parallel training leaves, is dropped; so are entries that are not tensors by name.
+    Those under an entry `state_dict` or `model` are taken, as some of the published files have it. A `module.` before every key,
+    which data-parallel training leaves, is dropped; so are entries that are not tensors by name.
 
     Raises:
         WeightsError: naming the file; also for a pickle where this version of torch cannot read it safely.
@@ -141,22 +151,20 @@ def read_state_dict(path: str | os.PathLike, wrapper: str | None = None) -> dict
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content: Any = load_file(path)
         else:
             refuse_unsafe_pickle(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError,
-            pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError) as err:  # fmt: skip
-        reason = _first_line(err)
+    except Exception as err:  # of torch, zipfile, pickle or safetensors, all about what the file holds
+        reason = first_line(err)
         if isinstance(err, (pickle.UnpicklingError, KeyError)):  # whose texts are about pickles, or are mere numbers
             reason = "it is not a weight file, or holds more than tensors and plain containers"
         raise WeightsError(f"cannot read weights from {path}: {reason}") from err
-    if wrapper and isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-        content = content[wrapper]
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict")
+    content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), dict)), content)
     tensors = {key: entry for key, entry in content.items() if isinstance(entry, Tensor) and isinstance(key, str)}
     if not tensors:
         raise WeightsError(f"{path} holds no tensors at its top level; its entries are {_some(list(content))}")
@@ -202,9 +210,5 @@ def load_weights(
         logger.warning("%s and %s differ: %s", path, type(network).__name__, complaint)
 
 
-def _some(keys: Sequence[object], count: int = 3) -> str:
-    return ", ".join(map(str, keys[:count])) + (", ..." if len(keys) > count else "")
-
-
-def _first_line(err: Exception) -> str:
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]
+def _some(keys: Sequence[object]) -> str:
+    return ", ".join(map(str, keys[:3])) + (", ..." if len(keys) > 3 else "")

@@ -7,15 +7,14 @@ import math
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from annotator.library import HubModelDetector
-from annotator.midas import depth_to_map, depth_to_normals
+from annotator.midas import Background, Flatness, depth_to_map, depth_to_normals, relative_depth
 
-DISTANCES = "the network gives distances, though its configuration does not say so"
+Distances = Annotated[bool, "the network gives distances, though its configuration does not say so"]
 DISTANCE_MODELS = ("depth_pro", "glpn", "prompt_depth_anything", "zoedepth")
 # Slopes are taken of a depth from 0 to 1000 over a side of 384 pixels, as MiDaS gives it, about, so that `a` means the same.
 RELIEF, SIDE = 1000.0, 384
@@ -55,9 +54,7 @@ class DepthAnythingDetector(HubModelDetector):
             depth = 1.0 / depth.clamp(min=1e-4)
         return torch.nan_to_num(depth, posinf=0.0, neginf=0.0).cpu().numpy()
 
-    def decode(
-        self, output: Tensor, size: tuple[int, int], distances: Annotated[bool, DISTANCES] = False
-    ) -> np.ndarray:
+    def decode(self, output: Tensor, size: tuple[int, int], distances: Distances = False) -> np.ndarray:
         return depth_to_map(self.inverse_depth(output, size, distances))
 
 
@@ -68,10 +65,9 @@ class DepthNormalDetector(DepthAnythingDetector):
         self,
         output: Tensor,
         size: tuple[int, int],
-        a: Annotated[float, 0.1, 20.0, "what z counts against the slopes; larger is flatter"] = 2 * math.pi,
-        bg_th: Annotated[float, 0.0, 1.0, "depth, of 0 to 1, below which all is background, facing the viewer"] = 0.1,
-        distances: Annotated[bool, DISTANCES] = False,
+        distances: Distances = False,
+        a: Flatness = 2 * math.pi,
+        bg_th: Background = 0.1,
     ) -> np.ndarray:
-        depth = self.inverse_depth(output, size, distances)
-        relative = cv2.normalize(depth, None, 0.0, RELIEF * min(size) / SIDE, cv2.NORM_MINMAX)
-        return depth_to_normals(relative, a, bg_th)
+        depth = relative_depth(self.inverse_depth(output, size, distances))
+        return depth_to_normals(depth * (RELIEF * min(size) / SIDE), a, bg_th)

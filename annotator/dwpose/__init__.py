@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from annotator.detector import import_extra
+from annotator.detector import first_line, import_extra
 from annotator.dwpose import decoding
 from annotator.library import LibraryDetector
 from annotator.network import LazyNetwork
@@ -19,19 +19,14 @@ BOX_SIDE, CROP = 640, (384, 288)  # of the published networks, where the file le
 
 
 class OnnxNetwork(nn.Module):
-    """A session of onnxruntime, on the device of the detector."""
+    """A session of onnxruntime, which `to` opens on a device."""
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.open(device)
 
-    def open(self, device: torch.device) -> None:
-        """Put the network on a device.
-
-        Raises:
-            ValueError: if this build of onnxruntime cannot compute there.
-        """
+    def to(self, device: torch.device) -> "OnnxNetwork":  # type: ignore[override]
+        """Open the session; ValueError if this build of onnxruntime cannot compute there."""
         onnxruntime = import_extra("onnxruntime", EXTRA)
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda":
@@ -43,7 +38,8 @@ class OnnxNetwork(nn.Module):
         try:
             self.session = onnxruntime.InferenceSession(str(self.path), providers=providers)
         except Exception as err:  # onnxruntime has an error class for each cause
-            raise WeightsError(f"{self.path} is no ONNX network: {(str(err).splitlines() or [''])[0]}") from err
+            raise WeightsError(f"{self.path} is no ONNX network: {first_line(err)}") from err
+        return self
 
     def input_size(self, otherwise: tuple[int, int]) -> tuple[int, int]:
         """Height and width that the network takes; `otherwise` if it takes any."""
@@ -69,24 +65,18 @@ class DWposeDetector(LibraryDetector):
         _ = self.network, self.pose_network
 
     def load_network(self, name: str, path: Path) -> nn.Module:
-        return OnnxNetwork(path, self.device)
-
-    def to(self, device: str | torch.device) -> "DWposeDetector":
-        super().to(device)
-        for network in (self.network, self.pose_network):
-            network.open(self.device)
-        return self
+        return OnnxNetwork(path)
 
     def predict(self, images: list[np.ndarray], **parameters: Any) -> list[tuple[np.ndarray, np.ndarray]]:
         return [self.find_people(image) for image in images]
 
     def find_people(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The 133 points of each person in a picture (H, W, 3), uint8, RGB: (people, 133, 2) in pixels, and their scores."""
-        size = self.network.input_size((BOX_SIDE, BOX_SIDE))
+        height, width = self.network.input_size((BOX_SIDE, BOX_SIDE))
         crop_size = self.pose_network.input_size(CROP)
-        x, factor = decoding.letterbox(image, *size)
+        x, factor = decoding.letterbox(image, height, width)
         points, scores = np.zeros((0, 133, 2)), np.zeros((0, 133))
-        for box in decoding.boxes_of_people(self.network(x)[0], *size, factor):
+        for box in decoding.boxes_of_people(self.network(x)[0], height, width, factor):
             crop, corner, extent = decoding.crop_person(image, box, *crop_size)
             simcc_x, simcc_y = self.pose_network(crop)
             found, score = decoding.points_of_person(simcc_x, simcc_y, corner, extent, *crop_size)

@@ -49,21 +49,20 @@ def boxes_of_people(output: np.ndarray, height: int, width: int, factor: float) 
     if output.shape[1] == 5:
         order = np.argsort(-output[:, 4], kind="stable")
         return output[order[output[order, 4] > BOX_SCORE], :4] / factor
-    cells, strides = [], []
+    cells, sides = [], []
     for stride in STRIDES:
         y, x = np.mgrid[: height // stride, : width // stride]
         cells.append(np.stack([x.ravel(), y.ravel()], axis=1))
-        strides.append(np.full((x.size, 1), stride))
-    cells, strides = np.concatenate(cells), np.concatenate(strides)
+        sides.append(np.full((x.size, 1), stride))
+    strides = np.concatenate(sides)
     scores = output[:, 4] * output[:, 5 + PERSON]
     candidates = scores > BOX_SCORE
-    centre = ((output[:, :2] + cells) * strides)[candidates]
+    centre = ((output[:, :2] + np.concatenate(cells)) * strides)[candidates]
     size = (np.exp(output[:, 2:4]) * strides)[candidates]
     corner = (centre - size / 2) / factor
     size = size / factor
     kept = cv2.dnn.NMSBoxes(np.hstack([corner, size]).tolist(), scores[candidates].tolist(), BOX_SCORE, BOX_OVERLAP)
-    kept = np.asarray(kept, dtype=np.int64).ravel()
-    return np.hstack([corner, corner + size])[kept]
+    return np.hstack([corner, corner + size])[np.asarray(kept, dtype=np.int64).ravel()]
 
 
 def crop_person(

@@ -17,6 +17,9 @@ from annotator.weights import load_weights, read_state_dict
 __all__ = ["BSDS500HED", "ControlNetHED", "HEDdetector", "nms"]
 
 
+Safe = Annotated[bool, "quantise the map to three levels, so that it hides less of the picture"]
+
+
 class HEDdetector(NetworkDetector):
     """Edges of a picture, white on black, soft.
 
@@ -26,12 +29,10 @@ class HEDdetector(NetworkDetector):
 
     network = LazyNetwork("ControlNetHED.pth", "network-bsds500.pth")
     min_side = MIN_SIDE
+    build_network = ControlNetHED
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
         return super().find_file(name, filenames[:1] if self.version == "1.1" else filenames)
-
-    def build_network(self) -> nn.Module:
-        return ControlNetHED()
 
     def load_network(self, name: str, path: Path) -> nn.Module:
         state_dict = read_state_dict(path)
@@ -45,26 +46,25 @@ class HEDdetector(NetworkDetector):
             return to_tensor(image[:, :, ::-1]) / 255.0
         return to_tensor(image)
 
-    def decode(
-        self,
-        output: Any,
-        size: tuple[int, int],
-        safe: Annotated[bool, "quantise the map to three levels, so that it hides less of the picture"] = False,
-    ) -> np.ndarray:
+    def decode(self, output: Any, size: tuple[int, int], safe: Safe = False) -> np.ndarray:
         if isinstance(self.network, BSDS500HED):
             edge = output[0].cpu().numpy()  # (h, w)
         else:
             full = output[0].shape[:0:-1]  # width and height of what the network saw
             mean = sum(cv2.resize(map[0].cpu().numpy(), full, interpolation=cv2.INTER_LINEAR) for map in output)
-            mean = (mean / len(BLOCKS)).astype(np.float64)
-            edge = 1.0 / (1.0 + np.exp(-mean.clip(-700.0)))  # e**709 is the largest in double precision
-        return edges_to_map(edge[: size[0], : size[1]], safe)
+            edge = sigmoid(mean / len(BLOCKS))
+        return edges_to_map(edge[: size[0], : size[1]], 2 if safe else 0)
 
     def aux_map(self, view: np.ndarray, size: tuple[int, int], scribble: bool = False, **parameters: Any) -> np.ndarray:
         found = super().aux_map(view, size, **parameters)
         return fake_scribble(found) if scribble else found
 
 
-def edges_to_map(edge: np.ndarray, safe: bool) -> np.ndarray:
-    """Probabilities of an edge (H, W), 0..1, as uint8."""
-    return to_uint8((safe_step(edge) if safe else edge) * 255.0)
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """In double precision, of which e**709 is the largest."""
+    return 1.0 / (1.0 + np.exp(-x.astype(np.float64).clip(-700.0)))
+
+
+def edges_to_map(edge: np.ndarray, steps: int) -> np.ndarray:
+    """Probabilities of an edge (H, W), 0..1, as uint8, quantised to that many levels above black unless it is 0."""
+    return to_uint8((safe_step(edge, steps) if steps else edge) * 255.0)

@@ -55,6 +55,7 @@ class BSDS500HED(nn.Module):
     """The network of `network-bsds500.pth`: BGR of 0..1 to the probability of an edge (B, 1, H, W)."""
 
     NAMES = ("One", "Two", "Thr", "Fou", "Fiv")
+    mean: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,7 +30,8 @@ def soft_mask(mask: np.ndarray, height: int, width: int, blur: float = 5.0) -> n
 def cut_hole(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A picture as RGBA (H, W, 4), uint8, transparent where the mask, of any size, is white."""
     picture = without_alpha(image)
-    alpha = 255 - soft_mask(mask, *picture.shape[:2], blur=0.0) * 255.0
+    height, width = picture.shape[:2]
+    alpha = 255 - soft_mask(mask, height, width, blur=0.0) * 255.0
     return np.dstack([picture, np.rint(alpha).astype(np.uint8)])
 
 
@@ -76,5 +77,6 @@ class InpaintDetector(Detector):
             (H, W, 4), uint8; the last channel is 0 in the hole and 255 elsewhere.
         """
         rgba = picture_with_hole(image) if mask is None else cut_hole(image, mask)
-        hole = soft_mask(255 - rgba[:, :, 3] if mask is None else mask, *rgba.shape[:2], blur) > 0.5
+        height, width = rgba.shape[:2]
+        hole = soft_mask(255 - rgba[:, :, 3] if mask is None else mask, height, width, blur) > 0.5
         return np.dstack([rgba[:, :, :3], np.where(hole, 0, 255).astype(np.uint8)])

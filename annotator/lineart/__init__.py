@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from annotator.lineart.model import Generator
 from annotator.network import LazyNetwork, NetworkDetector, to_tensor
@@ -25,13 +25,11 @@ class LineartDetector(NetworkDetector):
     network = LazyNetwork("sk_model.pth")
     coarse_network = LazyNetwork("sk_model2.pth")
     min_side = Generator.MIN_SIDE
+    build_network = Generator
 
     def load(self, coarse: bool | None = None, **parameters: Any) -> None:
         if coarse is not None:
             _ = self.coarse_network if coarse else self.network
-
-    def build_network(self) -> nn.Module:
-        return Generator()
 
     def encode(self, image: np.ndarray) -> Tensor:
         return to_tensor(image) / 255.0
@@ -40,10 +38,7 @@ class LineartDetector(NetworkDetector):
         return (self.coarse_network if coarse else self.network)(x)
 
     def decode(
-        self,
-        output: Any,
-        size: tuple[int, int],
-        coarse: Annotated[bool, "fewer, bolder lines (sk_model2.pth)"] = False,
+        self, output: Any, size: tuple[int, int], coarse: Annotated[bool, "fewer, bolder lines (sk_model2.pth)"] = False
     ) -> np.ndarray:
         """(H, W), uint8. As in the reference, a side that is no multiple of 4 comes back as the next one (150 gives 152); but
         where a side has fewer than 5 pixels, where the reference fails, the size is kept."""

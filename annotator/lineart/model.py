@@ -16,7 +16,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv_block(x)  # (B, C, h, w)
 
 
-def _normed(conv: nn.Module) -> list[nn.Module]:
+def _normed(conv: nn.Conv2d | nn.ConvTranspose2d) -> list[nn.Module]:
     return [conv, nn.InstanceNorm2d(conv.out_channels), nn.ReLU()]
 
 

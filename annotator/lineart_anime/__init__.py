@@ -4,7 +4,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from annotator.lineart_anime.model import SIDE, UnetGenerator
 from annotator.network import LazyNetwork, NetworkDetector, to_tensor
@@ -17,9 +17,7 @@ class LineartAnimeDetector(NetworkDetector):
     """The lines of a drawing (H, W), dark on white; in controlnet_aux's way white on black."""
 
     network = LazyNetwork("netG.pth")
-
-    def build_network(self) -> nn.Module:
-        return UnetGenerator()
+    build_network = UnetGenerator
 
     def encode(self, image: np.ndarray) -> Tensor:
         height, width = (-(-side // SIDE) * SIDE for side in image.shape[:2])

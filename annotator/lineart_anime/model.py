@@ -45,26 +45,16 @@ class Level(nn.Module):
         return torch.cat([x, F.instance_norm(y)], dim=1)  # (B, 2 * above, h, w)
 
 
-class Outermost(nn.Module):
-    """The first level: from RGB, to lines."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        width = WIDTHS[0]
-        self.model = nn.ModuleDict({"0": _down(3, width), "1": Level(WIDTHS), "3": _up(2 * width, 1)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.model["0"](x)  # (B, 64, H / 2, W / 2)
-        x = self.model["1"](x)  # (B, 128, H / 2, W / 2)
-        return torch.tanh(self.model["3"](F.relu(x)))  # (B, 1, H, W)
-
-
 class UnetGenerator(nn.Module):
     """RGB of -1..1 to lines of -1..1, dark on light (B, 1, H, W); sides must be multiples of 256."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = Outermost()
+        width = WIDTHS[0]
+        parts = {"0": _down(3, width), "1": Level(WIDTHS), "3": _up(2 * width, 1)}
+        self.model = nn.ModuleDict({"model": nn.ModuleDict(parts)})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+        down, level, up = self.model["model"].children()
+        x = level(down(x))  # (B, 3, H, W) to (B, 64, H / 2, W / 2), (B, 128, H / 2, W / 2)
+        return torch.tanh(up(F.relu(x)))  # (B, 1, H, W)

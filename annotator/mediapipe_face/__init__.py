@@ -5,18 +5,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from annotator.detector import import_extra
 from annotator.library import LibraryDetector
 from annotator.mediapipe_face.drawing import COLOURS, draw_face
 from annotator.network import LazyNetwork
-from annotator.weights import Hub, WeightsError, find_weights, search_folders
+from annotator.weights import WeightsError
 
 EXTRA = "face"
 FILE = "face_landmarker.task"
-ADDRESS = f"https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/float16/latest/{FILE}"
 
 
 class FaceMesh(nn.Module):
@@ -61,29 +59,13 @@ class MediapipeFaceDetector(LibraryDetector):
     """
 
     network = LazyNetwork(FILE)
+    repository = (
+        f"https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/float16/latest/{FILE}"
+    )
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
-        import_extra("mediapipe", EXTRA)
-        if isinstance(self.weights, Hub):
-            return find_weights(filenames, self.weights)
-        stored = Path(torch.hub.get_dir()) / "checkpoints" / FILE
-        places = [*search_folders(), stored] if self.weights is None else [Path(self.weights).expanduser()]
-        for place in places:
-            for file in (place, place / FILE):
-                if file.is_file():
-                    return file
-        if self.weights is not None:
-            raise WeightsError(
-                f"no weights at {self.weights}: neither a file nor a folder that holds {FILE} ({ADDRESS})"
-            )
-        try:
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(ADDRESS, str(stored))
-        except OSError as err:
-            raise WeightsError(
-                f"cannot fetch {ADDRESS} ({err}); put the file into {search_folders()[-1]}, or name it as weights"
-            ) from err
-        return stored
+        import_extra("mediapipe", EXTRA)  # rather now than after the download
+        return super().find_file(name, filenames)
 
     def load_network(self, name: str, path: Path) -> nn.Module:
         return FaceMesh(path)

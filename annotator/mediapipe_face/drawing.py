@@ -29,7 +29,7 @@ def draw_face(canvas: np.ndarray, face: np.ndarray, edges: Mapping[str, Sequence
     size = np.array([canvas.shape[1], canvas.shape[0]])
     if (np.ptp(face, axis=0) * size).min() < MIN_FACE:
         return
-    inside = ((face >= 0) & (face <= 1)).all(axis=1)
+    inside = np.all((face >= 0) & (face <= 1), axis=1)
     pixels = np.minimum(face * size, size - 1).astype(np.int64)
     for part, colour in COLOURS.items():
         for start, end in edges[part]:

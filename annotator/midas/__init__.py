@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from annotator.detector import Maps
 from annotator.midas.model import STRIDE, DPTDepthModel
 from annotator.network import LazyNetwork, NetworkDetector, to_tensor
 from annotator.pictures import HWC3, resize, to_uint8
@@ -15,33 +14,25 @@ from annotator.pictures import HWC3, resize, to_uint8
 __all__ = ["DPTDepthModel", "MidasDetector", "depth_to_map", "depth_to_normals"]
 
 
+Flatness = Annotated[float, 0.1, 20.0, "what z counts against the slopes; larger is flatter"]
+Background = Annotated[float, 0.0, 1.0, "depth, of 0 to 1, below which all is background, facing the viewer"]
+
+
 class MidasDetector(NetworkDetector):
     """Inverse depth of a picture (H, W), near is light; in version 1.0 beside the normals of its surfaces (H, W, 3; x, y, z)."""
 
     network = LazyNetwork("dpt_hybrid-midas-501f0c75.pt")
-    wrapper = "model"  # beside `optimizer`, in files that were saved while training
     stride = STRIDE
+    model_types = ("dpt_hybrid",)
     output_type = None
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, model_type: str = "dpt_hybrid", **options: Any) -> "MidasDetector":
-        if model_type != "dpt_hybrid":
-            raise ValueError(f"model_type must be dpt_hybrid, got {model_type!r}")
-        return super().from_pretrained(*args, **options)
-
-    def build_network(self) -> DPTDepthModel:
-        return DPTDepthModel()
+    build_network = DPTDepthModel
 
     def encode(self, image: np.ndarray) -> Tensor:
         return to_tensor(image) / 127.5 - 1.0
 
     def decode(
-        self,
-        output: Any,
-        size: tuple[int, int],
-        a: Annotated[float, 0.1, 20.0, "what z counts against the slopes; larger is flatter"] = 2 * math.pi,
-        bg_th: Annotated[float, 0.0, 1.0, "depth, of 0 to 1, below which all is background, facing the viewer"] = 0.1,
-    ) -> Maps:
+        self, output: Any, size: tuple[int, int], a: Flatness = 2 * math.pi, bg_th: Background = 0.1
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         depth = output[: size[0], : size[1]].cpu().numpy()
         if self.version == "1.1":
             return depth_to_map(depth)
@@ -49,7 +40,7 @@ class MidasDetector(NetworkDetector):
 
     def aux_map(
         self, view: np.ndarray, size: tuple[int, int], depth_and_normal: bool = False, **parameters: Any
-    ) -> Maps:
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         (output,) = self.run(self.prepare(view)[None])
         depth = output[: view.shape[0], : view.shape[1]].cpu().numpy()
         depth_map = resize(HWC3(depth_to_map(depth)), size)
@@ -58,14 +49,7 @@ class MidasDetector(NetworkDetector):
         return depth_map, resize(depth_to_normals(depth, **parameters)[:, :, ::-1], size)
 
 
-def _check(a: float, bg_th: float) -> None:
-    if not (a > 0 and math.isfinite(a)):
-        raise ValueError(f"a must be a number above 0, got {a}")
-    if not 0 <= bg_th <= 1:
-        raise ValueError(f"bg_th must lie in 0..1, got {bg_th}")
-
-
-def _relative(depth: np.ndarray) -> np.ndarray:
+def relative_depth(depth: np.ndarray) -> np.ndarray:
     """Depth from 0 to 1; all 0 where it is the same everywhere."""
     depth = depth - depth.min()
     farthest = depth.max()
@@ -74,7 +58,7 @@ def _relative(depth: np.ndarray) -> np.ndarray:
 
 def depth_to_map(depth: np.ndarray) -> np.ndarray:
     """Depth (H, W), float32 -> (H, W), uint8, from the least to the greatest."""
-    return to_uint8(_relative(depth) * 255.0)
+    return to_uint8(relative_depth(depth) * 255.0)
 
 
 def depth_to_normals(depth: np.ndarray, a: float = 2 * math.pi, bg_th: float = 0.1) -> np.ndarray:
@@ -83,10 +67,13 @@ def depth_to_normals(depth: np.ndarray, a: float = 2 * math.pi, bg_th: float = 0
     Raises:
         ValueError: a number is out of range.
     """
-    _check(a, bg_th)
+    if not (a > 0 and math.isfinite(a)):
+        raise ValueError(f"a must be a number above 0, got {a}")
+    if not 0 <= bg_th <= 1:
+        raise ValueError(f"bg_th must lie in 0..1, got {bg_th}")
     x, y = (cv2.Sobel(depth, cv2.CV_32F, *axis, ksize=3) for axis in ((1, 0), (0, 1)))
-    background = _relative(depth) < bg_th
+    background = relative_depth(depth) < bg_th
     x[background] = y[background] = 0.0
     normal = np.stack([x, y, np.full_like(x, a)], axis=2)
-    normal /= np.sum(normal**2, axis=2, keepdims=True) ** 0.5
-    return to_uint8(normal * 127.5 + 127.5)
+    length = np.sum(normal**2, axis=2, keepdims=True) ** 0.5
+    return to_uint8(normal / length * 127.5 + 127.5)

@@ -4,6 +4,8 @@ After Ranftl, Bochkovskiy and Koltun 2021, "Vision transformers for dense predic
 (multiples of 32), C channels, N tokens of the transformer (one, and one for every 16x16 pixels).
 """
 
+from typing import Any
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,12 @@ class ProjectReadout(nn.Module):
         return self.project(torch.cat([picture, tokens[:, :1].expand_as(picture)], dim=-1))
 
 
-class Reassemble(nn.Sequential):
+class Reassemble(nn.ModuleList):
     """Tokens to a feature map; halved in size if `halve`. Numbered as in the published file."""
 
     def __init__(self, halve: bool) -> None:
-        layers = [ProjectReadout(), nn.Identity(), nn.Identity(), nn.Conv2d(WIDTH, WIDTH, 1)]
-        super().__init__(*layers, *[nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1)] * halve)
+        layers: list[nn.Module] = [ProjectReadout(), nn.Identity(), nn.Identity(), nn.Conv2d(WIDTH, WIDTH, 1)]
+        super().__init__(layers + [nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1)] if halve else layers)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:  # (B, 1 + N, C) -> (B, C, *grid)
         x = self[0](tokens).transpose(1, 2).unflatten(2, grid)
@@ -46,7 +48,7 @@ class Backbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = timm.create_model("vit_base_r50_s16_384", pretrained=False, num_classes=1000)
+        self.model: Any = timm.create_model("vit_base_r50_s16_384", pretrained=False, num_classes=1000)
         self.act_postprocess3 = Reassemble(halve=False)
         self.act_postprocess4 = Reassemble(halve=True)
 

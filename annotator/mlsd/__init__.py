@@ -3,7 +3,7 @@
 from typing import Annotated, Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from annotator.mlsd.decode import decode_lines, draw_lines
 from annotator.mlsd.model import STRIDE, MobileV2MLSDLarge
@@ -21,9 +21,7 @@ class MLSDdetector(NetworkDetector):
     """
 
     network = LazyNetwork("mlsd_large_512_fp32.pth")
-
-    def build_network(self) -> nn.Module:
-        return MobileV2MLSDLarge()
+    build_network = MobileV2MLSDLarge
 
     def encode(self, image: np.ndarray) -> Tensor:
         if any(side < STRIDE or side % STRIDE > 1 for side in image.shape[:2]):  # one pixel more does no harm

@@ -38,10 +38,9 @@ def decode_lines(
     peak = score == F.max_pool2d(score[None], 3, stride=1, padding=1)[0]
     best, index = torch.where(peak, score, 0.0).flatten().topk(min(MAX_LINES, score.numel()))  # (k,)
     ends = output[1:5].flatten(1)[:, index].T.reshape(-1, 2, 2).cpu().numpy()  # (k, end, x and y)
-    best, index = best.cpu().numpy(), index.cpu().numpy()
     length = np.sqrt(((ends[:, 0] - ends[:, 1]) ** 2).sum(axis=1))
-    kept = (best > thr_v) & (length > thr_d) & np.isfinite(ends).all(axis=(1, 2))
-    centre = np.stack([index % width, index // width], axis=1)[:, None]  # (k, 1, x and y)
+    kept = (best.cpu().numpy() > thr_v) & (length > thr_d) & np.isfinite(ends).all(axis=(1, 2))
+    centre = torch.stack([index % width, index // width], dim=1)[:, None].cpu().numpy()  # (k, 1, x and y)
     lines = (centre + ends.astype(np.float64))[kept] * MAP_STRIDE * np.array(scale)
     return lines.reshape(-1, 4)
 
@@ -51,5 +50,5 @@ def draw_lines(lines: np.ndarray, height: int, width: int) -> np.ndarray:
     canvas = np.zeros((height, width), dtype=np.uint8)
     limit = np.iinfo(np.int32).max
     ends = lines.clip(-limit, limit).astype(np.int32).reshape(-1, 2, 2)
-    cv2.polylines(canvas, ends, isClosed=False, color=255, thickness=1)
+    cv2.polylines(canvas, list(ends), isClosed=False, color=255, thickness=1)
     return canvas

@@ -21,11 +21,8 @@ class NormalBaeDetector(NetworkDetector):
     """Normals of a picture's surfaces as colours (H, W, 3): x, y, z from -1..1 to 0..255."""
 
     network = LazyNetwork("scannet.pt")
-    wrapper = "model"
     stride = STRIDE
-
-    def build_network(self) -> NNET:
-        return NNET()
+    build_network = NNET
 
     def encode(self, image: np.ndarray) -> Tensor:
         return (to_tensor(image) / 255.0 - MEAN) / STD

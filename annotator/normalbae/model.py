@@ -4,6 +4,8 @@ After Bae, Budvytis and Cipolla 2021, "Estimating and exploiting the aleatoric u
 Shapes: B batch, H W the picture (multiples of 8), C channels.
 """
 
+from typing import Any
+
 import timm
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> the outputs of SKIP_STAGES, finest first, then (B, 2048, H/32, W/32)."""
-        network = self.original_model
+        network: Any = self.original_model
         x = network.bn1(network.conv_stem(x))  # (B, 48, H/2, W/2)
         features = []
         for number, stage in enumerate(network.blocks):

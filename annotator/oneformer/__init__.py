@@ -1,9 +1,5 @@
 """Semantic segmentation by OneFormer, as ControlNet 1.1 uses it. J. Jain et al., "OneFormer", CVPR 2023."""
 
-from typing import Any
-
-import numpy as np
-
 from annotator.segmentation import SegmentationDetector
 
 
@@ -12,11 +8,8 @@ class OneformerCOCODetector(SegmentationDetector):
 
     model = "shi-labs/oneformer_coco_swin_large"
 
-    def decode(self, output: Any, size: tuple[int, int]) -> np.ndarray:
-        return super().decode(output, size)
 
-
-class OneformerADE20kDetector(OneformerCOCODetector):
+class OneformerADE20kDetector(SegmentationDetector):
     """The 150 classes of ADE20K in their colours (H, W, 3)."""
 
     model = "shi-labs/oneformer_ade20k_swin_large"

@@ -24,7 +24,7 @@ from annotator.openpose.peaks import find_body_peaks, find_face_peaks, find_hand
 from annotator.openpose.resizing import enlarge, enlarge_one_by_one, network_input, resize, scale
 from annotator.pictures import HWC3
 from annotator.pictures import resize as resize_picture
-from annotator.weights import OLDER_REPOSITORY, REPOSITORY, Hub, find_weights, load_weights, read_state_dict
+from annotator.weights import load_weights, read_state_dict
 
 __all__ = ["BodyPoseModel", "FacePoseModel", "HandPoseModel", "OpenposeDetector", "Poses", "draw_pose"]
 
@@ -99,11 +99,6 @@ class OpenposeDetector(NetworkDetector):
     network = LazyNetwork("body_pose_model.pth")
     hand_network = LazyNetwork("hand_pose_model.pth")
     face_network = LazyNetwork("facenet.pth")
-
-    def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
-        if name == "face_network" and isinstance(self.weights, Hub) and self.weights.repository == OLDER_REPOSITORY:
-            return find_weights(filenames, Hub(REPOSITORY, self.weights.cache_dir, self.weights.local_files_only))
-        return super().find_file(name, filenames)
 
     def load_network(self, name: str, path: Path) -> nn.Module:
         """Published names lack the part of ours that says to which stage and branch a convolution belongs."""
@@ -182,11 +177,10 @@ class OpenposeDetector(NetworkDetector):
         if hand_and_face is not None:
             include_hand = include_face = hand_and_face
         include_hand = include_hand or hand
-        everyone = self.find_poses(view)
-        canvas = np.zeros_like(view)
+        everyone, canvas, (height, width) = self.find_poses(view), np.zeros_like(view), view.shape[:2]
         for person in everyone.people:
             poses = self._add_parts(view, everyone.candidates, person[None], include_hand, include_face)
-            draw_pose(poses.relative(*view.shape[:2]), *view.shape[:2], draw_body=include_body, canvas=canvas)
+            draw_pose(poses.relative(height, width), height, width, draw_body=include_body, canvas=canvas)
         return resize_picture(canvas, size)
 
     def find_poses(self, image: np.ndarray, hands: bool = False, faces: bool = False) -> Poses:

@@ -38,7 +38,7 @@ def _limb_polygons(points: np.ndarray, people: np.ndarray) -> list[tuple[int, np
             centre = int((x0 + x1) / 2), int((y0 + y1) / 2)
             axes = int(math.sqrt((x0 - x1) ** 2 + (y0 - y1) ** 2) / 2), RADIUS
             angle = int(math.degrees(math.atan2(y0 - y1, x0 - x1)))
-            polygons.append((limb, cv2.ellipse2Poly(centre, axes, angle, 0, 360, 1)))
+            polygons.append((limb, np.asarray(cv2.ellipse2Poly(centre, axes, angle, 0, 360, 1))))
     return polygons
 
 
@@ -99,7 +99,7 @@ def draw_hands_1_1(canvas: np.ndarray, hands: list[np.ndarray]) -> np.ndarray:
     """Hands (21, 2), relative: bones and discs of the points that were found, which are above 0."""
     for points in hands:
         points = _to_pixels(points, canvas)
-        shown = (points > 0).all(axis=1)
+        shown = np.all(points > 0, axis=1)
         _draw_hand(canvas, points, shown[np.array(BONES)].all(axis=1), shown)
     return canvas
 

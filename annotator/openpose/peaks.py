@@ -70,7 +70,7 @@ def _find_in_map(heatmap: np.ndarray, threshold: float) -> tuple[np.ndarray, np.
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     blurred, slack = _quick_blur(part)
     least = cv2.dilate(blurred, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
-    cv2.max(cv2.subtract(least, 2 * slack, dst=least), threshold - slack, dst=least)
+    np.maximum(np.subtract(least, 2 * slack, out=least), threshold - slack, out=least)
     ys, xs = np.nonzero(cv2.compare(blurred, least, cv2.CMP_GE))
     # A pixel at the border stands for its neighbour outside, to which it does not lose.
     cross = [np.clip(at + steps, 0, size - 1) for at, steps, size in zip((ys, xs), _CROSS, part.shape, strict=True)]

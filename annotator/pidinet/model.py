@@ -5,6 +5,7 @@ term, so each is a plain convolution whose kernel is computed from the weights a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,9 +93,10 @@ class DilationModule(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 1)
-        for number, dilation in enumerate((5, 7, 9, 11), start=1):
-            conv = nn.Conv2d(out_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False)
-            self.add_module(f"conv2_{number}", conv)
+        self.conv2_1, self.conv2_2, self.conv2_3, self.conv2_4 = (
+            nn.Conv2d(out_channels, out_channels, 3, padding=dilation, dilation=dilation, bias=False)
+            for dilation in (5, 7, 9, 11)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(F.relu(x))  # (B, out_channels, h, w)
@@ -111,17 +113,6 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(self.conv2(self.conv1(F.relu(x))))  # (B, C, h, w) times (B, 1, h, w)
-
-
-class Reduce(nn.Module):
-    """To one channel."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)  # (B, 1, h, w)
 
 
 class PiDiNet(nn.Module):
@@ -142,7 +133,7 @@ class PiDiNet(nn.Module):
                 layer += 1
         self.dilations = nn.ModuleList(DilationModule(channels, DILATION_WIDTH) for channels, _ in STAGES)
         self.attentions = nn.ModuleList(SpatialAttention(DILATION_WIDTH) for _ in STAGES)
-        self.conv_reduces = nn.ModuleList(Reduce(DILATION_WIDTH) for _ in STAGES)
+        self.conv_reduces: Any = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(DILATION_WIDTH, 1, 1)}) for _ in STAGES)
         self.classifier = nn.Conv2d(len(STAGES), 1, 1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -153,7 +144,7 @@ class PiDiNet(nn.Module):
         for names, dilation, attention, reduce in heads:
             for name in names:
                 x = self.get_submodule(name)(x)  # (B, C, h, w)
-            edge = reduce(attention(dilation(x)))  # (B, 1, h, w)
+            edge = reduce["conv"](attention(dilation(x)))  # (B, 1, h, w)
             edges.append(F.interpolate(edge, size=size, mode="bilinear"))  # (B, 1, H, W)
         fused = self.classifier(torch.cat(edges, dim=1))  # (B, 1, H, W)
         return [torch.sigmoid(edge) for edge in (*edges, fused)]

@@ -1,10 +1,10 @@
-"""Conditions that are arithmetic on pixels: inverted, black and white, blurred, grey, coarse colours, soft detail.
+"""Conditions that are arithmetic on pixels: the picture itself, inverted, black and white, blurred, grey, coarse, soft.
 
 Each is a condition of models that are in use: blur and gaussian tile for restoring detail, grey for colouring a picture,
 a grid of colours for painting with given colours, inverted and black and white pictures for drawings on paper.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -16,10 +16,19 @@ from annotator.pictures import HWC3, to_uint8
 class PixelDetector(Detector):
     """A detector that checks the ranges of its arguments also when it is called without the registry."""
 
-    def check(self, **values: float) -> None:
-        """ValueError for an argument of `detect` that is out of its range."""
-        for name, value in values.items():
-            self.parameters()[name].check(value)
+    def __call__(self, input_image: Any = None, *args: Any, **parameters: Any) -> Any:
+        for name, value in (dict(zip(self.arguments(), args, strict=False)) | parameters).items():
+            if name in self.parameters():
+                self.parameters()[name].check(value)
+        return super().__call__(input_image, *args, **parameters)
+
+
+class TileDetector(Detector):
+    """Gives the picture back, for tile (where the linear resize makes it a condition) and instruct-pix2pix of ControlNet 1.1."""
+
+    def detect(self, image: np.ndarray) -> np.ndarray:
+        """(H, W), (H, W, 3) or RGBA, uint8, to (H, W, 3)."""
+        return HWC3(image)
 
 
 class InvertDetector(Detector):
@@ -39,7 +48,6 @@ class ThresholdDetector(PixelDetector):
         threshold: Annotated[int, 0, 255, "a pixel becomes white if its darkest channel is above this"] = 127,
     ) -> np.ndarray:
         """(H, W, 3), uint8, to (H, W), 255 and 0."""
-        self.check(threshold=threshold)
         return np.where(HWC3(image).min(axis=2) > threshold, 255, 0).astype(np.uint8)
 
 
@@ -50,7 +58,6 @@ class BlurDetector(PixelDetector):
         self, image: np.ndarray, sigma: Annotated[float, 0.01, 64.0, "of the gaussian, in pixels"] = 9.0
     ) -> np.ndarray:
         """(H, W, 3), uint8, to the same."""
-        self.check(sigma=sigma)
         return cv2.GaussianBlur(HWC3(image), (0, 0), float(sigma))
 
 
@@ -64,7 +71,6 @@ class GreyDetector(PixelDetector):
         intensity: Annotated[bool, "the brightest channel (V of HSV), not the luminance (L of CIELAB)"] = False,
     ) -> np.ndarray:
         """(H, W, 3), uint8, RGB, to (H, W)."""
-        self.check(gamma=gamma)
         image = HWC3(image)
         grey = image.max(axis=2) if intensity else cv2.cvtColor(image, cv2.COLOR_RGB2LAB)[:, :, 0]
         curve = to_uint8((np.arange(256) / 255.0) ** gamma * 255.0 + 1e-6)  # the addend: rounding must not cost a level
@@ -78,7 +84,6 @@ class ColourDetector(PixelDetector):
         self, image: np.ndarray, cell: Annotated[int, 1, 4096, "side of a cell of the grid, in pixels"] = 64
     ) -> np.ndarray:
         """(H, W, 3), uint8, to the same."""
-        self.check(cell=cell)
         image = HWC3(image)
         height, width = image.shape[:2]
         grid = cv2.resize(image, (max(width // cell, 1), max(height // cell, 1)), interpolation=cv2.INTER_CUBIC)
@@ -98,7 +103,6 @@ class GaussianTileDetector(PixelDetector):
         blur_strength: Annotated[float, 1.0, 64.0, "window of the blur, in pixels; its sigma is half of it"] = 2.0,
     ) -> np.ndarray:
         """(H, W, 3), uint8, to the same."""
-        self.check(scale_factor=scale_factor, blur_strength=blur_strength)
         image = HWC3(image)
         height, width = image.shape[:2]
         small = max(int(width / scale_factor), 1), max(int(height / scale_factor), 1)

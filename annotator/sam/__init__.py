@@ -1,7 +1,7 @@
 """All masks that Segment Anything finds in a picture. A. Kirillov et al., "Segment Anything", ICCV 2023."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
@@ -22,28 +22,15 @@ class SamDetector(HubModelDetector):
 
     Args:
         weights: id or folder of a model of transformers that makes masks from points: SAM, SAM 2, SAM-HQ; or a published file of
-            SAM, sam_vit_b_01ec64.pth and so on.
+            SAM, sam_vit_h_4b8939.pth and so on.
     """
 
-    network = LazyNetwork("sam_vit_b_01ec64.pth", "sam_vit_l_0b3195.pth", "sam_vit_h_4b8939.pth")
+    network = LazyNetwork("sam_vit_h_4b8939.pth", "sam_vit_l_0b3195.pth", "sam_vit_b_01ec64.pth")
+    model_types = ("vit_h", "vit_l", "vit_b")
     model = "facebook/sam-vit-base"
     auto_class = "AutoModelForMaskGeneration"
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        *args: Any,
-        filename: str | None = None,
-        subfolder: str | None = None,
-        model_type: str | None = None,
-        **options: Any,
-    ) -> "SamDetector":
-        """As in controlnet_aux, also for a model of transformers. The file itself tells what `model_type` says there."""
-        if subfolder:
-            filename = f"{subfolder}/{filename or 'sam_vit_h_4b8939.pth'}"
-        return super().from_pretrained(*args, filename=filename, **options)
-
-    def load_published(self, path: Path) -> tuple[nn.Module, list[str]]:
+    def load_published(self, path: Path) -> nn.Module:
         transformers = import_extra("transformers", EXTRA)
         entries = hub_names(read_state_dict(path))
         self.processor = transformers.SamImageProcessor()

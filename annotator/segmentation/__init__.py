@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from torch import nn
 
 from annotator.detector import import_extra
 from annotator.library import EXTRA, LOCAL, HubModelDetector
@@ -26,7 +25,7 @@ class SegmentationDetector(HubModelDetector):
 
     model = "shi-labs/oneformer_coco_swin_large"
 
-    def load_model(self, path: Path) -> tuple[nn.Module, Iterable[str]]:
+    def load_model(self, path: Path) -> tuple[Any, Iterable[str]]:
         network, missing = super().load_model(path)
         if network.config.model_type == "oneformer":
             self.tokenizer = import_extra("transformers", EXTRA).AutoTokenizer.from_pretrained(path, **LOCAL)
@@ -63,7 +62,9 @@ class SegmentationDetector(HubModelDetector):
         outputs = self.network(**self.inputs_for(images, task))
         if task == "semantic":
             return [labels.cpu().numpy() for labels in decode(outputs, target_sizes=sizes)]
-        fuse = {"label_ids_to_fuse": set()} if task == "panoptic" else {}  # said, or the library warns that it is not
+        fuse: dict[str, Any] = (
+            {"label_ids_to_fuse": set()} if task == "panoptic" else {}
+        )  # said, or the library warns that it is not
         results = decode(outputs, target_sizes=sizes, threshold=threshold, **fuse)
         return [
             stack_masks([(result["segmentation"] == one["id"]).cpu().numpy() for one in result["segments_info"]], size)

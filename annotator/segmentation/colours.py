@@ -4,6 +4,9 @@ import cv2
 import numpy as np
 
 from annotator.uniformer.labels import PALETTE as ADE20K
+from annotator.uniformer.labels import colour as colour_labels
+
+__all__ = ["ADE20K", "COCO", "colour_labels", "distinct_colours", "palette_for", "stack_masks"]
 
 # Red, green and blue of the 133 classes of COCO's panoptic segmentation, things before stuff, in the order of its labels.
 COCO_HEX = (
@@ -35,13 +38,6 @@ def distinct_colours(count: int) -> np.ndarray:
 def palette_for(classes: int) -> np.ndarray:
     """The palette of the data set with that many classes (ADE20K 150, COCO 133), else distinct colours."""
     return PALETTES[classes] if classes in PALETTES else distinct_colours(classes)
-
-
-def colour_labels(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """The colours of labels (H, W), integers: (H, W, 3), uint8, RGB. What is not in the palette is black."""
-    known = (labels >= 0) & (labels < len(palette))
-    lookup = np.concatenate([palette, np.zeros((1, 3), dtype=np.uint8)])
-    return lookup[np.where(known, labels, len(palette))]
 
 
 def stack_masks(masks: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:

@@ -4,8 +4,7 @@ Each detector draws from numpy's and Python's global generators, or, with `seed`
 """
 
 import random
-from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -18,10 +17,8 @@ REMAP_LIMIT = 2**15 - 2  # OpenCV's remap counts pixels in 16 bits
 
 MAX_LEVEL = 12  # a picture of one pixel is doubled as often as it was halved
 
-Numbers = np.random.RandomState | ModuleType
 
-
-def _generators(seed: int | None) -> tuple[Numbers, random.Random | ModuleType]:
+def _generators(seed: int | None) -> tuple[Any, Any]:
     return (np.random, random) if seed is None else (np.random.RandomState(seed), random.Random(seed))
 
 
@@ -56,10 +53,8 @@ class ContentShuffleDetector(Detector):
                 f"cannot shuffle {height}x{width} pixels to {h}x{w}: a side may have {REMAP_LIMIT} pixels at most"
             )
         numbers, _ = _generators(seed)
-        x = make_noise_disk(h, w, 1, f, numbers) * float(width - 1)
-        y = make_noise_disk(h, w, 1, f, numbers) * float(height - 1)
-        flow = np.concatenate([x, y], axis=2).astype(np.float32)  # (h, w, 2)
-        return cv2.remap(image, flow, None, cv2.INTER_LINEAR)
+        x, y = (make_noise_disk(h, w, 1, f, numbers) * float(side - 1) for side in (width, height))  # (h, w, 1), each
+        return cv2.remap(image, x.astype(np.float32), y.astype(np.float32), cv2.INTER_LINEAR)
 
 
 class ColorShuffleDetector(Detector):
@@ -119,7 +114,7 @@ class DownSampleDetector(Detector):
             image += numbers.normal(loc=0.0, scale=k, size=image.shape)  # rounded to float32 once, after adding
             return image
 
-        noisy = image.astype(np.float32)
+        noisy: Any = image.astype(np.float32)
         for _ in range(level):
             noisy = cv2.pyrDown(add_noise(noisy))
         for _ in range(level):

@@ -35,17 +35,6 @@ class DoubleConv(nn.Module):
         return smish(x) if self.last_activation else x
 
 
-class PointwiseConv(nn.Module):
-    """A 1x1 convolution; with a stride it halves the size as well."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels_in, channels, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
 class DenseLayer(nn.Module):
     """Two 3x3 convolutions, whose result is averaged with a skip connection of the same size."""
 
@@ -95,8 +84,8 @@ class TED(nn.Module):
         self.block_1 = DoubleConv(3, 16, stride=2)
         self.block_2 = DoubleConv(16, 32, last_activation=False)
         self.dblock_3 = nn.ModuleDict({"denselayer1": DenseLayer(32, 48)})
-        self.side_1 = PointwiseConv(16, 32, stride=2)
-        self.pre_dense_3 = PointwiseConv(32, 48)
+        self.side_1 = nn.ModuleDict({"conv": nn.Conv2d(16, 32, 1, stride=2)})
+        self.pre_dense_3 = nn.ModuleDict({"conv": nn.Conv2d(32, 48, 1)})
         self.up_block_1, self.up_block_2, self.up_block_3 = up_branch(16, 1), up_branch(32, 1), up_branch(48, 2)
         self.block_cat = DoubleFusion(3)
 
@@ -105,8 +94,8 @@ class TED(nn.Module):
         fine = self.block_1(x)  # (B, 16, H/2, W/2)
         middle = self.block_2(fine)  # (B, 32, H/2, W/2)
         halved = F.max_pool2d(middle, 3, 2, 1)  # (B, 32, H/4, W/4)
-        skip = self.pre_dense_3(halved)  # (B, 48, H/4, W/4)
-        coarse = self.dblock_3["denselayer1"](halved + self.side_1(fine), skip)  # (B, 48, H/4, W/4)
+        skip = self.pre_dense_3["conv"](halved)  # (B, 48, H/4, W/4)
+        coarse = self.dblock_3["denselayer1"](halved + self.side_1["conv"](fine), skip)  # (B, 48, H/4, W/4)
         branches = ((self.up_block_1, fine), (self.up_block_2, middle), (self.up_block_3, coarse))
         maps = torch.cat([branch["features"](features) for branch, features in branches], dim=1)  # (B, 3, H, W)
         return torch.cat([maps, self.block_cat(maps)], dim=1)

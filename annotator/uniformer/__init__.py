@@ -1,17 +1,15 @@
 """Semantic segmentation of pictures into the 150 classes of ADE20K."""
 
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from annotator.network import LazyNetwork, NetworkDetector, to_tensor
 from annotator.pictures import pad_to_multiple
 from annotator.uniformer.labels import PALETTE, colour, label_map
 from annotator.uniformer.model import STRIDE, UPerNet
-from annotator.weights import load_weights, read_state_dict
 
 __all__ = ["PALETTE", "UPerNet", "UniformerDetector", "colour"]
 
@@ -35,17 +33,8 @@ class UniformerDetector(NetworkDetector):
     """
 
     network = LazyNetwork("upernet_global_small.pth")
-    wrapper = "state_dict"
-
-    def build_network(self) -> nn.Module:
-        return UPerNet()
-
-    def load_network(self, name: str, path: Path) -> nn.Module:
-        network = self.build_network()
-        load_weights(
-            network, read_state_dict(path, self.wrapper), path, optional="auxiliary_head."
-        )  # which only trains
-        return network
+    build_network = UPerNet
+    optional = "auxiliary_head."  # which only trains
 
     def encode(self, image: np.ndarray) -> Tensor:
         height, width = network_shape(*image.shape[:2])

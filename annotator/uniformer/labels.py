@@ -26,11 +26,11 @@ PALETTE_HEX = (
 PALETTE = np.frombuffer(bytes.fromhex(PALETTE_HEX), dtype=np.uint8).reshape(-1, 3)
 
 
-def colour(labels: np.ndarray) -> np.ndarray:
-    """The colours of labels (H, W), uint8: (H, W, 3), uint8, RGB. Labels that ADE20K does not have are black."""
-    lookup = np.zeros((256, 3), dtype=np.uint8)
-    lookup[: len(PALETTE)] = PALETTE
-    return lookup[labels]
+def colour(labels: np.ndarray, palette: np.ndarray = PALETTE) -> np.ndarray:
+    """The colours of labels (H, W), integers: (H, W, 3), uint8, RGB. What is not in the palette is black."""
+    known = (labels >= 0) & (labels < len(palette))
+    lookup = np.concatenate([palette, np.zeros((1, 3), dtype=np.uint8)])
+    return lookup[np.where(known, labels, len(palette))]
 
 
 def label_map(logits: Tensor, network: tuple[int, int], picture: tuple[int, int]) -> np.ndarray:

@@ -5,10 +5,10 @@ The head pools the coarsest map over grids of several sizes, adds coarse maps to
 classifies what all four have found. Inputs need at least `STRIDE` pixels a side.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
+from timm.layers import ConvNormAct, LayerNorm, LayerNorm2d, Mlp
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 CLASSES = 150
@@ -22,50 +22,16 @@ POOL_SIZES = (1, 2, 3, 6)
 STRIDE = 32  # input pixels to one of the coarsest map
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each pixel of (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class PatchEmbed(nn.Module):
     """Each `patch` by `patch` pixels become one, `patch` times fewer a side."""
 
     def __init__(self, in_channels: int, width: int, patch: int) -> None:
         super().__init__()
-        self.norm = ChannelNorm(width)
+        self.norm = LayerNorm2d(width, eps=1e-5)
         self.proj = nn.Conv2d(in_channels, width, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(x))  # (B, C, H, W) to (B, width, H // patch, W // patch)
-
-
-class Mlp(nn.Module):
-    """Two layers for each pixel alone, four times wider between them."""
-
-    def __init__(self, width: int, layer: type[nn.Linear] | partial[nn.Conv2d]) -> None:
-        super().__init__()
-        self.fc1 = layer(width, 4 * width)
-        self.fc2 = layer(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Attention(nn.Module):
-    """Attention of every token to all others."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, -1, HEAD_WIDTH))  # (B, L, 3 * D) to (B, L, 3, heads, D / heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
-        x = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, L, D)
 
 
 def position_embedding(width: int) -> nn.Conv2d:
@@ -84,7 +50,7 @@ class ConvolutionBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 1)
         self.attn = nn.Conv2d(width, width, 5, padding=2, groups=width)
         self.norm2 = nn.BatchNorm2d(width)
-        self.mlp = Mlp(width, partial(nn.Conv2d, kernel_size=1))
+        self.mlp = Mlp(width, 4 * width, use_conv=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.pos_embed(x)  # (B, C, H, W)
@@ -92,24 +58,17 @@ class ConvolutionBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """A transformer block over all pixels."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
+        super().__init__(width, width // HEAD_WIDTH, qkv_bias=True, norm_layer=LayerNorm)
         self.pos_embed = position_embedding(width)
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, nn.Linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # its base takes masks, too
         x = x + self.pos_embed(x)  # (B, D, H, W)
-        x = x.flatten(2).transpose(1, 2)  # (B, L, D) with L = H * W
-        x = x + self.attn(self.norm1(x))
-        x = x + self.mlp(self.norm2(x))
-        return x.transpose(1, 2).unflatten(2, (height, width))  # (B, D, H, W)
+        tokens = super().forward(x.flatten(2).transpose(1, 2))  # (B, L, D) with L = H * W
+        return tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, D, H, W)
 
 
 class UniFormer(nn.Module):
@@ -122,7 +81,7 @@ class UniFormer(nn.Module):
             block = ConvolutionBlock if stage < CONVOLUTIONAL_STAGES else AttentionBlock
             self.add_module(f"patch_embed{stage + 1}", PatchEmbed(in_channels, width, 4 if stage == 0 else 2))
             self.add_module(f"blocks{stage + 1}", nn.Sequential(*(block(width) for _ in range(depth))))
-            self.add_module(f"norm{stage + 1}", ChannelNorm(width, eps=1e-6))
+            self.add_module(f"norm{stage + 1}", LayerNorm2d(width))
             in_channels = width
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -132,18 +91,6 @@ class UniFormer(nn.Module):
             x = self.get_submodule(f"blocks{stage}")(x)  # (B, WIDTHS[i], H // 2**(i + 2), W // 2**(i + 2))
             features.append(self.get_submodule(f"norm{stage}")(x))  # what the next stage gets is not normalised
         return features
-
-
-class ConvModule(nn.Module):
-    """Convolution, batch norm, ReLU, at the same size."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
 
 
 def resize_like(x: Tensor, other: Tensor) -> Tensor:
@@ -159,12 +106,12 @@ class UPerHead(nn.Module):
         width, coarsest, fine = DECODER_WIDTH, WIDTHS[-1], WIDTHS[:-1]
         self.conv_seg = nn.Conv2d(width, CLASSES, 1)
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(size), ConvModule(coarsest, width, 1)) for size in POOL_SIZES
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), ConvNormAct(coarsest, width, 1)) for size in POOL_SIZES
         )
-        self.bottleneck = ConvModule(coarsest + len(POOL_SIZES) * width, width, 3)
-        self.lateral_convs = nn.ModuleList(ConvModule(channels, width, 1) for channels in fine)
-        self.fpn_convs = nn.ModuleList(ConvModule(width, width, 3) for _ in fine)
-        self.fpn_bottleneck = ConvModule(len(WIDTHS) * width, width, 3)
+        self.bottleneck = ConvNormAct(coarsest + len(POOL_SIZES) * width, width, 3)
+        self.lateral_convs = nn.ModuleList(ConvNormAct(channels, width, 1) for channels in fine)
+        self.fpn_convs = nn.ModuleList(ConvNormAct(width, width, 3) for _ in fine)
+        self.fpn_bottleneck = ConvNormAct(len(WIDTHS) * width, width, 3)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         *fine, coarsest = features
@@ -185,7 +132,7 @@ class AuxiliaryHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv_seg = nn.Conv2d(AUXILIARY_WIDTH, CLASSES, 1)
-        self.convs = nn.Sequential(ConvModule(WIDTHS[AUXILIARY_STAGE], AUXILIARY_WIDTH, 3))
+        self.convs = nn.Sequential(ConvNormAct(WIDTHS[AUXILIARY_STAGE], AUXILIARY_WIDTH, 3))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         return self.conv_seg(self.convs(features[AUXILIARY_STAGE]))  # (B, CLASSES, H, W) of the third map

@@ -1,7 +1,7 @@
 """Depth by ZoeDepth, as ControlNet 1.1 uses it. S. F. Bhat et al., "ZoeDepth", 2023."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from torch import Tensor, nn
@@ -26,13 +26,14 @@ class ZoeDetector(DepthAnythingDetector):
 
     network = LazyNetwork("ZoeD_M12_N.pt")
     model = "Intel/zoedepth-nyu"
+    model_types = ("zoedepth",)
     output_type = None
 
-    def load_published(self, path: Path) -> tuple[nn.Module, list[str]]:
+    def load_published(self, path: Path) -> nn.Module:
         transformers = import_extra("transformers", EXTRA)
         self.processor = transformers.ZoeDepthImageProcessor(**PROCESSOR)
         config = transformers.ZoeDepthConfig(backbone_config=transformers.BeitConfig(**BACKBONE), **CONFIG)
-        entries = hub_names(read_state_dict(path, "model"))
+        entries = hub_names(read_state_dict(path))
         return load_entries(transformers.ZoeDepthForDepthEstimation, config, entries, path)
 
     def predict_depth(self, pixels: Tensor) -> Tensor:
@@ -49,9 +50,3 @@ class ZoeDetector(DepthAnythingDetector):
         near, far = np.percentile(distance, (NEAR, FAR))
         depth = 1.0 - (distance - near) / max(far - near, 1e-6)
         return to_uint8((depth.clip(0.0) ** 2.2 if gamma_corrected else depth) * 255.0)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, model_type: str = "zoedepth", **options: Any) -> "ZoeDetector":
-        if model_type != "zoedepth":
-            raise ValueError(f"model_type must be zoedepth, got {model_type!r}")
-        return super().from_pretrained(*args, **options)

@@ -217,6 +217,22 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(brightness, tmp_path, c
     assert Counting.batches == [8, 4, 4, 4, 4, 4]  # which is remembered
 
 
+def test_a_picture_that_the_network_fails_on_does_not_stop_its_batch(brightness, tmp_path, capsys, monkeypatch):
+    def needs_light(self, x):
+        if (x == 0).flatten(1).all(dim=1).any():
+            raise RuntimeError("no light")
+        return nn.Conv2d.forward(self, x)
+
+    monkeypatch.setattr(Counting, "forward", needs_light)
+    for index in range(12):
+        save_png(tmp_path / "photos" / f"{index:02}.png", PHOTOS[0] * (index != 3))
+    command = ["hed", str(tmp_path / "photos"), str(tmp_path / "maps"), "--weights", str(brightness), "--device", "cpu"]
+    assert main([*command, "--batch", "4"]) == 1
+    printed = capsys.readouterr()
+    assert "11 written" in printed.out and "1 failed" in printed.out and len(maps(tmp_path / "maps")) == 11
+    assert "03.png: RuntimeError: no light" in printed.err and printed.err.count("RuntimeError") == 1
+
+
 def test_maps_of_other_weights_do_not_mix(brightness, tmp_path, capsys):
     """Not even if they were put in the place of those before, under the same name and of the same size."""
     save_png(tmp_path / "photos" / "a.png", PHOTOS[0])

@@ -120,7 +120,6 @@ def test_its_conventions_and_the_references_side_by_side(tmp_path):
         assert np.array_equal(np.asarray(detector(Image.fromarray(PHOTO), **sizes)), want)
         assert np.array_equal(np.asarray(detector(PHOTO, **sizes)), want)
         assert np.array_equal(detector(input_image=PHOTO, **sizes, output_type="np"), want)
-        assert np.array_equal(detector(PHOTO, **sizes, return_pil=False), want)
         assert np.array_equal(detector(PHOTO, **sizes, output_type="np", scribble=True), fake_scribble(want))
     assert np.array_equal(CannyDetector()(PHOTO, **sizes).shape, (192, 192, 3))  # as arrays are answered there
     assert isinstance(CannyDetector()(PHOTO, **sizes, output_type="pil"), Image.Image)
@@ -149,6 +148,8 @@ def test_mistakes_are_named(tmp_path):
         MidasDetector.from_pretrained(str(tmp_path), model_type="dpt_large")
     with pytest.raises(WeightsError, match="body_pose_model.pth"):
         OpenposeDetector.from_pretrained(str(tmp_path))
+    with pytest.raises(WeightsError, match="sub/ControlNetHED.pth"):
+        HEDdetector.from_pretrained(str(tmp_path), subfolder="sub")
     canny = CannyDetector()
     with pytest.raises(ValueError, match="output_type must be pil or np, got 'latent'"):
         canny(Image.fromarray(PHOTO), output_type="latent")

@@ -46,10 +46,10 @@ def test_the_hubs_cache_serves_without_a_network(tmp_path, monkeypatch):
     (snapshot / "model.safetensors").write_bytes(b"")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert find_model(Hub(MODEL, cache_dir=str(tmp_path)), "owner/other") == snapshot
-    (snapshot / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model-1.safetensors"}}'
-    )  # interrupted
-    with pytest.raises(WeightsError, match="cannot get the model owner/some-model from the hub"):
+    (snapshot / "model.safetensors").unlink()  # interrupted
+    with pytest.raises(
+        WeightsError, match="cannot get the model owner/some-model from the hub: its weights are not there"
+    ):
         find_model(Hub(MODEL, cache_dir=str(tmp_path)), "owner/other")
     with pytest.raises(WeightsError, match="owner/missing"):
         find_model(Hub("owner/missing", cache_dir=str(tmp_path)), MODEL)

@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from annotator.pixels import (
     BlurDetector,
@@ -98,3 +99,10 @@ def test_all_kinds_of_pictures(kind):
 def test_parameters_out_of_range_are_named(kind, parameters):
     with pytest.raises(ValueError, match=f"{next(iter(parameters))} must be a .*number from"):
         kind()(IMAGE, **parameters)
+    with pytest.raises(ValueError, match="must be a .*number from"):
+        kind()(Image.fromarray(IMAGE), **parameters)
+
+
+def test_arguments_by_position_are_checked_too():
+    with pytest.raises(ValueError, match="blur_strength must be a number from 1 to 64, got 65"):
+        GaussianTileDetector()(IMAGE, 2, 65)

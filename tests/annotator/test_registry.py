@@ -106,7 +106,7 @@ def test_nearest_maps_gain_no_new_values_and_mlsd_is_shown_dilated():
     [
         ("canny", {"low_threshold": 0}, "low_threshold must be a whole number from 1 to 255, got 0"),
         ("canny", {"low_threshold": 1.5}, "whole number"),
-        ("canny", {"low_threshold": "100"}, "number, got '100'"),
+        ("canny", {"low_threshold": "100"}, "from 1 to 255, got '100'"),
         ("canny", {"low": 3}, "no parameter low; it has: low_threshold, high_threshold"),
         ("mlsd", {"thr_v": float("nan")}, "thr_v"),
         ("openpose", {"hand": 1}, "True or False"),

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -83,9 +84,29 @@ def test_a_missing_file_is_fetched_from_its_published_place(folders, monkeypatch
     assert find_weights([NAME]) == tmp_path
     assert find_weights([NAME], Hub("me/mine")) == tmp_path
     assert find_weights([NAME], Hub("lllyasviel/ControlNet")) == tmp_path
+    assert find_weights(["facenet.pth"], Hub("lllyasviel/ControlNet")) == tmp_path  # which that repository lacks
     assert asked == [
-        ("lllyasviel/Annotators", NAME), ("me/mine", NAME), ("lllyasviel/ControlNet", f"annotator/ckpts/{NAME}")
+        ("lllyasviel/Annotators", NAME), ("me/mine", NAME), ("lllyasviel/ControlNet", f"annotator/ckpts/{NAME}"),
+        ("lllyasviel/Annotators", "facenet.pth"),
     ]  # fmt: skip
+
+
+def test_a_file_with_an_address_of_its_own_is_fetched_once(folders, monkeypatch, tmp_path):
+    def fail(address, target):
+        raise ConnectionError("no route to host")
+
+    address = "https://example.org/models/face.task"
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(WeightsError, match=f"fetching {address} failed .no route to host.; put the file into"):
+        find_weights(["face.task"], None, address)
+    asked = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *place: asked.append(place) or Path(place[1]).touch())
+    stored = tmp_path / "hub" / "checkpoints" / "face.task"
+    assert [find_weights(["face.task"], None, address) for _ in range(2)] == [stored] * 2
+    assert asked == [(address, str(stored))]
+    with pytest.raises(WeightsError, match=f"neither a file nor a folder that holds face.task .published at {address}"):
+        find_weights(["face.task"], tmp_path / "none", address)
 
 
 def test_a_server_that_is_out_of_reach_is_found_out_at_once(folders, monkeypatch):
@@ -118,7 +139,7 @@ def test_published_wrappings_are_taken_off(tmp_path, wrapped, prefix):
     tensors = {f"{prefix}conv.weight": torch.randn(2, 3), f"{prefix}conv.bias": torch.randn(2).half()}
     path = tmp_path / "net.pth"
     torch.save({"state_dict": tensors, "meta": {"epoch": 3}} if wrapped else tensors, path)
-    read = read_state_dict(path, wrapper="state_dict")
+    read = read_state_dict(path)
     assert list(read) == ["conv.weight", "conv.bias"]
     assert torch.equal(read["conv.weight"], tensors[f"{prefix}conv.weight"])
     if not wrapped:
@@ -155,7 +176,7 @@ def test_broken_and_hostile_files_are_named_and_execute_nothing(tmp_path):
     for content in ([torch.zeros(1)], {"state_dict": {"model": {}}}, {1: torch.zeros(1)}):
         torch.save(content, path)
         with pytest.raises(WeightsError, match="net.pth"):
-            read_state_dict(path, "state_dict")
+            read_state_dict(path)
 
 
 def test_files_of_other_networks_are_refused_with_some_of_the_entries():
