@@ -18,7 +18,7 @@ from controlnet.app.uploads import guard_editor, guard_picture
 
 _CANVAS = 512  # pixels of an empty drawing
 _BRUSH = 12
-_HEIGHT = 360
+_HEIGHT = 420
 UNTRAINED_TEXT = (
     "**This control is untrained**: its hints change nothing. Train one under *Train*, or choose another file."
 )
@@ -49,7 +49,7 @@ class ControlUnit:
         with gr.Row(equal_height=True):
             self.network = gr.Dropdown(networks, value=networks[0] if networks else None, label="ControlNet", scale=3)
             self.condition = gr.Dropdown(conditions.choices(ready=True), value="canny", label="Condition", scale=4)
-            self.on = gr.Checkbox(number == 1, label="Use this control", scale=1, min_width=120)
+            self.on = gr.Checkbox(number == 1, label="Use it", scale=1, min_width=100)
         self.note = gr.Markdown(self.note_for(self.network.value, "canny"), elem_classes="note")
         with gr.Row(equal_height=True):
             self.picture = guard_picture(
@@ -60,7 +60,7 @@ class ControlUnit:
             )  # fmt: skip
             self.map = guard_editor(
                 gr.ImageEditor(
-                    label="Map: what the control sees. Draw on it, or drop one here", type="numpy", height=_HEIGHT + 90,
+                    label="Map", type="numpy", height=_HEIGHT,
                     format="png", sources=["upload", "clipboard"], transforms=(), layers=False, buttons=[],
                     brush=gr.Brush(
                         default_size=_BRUSH, colors=["#ffffff", "#000000"], default_color="#ffffff", color_mode="defaults"
@@ -77,8 +77,8 @@ class ControlUnit:
                 self.parameters = ParameterControls()
         with gr.Row():
             self.strength = gr.Slider(0, 2, 1, step=0.05, label="Strength")
-            self.start = gr.Slider(0, 1, 0, step=0.05, label="Acts from", info="part of the run")
-            self.end = gr.Slider(0, 1, 1, step=0.05, label="Acts until", info="part of the run")
+            self.start = gr.Slider(0, 1, 0, step=0.05, label="Acts from")
+            self.end = gr.Slider(0, 1, 1, step=0.05, label="Acts until")
         self.guess_mode = gr.Checkbox(False, label="Guess mode", info="the map alone says what to paint: for no prompt")
 
     @property

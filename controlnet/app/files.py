@@ -45,8 +45,9 @@ class Folders:
             found |= {_name(root, path): path for path in _weights_below(root, _DEPTH)}
         if self.runs.is_dir():
             for run in sorted(self.runs.iterdir()):
-                results = [run / "model.safetensors", *sorted((run / "exports").glob("*.safetensors"))]
-                found |= {_name(self.runs, path): path for path in results if path.is_file()}
+                if (run / "model.safetensors").is_file():
+                    found[_name(self.runs, run)] = run / "model.safetensors"
+                found |= {_name(self.runs, path): path for path in sorted((run / "exports").glob("*.safetensors"))}
         packaged = found[TINY].resolve()
         return {name: path for name, path in found.items() if name == TINY or path.resolve() != packaged}
 

@@ -46,17 +46,9 @@ class Gallery:
             return []
         return sorted(self.folder.glob("[!.]*.png"), reverse=True)[:_SHOWN]
 
-    def shown(self, cache: str) -> list[tuple[str, str]]:
-        """Files and captions for a gallery component. It serves copies, so that the folder itself need not be reachable."""
-        return [(save_file_to_cache(file, cache), _caption(file)) for file in self.files()]
-
-
-def _caption(file: Path) -> str:
-    try:
-        settings = read_png_text(file)["settings"]
-    except ValueError:
-        return ""
-    return f"{settings.get('prompt') or 'no prompt'} (seed {settings.get('seed')})"
+    def shown(self, cache: str) -> list[str]:
+        """Files for a gallery component: copies, so that the folder itself need not be reachable."""
+        return [save_file_to_cache(file, cache) for file in self.files()]
 
 
 def read_notes(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:

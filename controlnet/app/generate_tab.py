@@ -12,7 +12,7 @@ import numpy as np
 
 from annotator.pictures import read_image, resized_shape
 from cldm.arguments import check_numbers
-from cldm.data.fill import draw_fill
+from cldm.data.fill import PALETTES, draw_fill
 from cldm.inputs import check_size
 from cldm.pipeline import SAMPLER_NAMES, SAMPLERS
 from cldm.prompts import ADDED_PROMPT, DEFAULT_PROMPT, NEGATIVE_PROMPT, NO_PROMPT
@@ -27,6 +27,7 @@ from controlnet.app.uploads import guard_addresses, guard_editor
 
 CONTROLS = 3
 _MOST_PICTURES = 8
+_RANDOM = -1  # as a seed
 _PREVIEW = 320  # pixels of a preview, at least
 OWN_PROMPT, EMPTY, DEFAULT, AUTOMATIC = "your own", "none", "default", "automatic"
 IMAGE_TO_IMAGE, INPAINTING = "image to image", "inpainting"
@@ -91,25 +92,21 @@ class GenerateTab:
                 with gr.Accordion("Sampling", open=True):
                     with gr.Row():
                         self.sampler = gr.Dropdown(_samplers(), value="ddim", label="Sampler")
+                        self.seed = gr.Number(_RANDOM, label="Seed", precision=0, info="-1: a new one each time")
+                    with gr.Row():
                         self.steps = gr.Slider(1, 150, 20, step=1, label="Steps")
                         self.guidance = gr.Slider(1, 30, _guidance(side), step=0.5, label="Guidance scale")
+                        self.eta = gr.Slider(0, 1, 0, step=0.1, label="Eta of DDIM")
                     with gr.Row():
                         self.resolution = gr.Slider(
-                            64,
-                            context.largest,
-                            min(side, context.largest),
-                            step=64,
-                            label="Resolution",
-                            info="of the shorter side",
+                            64, context.largest, min(side, context.largest), step=64, label="Shorter side in pixels"
                         )
                         self.count = gr.Slider(1, _MOST_PICTURES, 1, step=1, label="Pictures")
-                        self.seed = gr.Number(None, label="Seed", precision=0, info="empty: a new one each time")
-                        self.eta = gr.Slider(0, 1, 0, step=0.1, label="Eta", info="noise of DDIM")
             with gr.Column(scale=4, min_width=360):
                 with gr.Row():
                     self.generate = gr.Button("Generate", variant="primary", scale=3, elem_id="generate")
                     self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop")
-                self.status = gr.HTML(_status("Ready."), elem_id="status")
+                self.status = gr.HTML(_status("Opening ..."), elem_id="status")
                 self.result = gr.Image(
                     label="Result",
                     height=420,
@@ -119,14 +116,17 @@ class GenerateTab:
                     elem_id="result",
                 )
                 self.gallery = gr.Gallery(
-                    label="Your pictures, the newest first", columns=4, height=320, object_fit="contain", allow_preview=True,
+                    label="Your pictures, the newest first", columns=4,
+                    fit_columns=False, height=320, object_fit="contain", allow_preview=True,
                     preview=False, interactive=False, buttons=["download"], elem_id="gallery",
                 )  # fmt: skip
                 with gr.Row():
-                    self.load = gr.Button("Load its settings", size="sm", elem_id="load-settings")
-                    self.reuse = gr.Button("Start from it", size="sm")
+                    self.load = gr.Button("Load its settings", size="sm", min_width=110, elem_id="load-settings")
+                    self.reuse = gr.Button("Start from it", size="sm", min_width=110)
                     self.load_file = guard_addresses(
-                        gr.UploadButton("Settings of a file", size="sm", file_types=[".png"], elem_id="load-file")
+                        gr.UploadButton(
+                            "Settings of a file", size="sm", min_width=110, file_types=[".png"], elem_id="load-file"
+                        )
                     )
                 self.details = gr.JSON(
                     label="Settings of the selected picture", visible=False, open=True, max_height=300
@@ -165,9 +165,9 @@ class GenerateTab:
 
     def connect_page(self, page: gr.Blocks) -> None:
         """Show the visitor's pictures when the page opens, and stop his runs when it closes or is loaded anew."""
-        listen, lists = self.context.listen, [self.base, *(unit.network for unit in self.units)]
-        listen(page.load, self._open, self.visitor, [self.visitor, self.gallery, self.files], show_progress="hidden")
-        listen(page.load, self.refresh, {*lists}, lists, show_progress="hidden")
+        lists = [self.base, *(unit.network for unit in self.units)]
+        outputs = [self.status, self.visitor, self.gallery, self.files, *lists]
+        self.context.listen(page.load, self._open, {self.visitor, *lists}, outputs, show_progress="hidden")
 
         def leave(request: gr.Request) -> None:
             self.context.stops.set(request.session_hash or "")
@@ -186,7 +186,7 @@ class GenerateTab:
         ]  # fmt: skip
         return [*own, *(component for unit in self.units for component in unit.components)]
 
-    def refresh(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
+    def _lists(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """The lists of files as they are now; a choice that is still there stays."""
         bases = self.context.catalogue.bases()
         base = data[self.base] if data[self.base] in bases else self.context.catalogue.default_base()
@@ -211,7 +211,7 @@ class GenerateTab:
     def _example(self, unit: ControlUnit, network: str | None) -> dict[Any, Any]:
         """A picture to try, for those who have none at hand."""
         index, seed = _EXAMPLE
-        drawn = draw_fill(index, 512, seed)
+        drawn = draw_fill(index, 512, seed, PALETTES["clear"])
         shown = unit.settings_for("canny", network)
         return {unit.picture: drawn.target, unit.map: None, unit.condition: "canny", self.prompt: drawn.prompt, **shown}
 
@@ -244,7 +244,7 @@ class GenerateTab:
             "prompt": self.context.captioner() if data[self.prompt_setting] == AUTOMATIC else prompt,
             "negative_prompt": negative, "num_samples": count, "sampler": data[self.sampler], "steps": int(data[self.steps]),
             "guidance_scale": data[self.guidance], "eta": data[self.eta] if data[self.sampler] == "ddim" else 0.0,
-            "seed": None if seed is None or seed < 0 else int(seed), "size": tuple(map(int, size)),
+            "seed": None if seed in (None, _RANDOM) else int(seed), "size": tuple(map(int, size)),
         }  # fmt: skip
         if image is not None:
             arguments |= {"image": image, "denoise": data[self.denoise]} | ({} if mask is None else {"mask": mask})
@@ -322,9 +322,15 @@ class GenerateTab:
 
     # -- the gallery ----------------------------------------------------------------------------------------
 
-    def _open(self, known: Any) -> tuple[str, Any, list[str]]:
-        gallery = Gallery(self.context.folders.outputs, visitor_key(known))
-        return gallery.visitor, gallery.shown(self.gallery.GRADIO_CACHE), [file.name for file in gallery.files()]
+    def _open(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        gallery = Gallery(self.context.folders.outputs, visitor_key(data[self.visitor]))
+        return {
+            self.status: _status("Ready."),
+            self.visitor: gallery.visitor,
+            self.gallery: gallery.shown(self.gallery.GRADIO_CACHE),
+            self.files: [file.name for file in gallery.files()],
+            **self._lists(data),
+        }
 
     def _select(self, files: list[str], visitor: str | None, event: gr.SelectData) -> tuple[Any, Any]:
         settings, notes = read_notes(self._file(files, event.index, visitor))

@@ -1,5 +1,6 @@
 """The Models tab: what a weights file is, loading one, giving a base a ControlNet, and converting."""
 
+import html
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,9 +37,9 @@ class ModelsTab:
                 )
                 self.file = gr.Dropdown(names, value=names[0], label="File or folder", elem_id="weights-file")
                 with gr.Row():
-                    self.look = gr.Button("What is it?", elem_id="what-is-it")
-                    self.load = gr.Button("Load it")
-                    self.refresh_lists = gr.Button("Look for new files")
+                    self.look = gr.Button("What is it?", min_width=100, elem_id="what-is-it")
+                    self.load = gr.Button("Load it", min_width=100)
+                    self.refresh_lists = gr.Button("Look for new files", min_width=100)
                 with gr.Accordion("Add a ControlNet to it, to be trained", open=False):
                     self.control_from = gr.Dropdown([_NONE, *names], value=_NONE, label="Start from the ControlNet of",
                                                     info="none: copies of the base's encoder and new zero convolutions")  # fmt: skip
@@ -60,10 +61,7 @@ class ModelsTab:
                     )
                     self.convert = gr.Button("Convert", elem_id="convert")
             with gr.Column(scale=3):
-                self.report = gr.Dataframe(
-                    headers=["", ""], label="What it is", interactive=False, wrap=True, column_widths=["130px", "auto"],
-                    elem_id="report", buttons=[],
-                )  # fmt: skip
+                self.report = gr.HTML("", label="What it is", elem_id="report")
                 self.done = gr.Markdown("", elem_classes="note", elem_id="models-done")
         self._connect()
 
@@ -100,10 +98,12 @@ class ModelsTab:
     def _path(self, name: object) -> Path:
         return choose(self.context.folders.weights(), name, "a file")
 
-    def _look(self, name: str) -> tuple[list[list[str]], str]:
-        hide = self.context.folders.hide_paths
-        rows = [[line[:11].strip(), hide(line[12:].strip())] for line in table(identify(self._path(name)))]
-        return rows[1:], ""
+    def _look(self, name: str) -> tuple[str, str]:
+        """The report as a table; names in a file may hold anything."""
+        lines = [self.context.folders.hide_paths(line) for line in table(identify(self._path(name)))]
+        cells = [(line[:11].strip(), line[12:].strip()) for line in lines[1:]]
+        rows = "".join(f"<tr><td>{html.escape(what)}</td><td>{html.escape(told)}</td></tr>" for what, told in cells)
+        return f'<table class="report">{rows}</table>', ""
 
     def _load(self, name: str) -> str:
         """Load a model as Generate would, so that the first picture need not wait for it."""

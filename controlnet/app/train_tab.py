@@ -60,15 +60,17 @@ class TrainTab:
                     self.name = gr.Textbox("circles", label="Name of the run", max_length=60, elem_id="run-name")
                     self.steps = gr.Number(plain.steps, label="Steps", precision=0, minimum=1, elem_id="run-steps")
                 with gr.Row():
-                    self.batch_size = gr.Number(plain.batch_size, label="Batch size", precision=0, minimum=1)
+                    self.batch_size = gr.Number(
+                        plain.batch_size, label="Batch size", info="pairs a step", precision=0, minimum=1
+                    )
                     self.learning_rate = gr.Number(
                         plain.learning_rate,
                         label="Learning rate",
-                        info="tiny: 0.0015, Stable Diffusion: 0.00001",
+                        info="Stable Diffusion: 0.00001",
                         minimum=0,
                     )
                     self.log_every = gr.Number(
-                        plain.log_every, label="Pictures every", info="steps", precision=0, minimum=1
+                        plain.log_every, label="Pictures every", info="so many steps", precision=0, minimum=1
                     )
                 with gr.Row():
                     presets = [(f"{name}: needs {limit_of(name) / 1e9:g} GB at most", name) for name in PRESETS]
@@ -76,7 +78,7 @@ class TrainTab:
                         [("none", _NO_PRESET), *presets], value=_NO_PRESET, label="Preset", scale=3,
                         info="for a GPU of this size, SD 1.5 at 512 pixels",
                     )  # fmt: skip
-                    self.memory = gr.Button("Compute its memory", size="sm", scale=1, min_width=120)
+                    self.memory = gr.Button("Compute memory", scale=1, min_width=120)
                 self.computed = gr.Markdown("", elem_classes="note")
                 with gr.Accordion("Other settings", open=False):
                     self.condition = gr.Dropdown(
@@ -94,10 +96,14 @@ class TrainTab:
                     self.go_on = gr.Button("Go on", scale=1, min_width=90, elem_id="go-on")
                     self.stop = gr.Button("Stop", variant="stop", scale=1, min_width=90, elem_id="stop-training")
                 self.state = gr.HTML("", elem_id="run-state")
+                gr.Markdown(
+                    "Hints that are not trained on: prompt, hint, target, and the model's picture", elem_classes="note"
+                )
                 self.picture = gr.Image(
-                    label="Held-out hints, sampled while training", interactive=False, height=360, buttons=["fullscreen"],
+                    show_label=False, interactive=False, height=380, buttons=["fullscreen"],
                     elem_id="run-picture",
                 )  # fmt: skip
+                gr.Markdown("Curves over the steps", elem_classes="note")
                 self.curves = gr.Image(
                     label="Curves",
                     interactive=False,
