@@ -116,16 +116,18 @@ def for_editor(map: np.ndarray) -> np.ndarray:
 class ParameterControls:
     """Controls for the parameters of any condition: as many of each kind as one condition needs, shown and named as it wants."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         most = {kind: max(len(_of_kind(info, kind)) for info in CONDITIONS) for kind in _KINDS}
+        version, detect, *slots = self._settings(name, None, {}, most)
         self.version = gr.Radio(
-            list(VERSIONS), label="ControlNet version", info="whose conventions hold", visible=False
+            **{"choices": list(VERSIONS), **version}, label="ControlNet version", info="whose conventions hold"
         )
         self.detect_resolution = gr.Slider(
-            64, 2048, 512, step=64, label="Detect at", info="pixels of the shorter side of what the detector sees"
+            64, 2048, step=64, label="Detect at", info="pixels of the shorter side of what the detector sees", **detect
         )
+        made = iter(slots)
         self.slots = {
-            kind: [make(visible=False, interactive=True) for _ in range(most[kind])] for kind, make in _KINDS.items()
+            kind: [make(**next(made), interactive=True) for _ in range(most[kind])] for kind, make in _KINDS.items()
         }
 
     @property
@@ -134,21 +136,29 @@ class ParameterControls:
 
     def show(self, name: str, version: str | None, values: Mapping[str, Any] | None = None) -> list[Any]:
         """Updates of all components for a condition; `values` before defaults."""
+        counts = {kind: len(slots) for kind, slots in self.slots.items()}
+        return [gr.update(**settings) for settings in self._settings(name, version, values or {}, counts)]
+
+    @staticmethod
+    def _settings(
+        name: str, version: str | None, values: Mapping[str, Any], counts: Mapping[str, int]
+    ) -> list[dict[str, Any]]:
+        """What each of the components is set to."""
+        hidden = {"visible": False}
         if name == READY:
-            return [gr.update(visible=False) for _ in self.components]
-        info = record(name, version)
-        known = versions(name)
-        detects = info.works_at == "detect"
-        found = {**info.defaults, **(values or {})}
-        updates = [
-            gr.update(choices=known, value=info.version, visible=len(known) > 1),
-            gr.update(value=found.get("detect_resolution") or info.detect_resolution or 512, visible=detects),
+            return [hidden] * (2 + sum(counts.values()))
+        info, known = record(name, version), versions(name)
+        found = {**info.defaults, **values}
+        detect_resolution = found.get("detect_resolution") or info.detect_resolution or 512
+        settings = [
+            {"choices": known, "value": info.version, "visible": len(known) > 1},
+            {"value": detect_resolution, "visible": info.works_at == "detect"},
         ]
-        for kind, slots in self.slots.items():
+        for kind, count in counts.items():
             parameters = _of_kind(info, kind)
-            updates += [_fill(parameter, found[parameter.name]) for parameter in parameters]
-            updates += [gr.update(visible=False) for _ in slots[len(parameters) :]]
-        return updates
+            settings += [_about(parameter, found[parameter.name]) for parameter in parameters]
+            settings += [hidden] * (count - len(parameters))
+        return settings
 
     def read(self, name: str, data: Mapping[Any, Any]) -> Chosen:
         """What the components hold, for a condition; `data` is the values by component."""
@@ -181,16 +191,16 @@ def _of_kind(info: AnnotatorInfo, kind: str) -> list[Parameter]:
     return [parameter for parameter in info.parameters if _kind(parameter) == kind]
 
 
-def _fill(parameter: Parameter, value: Any) -> Any:
+def _about(parameter: Parameter, value: Any) -> dict[str, Any]:
+    """What a component is set to that shows a parameter."""
     kind = _kind(parameter)
     about = {"label": parameter.name, "info": parameter.help, "value": value, "visible": True}
     if kind == "choice":
-        return gr.update(choices=list(parameter.choices), **about)
+        return {"choices": list(parameter.choices), **about}
     if kind == "switch":
-        return gr.update(**about)
-    limits = {"minimum": parameter.minimum, "maximum": parameter.maximum}
+        return about
     step = 1 if parameter.kind is int else 0.01
-    return gr.update(step=step, **limits, **about)
+    return {"minimum": parameter.minimum, "maximum": parameter.maximum, "step": step, **about}
 
 
 def _typed(parameter: Parameter, value: Any) -> Any:

@@ -18,6 +18,7 @@ from controlnet.app.uploads import guard_editor, guard_picture
 
 _CANVAS = 512  # pixels of an empty drawing
 _BRUSH = 12
+_FIRST = "canny"  # condition of a page that was just opened
 _HEIGHT = 420
 UNTRAINED_TEXT = (
     "**This control is untrained**: its hints change nothing. Train one under *Train*, or choose another file."
@@ -48,9 +49,9 @@ class ControlUnit:
         networks = self.networks(base)
         with gr.Row(equal_height=True):
             self.network = gr.Dropdown(networks, value=networks[0] if networks else None, label="ControlNet", scale=3)
-            self.condition = gr.Dropdown(conditions.choices(ready=True), value="canny", label="Condition", scale=4)
+            self.condition = gr.Dropdown(conditions.choices(ready=True), value=_FIRST, label="Condition", scale=4)
             self.on = gr.Checkbox(number == 1, label="Use it", scale=1, min_width=100)
-        self.note = gr.Markdown(self.note_for(self.network.value, "canny"), elem_classes="note")
+        self.note = gr.Markdown(self.note_for(self.network.value, _FIRST), elem_classes="note")
         with gr.Row(equal_height=True):
             self.picture = guard_picture(
                 gr.Image(
@@ -74,7 +75,7 @@ class ControlUnit:
             self.blank = gr.Button("Empty drawing", size="sm")
         with gr.Accordion("How the map is made", open=False):
             with gr.Row():
-                self.parameters = ParameterControls()
+                self.parameters = ParameterControls(_FIRST)
         with gr.Row():
             self.strength = gr.Slider(0, 2, 1, step=0.05, label="Strength")
             self.start = gr.Slider(0, 1, 0, step=0.05, label="Acts from")

@@ -30,7 +30,7 @@ class DetectTab:
             with gr.Column(scale=1):
                 self.condition = gr.Dropdown(conditions.choices(), value="canny", label="Condition")
                 self.note = gr.Markdown("", elem_classes="note")
-                self.parameters = ParameterControls()
+                self.parameters = ParameterControls("canny")
             with gr.Column(scale=2), gr.Tabs():
                 with gr.Tab("A picture"):
                     with gr.Row(equal_height=True):
@@ -95,12 +95,11 @@ class DetectTab:
         listen(self.stop.click, lambda: stopped, None, self.progress, cancels=[running], show_progress="hidden")
 
     def connect_page(self, page: gr.Blocks) -> None:
-        """Show the parameters of the first condition, and the folders as they are when the page opens."""
-        outputs = [self.folder, *self.parameters.components]
-        self.context.listen(page.load, self._open, None, outputs, show_progress="hidden")
+        """Show the folders as they are when the page opens."""
+        self.context.listen(page.load, self._folders, None, self.folder, show_progress="hidden")
 
-    def _open(self) -> list[Any]:
-        return [gr.update(choices=list(self.context.folders.picture_folders())), *self.parameters.show("canny", None)]
+    def _folders(self) -> Any:
+        return gr.update(choices=list(self.context.folders.picture_folders()))
 
     def _on_condition(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         name = data[self.condition]

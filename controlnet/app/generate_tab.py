@@ -449,7 +449,7 @@ def _untrained(numbers: list[int], controls: list[Control]) -> str:
     used = [number for number in numbers if number <= len(controls)]
     if not used:
         return ""
-    which = "Control" if len(controls) == 1 else f"Control {' and '.join(map(str, used))}"
+    which = "The control" if len(controls) == 1 else f"Control {' and '.join(map(str, used))}"
     return f"{which} is untrained: the hint changes nothing. Train one under Train, or choose another file."
 
 

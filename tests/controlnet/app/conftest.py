@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +71,15 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def site(folder) -> Site:
-    """The page's own command as a process, as people start it."""
+def site(folder) -> Iterator[Site]:
+    """The server of all tests; it has to end in order."""
+    with site_in(folder) as started:
+        yield started
+
+
+@contextmanager
+def site_in(folder: Path) -> Iterator[Site]:
+    """The page's own command as a process, as people start it, with the folders below `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -89,18 +98,22 @@ def site(folder) -> Site:
         *(part for key, value in options.items() for part in (f"--{key}", value)),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ANNOTATOR_VERSION": "1.0"}
-    log = open(folder / "server.log", "wb")  # noqa: SIM115  for as long as the process
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    started = Site(folder, f"http://127.0.0.1:{port}", process)
+    with open(folder / "server.log", "wb") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_until(lambda: process.poll() is not None or _answers(started.url), 120)
+        address = f"http://127.0.0.1:{port}"
+        wait_until(lambda: process.poll() is not None or _answers(address), 120)
         assert process.poll() is None, (folder / "server.log").read_text()
-        yield started
+        yield Site(folder, address, process)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(90)
-        log.close()
-    assert process.returncode == 143, (folder / "server.log").read_text()
+    told = (folder / "server.log").read_text()
+    assert process.returncode == 143, told
+    # A training that was going on has been stopped in order, and nothing of what visitors did was a defect.
+    assert "Traceback" not in told, told
+    for run in (folder / "runs").glob("*/log.txt"):
+        assert "interrupted" in run.read_text()
 
 
 def _answers(url: str) -> bool:

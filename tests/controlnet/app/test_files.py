@@ -10,8 +10,9 @@ from controlnet.app.files import TINY, Folders, choose, new_name
 
 @pytest.fixture
 def folders(tmp_path) -> Folders:
-    for name in ("models/sd/a.safetensors", "models/.hidden.safetensors", "models/notes.txt", "runs/one/model.safetensors",
-                 "runs/one/exports/control-1.safetensors", "data/pairs/prompt.json", "data/photos/a.jpg", "outside.safetensors"):  # fmt: skip
+    files = """models/sd/a.safetensors models/.hidden.safetensors models/notes.txt runs/one/model.safetensors
+               runs/one/exports/control-1.safetensors data/pairs/prompt.json data/photos/a.jpg outside.safetensors"""
+    for name in files.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "models" / "pipeline").mkdir()

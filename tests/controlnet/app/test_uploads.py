@@ -4,7 +4,6 @@ import asyncio
 import io
 
 import gradio as gr
-import numpy as np
 import pytest
 from PIL import Image
 
