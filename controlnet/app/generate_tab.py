@@ -163,11 +163,13 @@ class GenerateTab:
         listen(self.load_file.upload, self._load_file, self.load_file, restored, **quick)
         listen(self.reuse.click, self._start_from, inputs, [self.start_editor, self.use, self.denoise], **quick)
 
-    def connect_page(self, page: gr.Blocks) -> None:
+    def connect_page(self, page: gr.Blocks, tab: gr.Tab) -> None:
         """Show the visitor's pictures when the page opens, and stop his runs when it closes or is loaded anew."""
         lists = [self.base, *(unit.network for unit in self.units)]
         outputs = [self.status, self.visitor, self.gallery, self.files, *lists]
         self.context.listen(page.load, self._open, {self.visitor, *lists}, outputs, show_progress="hidden")
+        # What was trained or converted on another tab of the page can be chosen now.
+        self.context.listen(tab.select, self._lists, {*lists}, lists, show_progress="hidden", queue=False)
 
         def leave(request: gr.Request) -> None:
             self.context.stops.set(request.session_hash or "")

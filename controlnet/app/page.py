@@ -48,14 +48,16 @@ def build(context: Context) -> gr.Blocks:
             elem_id="title",
         )
         with gr.Tabs():
-            with gr.Tab("Generate", id="generate-tab"):
+            with gr.Tab("Generate", id="generate-tab") as generate_tab:
                 generate = GenerateTab(context, visitor)
-            with gr.Tab("Detect", id="detect-tab"):
+            with gr.Tab("Detect", id="detect-tab") as detect_tab:
                 detect = DetectTab(context)
-            with gr.Tab("Models", id="models-tab"):
+            with gr.Tab("Models", id="models-tab") as models_tab:
                 models = ModelsTab(context)
-            with gr.Tab("Train", id="train-tab"):
+            with gr.Tab("Train", id="train-tab") as train_tab:
                 train = TrainTab(context)
-        for tab in (generate, detect, models, train):
-            tab.connect_page(page)
+        generate.connect_page(page, generate_tab)
+        detect.connect_page(page)
+        models.connect_page(page)
+        train.connect_page(page, train_tab, (generate_tab, detect_tab, models_tab))
     return page

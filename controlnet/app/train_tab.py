@@ -3,7 +3,7 @@
 import html
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -111,7 +111,7 @@ class TrainTab:
                     buttons=["fullscreen", "download"],
                     elem_id="run-curves",
                 )
-        self.timer = gr.Timer(_REFRESH)
+        self.timer = gr.Timer(_REFRESH, active=False)
         self.seen = gr.State(())  # what of the run is shown already
         self._connect()
 
@@ -136,11 +136,14 @@ class TrainTab:
         listen(self.run.change, lambda name: self._watch(name, ()), self.run, watched, **quick)
         listen(self.timer.tick, self._watch, [self.run, self.seen], watched, **quick)
 
-    def connect_page(self, page: gr.Blocks) -> None:
-        """Show the run that is going on, or the newest, when the page opens."""
-        listen = self.context.listen
-        lists = [self.data, self.base, self.run]
-        listen(page.load, self._lists, {*lists}, lists, show_progress="hidden")
+    def connect_page(self, page: gr.Blocks, tab: gr.Tab, others: Sequence[gr.Tab]) -> None:
+        """Show the run that is going on, or the newest, when the page opens; follow it as long as `tab`, which is this one, is open."""
+        listen, lists = self.context.listen, [self.data, self.base, self.run]
+        for event in (page.load, tab.select):
+            listen(event, self._lists, {*lists}, lists, show_progress="hidden")
+        listen(tab.select, lambda: gr.Timer(active=True), None, self.timer, show_progress="hidden", queue=False)
+        for other in others:
+            listen(other.select, lambda: gr.Timer(active=False), None, self.timer, show_progress="hidden", queue=False)
 
     # -- what is chosen -------------------------------------------------------------------------------------
 
@@ -247,7 +250,10 @@ class TrainTab:
         """What is new of a run."""
         if name is None or name not in self.context.runs.names():
             return _state_line(None), None, None, ()
-        state = self.context.runs.state(name)
+        try:
+            state = self.context.runs.state(name)
+        except ValueError as error:  # said once and quietly, as this is asked for again and again
+            state = RunState("failed", message=str(error))
         files = [state.picture, state.curves]
         now = tuple((str(file), file.stat().st_mtime_ns) if file is not None else None for file in files)
         line = _state_line(state, self.context.folders.hide_paths(state.message))
