@@ -23,7 +23,7 @@ from controlnet.app.control_unit import Control, ControlUnit, start_of
 from controlnet.app.files import choose
 from controlnet.app.gallery import Gallery, read_notes, visitor_key
 from controlnet.app.sampling import Begun, Step, Stopped, sample
-from controlnet.app.uploads import guard_addresses, guard_editor
+from controlnet.app.uploads import check_upload, guard_addresses, guard_editor
 
 CONTROLS = 3
 _MOST_PICTURES = 8
@@ -350,6 +350,7 @@ class GenerateTab:
         return self._restored(*read_notes(self._file(files, selected, visitor)))
 
     def _load_file(self, file: str) -> dict[Any, Any]:
+        check_upload(file)
         return self._restored(*read_notes(file))
 
     def _start_from(self, files: list[str], selected: Any, visitor: str | None) -> tuple[np.ndarray, str, float]:

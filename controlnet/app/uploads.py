@@ -70,11 +70,11 @@ async def _refuse(send: Send, limit: int) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def read_upload(source: str | Path | bytes) -> np.ndarray:
-    """An uploaded picture, a file or its bytes, as uint8 (H, W), (H, W, 3) or (H, W, 4).
+def check_upload(source: str | Path | bytes) -> None:
+    """See that a file, or its bytes, is a picture within the bounds; its pixels are not decoded.
 
     Raises:
-        ValueError: too large, broken, or no picture.
+        ValueError: it is too large, broken, or no picture.
     """
     size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
     if size > MAX_BYTES:
@@ -86,6 +86,15 @@ def read_upload(source: str | Path | bytes) -> np.ndarray:
         raise ValueError("the file is broken, or no picture; use PNG, JPEG or WebP") from error
     if width * height > MAX_PIXELS:
         raise ValueError(f"the picture has {width} x {height} pixels; {MAX_PIXELS:,} are allowed, such as 4096 x 4096")
+
+
+def read_upload(source: str | Path | bytes) -> np.ndarray:
+    """An uploaded picture, a file or its bytes, as uint8 (H, W), (H, W, 3) or (H, W, 4).
+
+    Raises:
+        ValueError: it is too large, broken, or no picture.
+    """
+    check_upload(source)
     try:
         return read_image(_opened(source))
     except ValueError as error:
