@@ -98,10 +98,14 @@ class Page:
         self.tab.wait_for_timeout(400)  # the editor takes the line in after the mouse is up
 
     def generate(self, seconds: float = 40) -> None:
-        before = self.text("#status")
+        self.tab.evaluate("document.querySelector('#status span').innerText = ''")
         self.tab.click("#generate")
-        wait_until(lambda: self.text("#status") != before or "second" not in before, 10)
         self.wait("#status", " seconds.", seconds)
+
+    def upload_by(self, button: str, file: Path) -> None:
+        with self.tab.expect_file_chooser() as chooser:
+            self.tab.click(button)
+        chooser.value.set_files(str(file))
 
     def close(self) -> None:
         self.tab.close()
@@ -187,24 +191,24 @@ def test_a_drawn_scribble_steers(page, site):
 
 
 def test_what_is_painted_over_becomes_new_and_the_rest_stays(page, site, tmp_path):
-    start = draw_fill(3, 64, 5).target
+    start = draw_fill(3, 512, 5).target
     cv2.imwrite(str(tmp_path / "start.png"), start[:, :, ::-1])
     set_up(page)
     before = made(site)
     page.tab.get_by_label("Use it", exact=True).first.uncheck()  # without a control
     page.click("Start from a picture")
     page.upload("#start-editor", tmp_path / "start.png")
-    page.tab.get_by_label("inpainting").check()
+    page.tab.get_by_role("radio", name="inpainting").check()
     page.tab.wait_for_timeout(800)
     page.tab.click("#generate")
     page.wait_message("Paint over what shall be new")
-    page.stroke("#start-editor", (0.3, 0.5), (0.6, 0.5))
+    page.stroke("#start-editor", (0.45, 0.5), (0.55, 0.5))
     page.generate()
     (file,) = made(site, before)
     result, text = np.asarray(Image.open(file)).astype(int), read_png_text(file)
     assert text["inputs"].keys() >= {"image", "mask"} and text["settings"]["denoise"] == 1.0
-    changed = (result != start).any(axis=2)
-    assert changed[32, 20:38].mean() > 0.5 and not changed[:8].any() and not changed[-8:].any()
+    changed = (result != inputs.to_array(inputs.picture_tensor(start, (64, 64)))[0]).any(axis=2)
+    assert changed[24:40, 24:40].any() and not changed[:12].any() and not changed[-12:].any() and changed.mean() < 0.4
 
 
 def test_two_controls_and_the_settings_of_a_picture_come_back(page, site, picture):
@@ -214,7 +218,7 @@ def test_two_controls_and_the_settings_of_a_picture_come_back(page, site, pictur
     page.upload("#picture-1", picture)
     page.slide("Strength", 0.5)
     page.open("Control 2")
-    page.tab.get_by_label("Use it", exact=True).locator("visible=true").check()
+    page.tab.get_by_label("Use it", exact=True).locator("visible=true").first.check()
     page.choose("Condition", "invert")
     page.upload("#picture-2", picture)
     page.generate()
@@ -224,7 +228,7 @@ def test_two_controls_and_the_settings_of_a_picture_come_back(page, site, pictur
     assert text["settings"]["strength"] == [0.5, 1] and len(text["inputs"]["hint"]) == 2
     # Another visitor, with a page as it opens, is given the file.
     other = Page(page.tab.context.browser.new_context(viewport={"width": 1440, "height": 1000}), site.url)
-    other.upload("#load-file", file)
+    other.upload_by("#load-file", file)
     wait_until(lambda: other.tab.get_by_label("Prompt", exact=True).first.input_value() == "a <b>bold</b> circle")
     assert other.tab.get_by_label("Seed").first.input_value() == "11"
     assert other.tab.locator('input[aria-label="Base model"]').input_value() == STEERED
@@ -283,8 +287,8 @@ def test_broken_and_absurd_uploads_are_messages(page, site, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n" + b"nothing" * 20)
     huge = tmp_path / "huge.png"
-    Image.new("1", (20_000, 20_000)).save(huge)
-    for file, message in ((broken, "broken, or no picture"), (huge, "20000 x 20000 pixels")):
+    Image.new("1", (4200, 4200)).save(huge)
+    for file, message in ((broken, "broken, or no picture"), (huge, "4200 x 4200 pixels")):
         page.upload("#picture-1", file)
         page.tab.wait_for_timeout(500)
         page.tab.click("#generate")
@@ -299,8 +303,8 @@ def test_broken_and_absurd_uploads_are_messages(page, site, tmp_path):
 
 def test_a_condition_without_weights_says_what_is_missing_and_where_it_belongs(page, picture):
     page.upload("#picture-1", picture)
-    page.choose("Condition", "hed")
-    page.wait("#control-tab-1-content, .gradio-container", "ControlNetHED.pth")
+    page.choose("Condition", "hed: soft")
+    page.wait(".gradio-container", "ControlNetHED.pth")
     page.click("Make the map")
     said = page.wait_message("ControlNetHED.pth")
     assert "annotator/ckpts" in said and "huggingface.co/lllyasviel/Annotators" in said
@@ -353,7 +357,7 @@ def test_training_is_watched_stopped_and_gone_on_with(page, site):
     page.tab.click("#check-data")
     page.wait("#data-checked", "All 24 pairs can be used")
     page.tab.get_by_label("Name of the run").fill("first")
-    page.tab.get_by_label("Steps", exact=True).locator("visible=true").fill("2000")
+    page.tab.get_by_label("Steps", exact=True).locator("visible=true").first.fill("2000")
     page.tab.get_by_label("Batch size").fill("2")
     page.tab.get_by_label("Pictures every").fill("2")
     page.click("Other settings")

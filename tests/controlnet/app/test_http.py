@@ -20,9 +20,22 @@ def config(client):
     return client.get("/config").json()
 
 
-def listener(config: dict, function: str) -> dict:
-    """The listener of the page that calls a function."""
-    return next(one for one in config["dependencies"] if one["api_name"].startswith(function))
+def listener(config: dict, elem_id: str) -> dict:
+    """The listener to the click of a button."""
+    (button,) = (one["id"] for one in config["components"] if one["props"].get("elem_id") == elem_id)
+    return next(
+        one for one in config["dependencies"] if [button, "click"] in [list(target) for target in one["targets"]]
+    )
+
+
+def filled(config: dict, inputs: list[int], changes: dict[str, object]) -> list:
+    """The values that a page sends that was just opened, but for components with some labels, or of some types."""
+    components = {one["id"]: one for one in config["components"]}
+    data = []
+    for one in inputs:
+        kind, props = components[one]["type"], components[one]["props"]
+        data.append(changes.get(props.get("label"), changes.get(kind, props.get("value"))))
+    return data
 
 
 def call(client: httpx.Client, number: int, data: list, session: str | None = None) -> str:
@@ -77,22 +90,20 @@ def test_other_servers_are_not_asked_for_a_visitor(client, site):
 
 @pytest.mark.parametrize("kind", ["path", "address", "data"])
 def test_a_picture_is_what_was_uploaded_and_nothing_else(client, config, site, kind):
-    detect = listener(config, "_detect")
-    images = [c["id"] for c in config["components"] if c["type"] == "image"]
+    detect = listener(config, "detect")
     sent = {
         "path": {"path": str(site.root / "data" / "photos" / "0.png")},
         "address": {"path": f"{site.url}/favicon.ico"},
         "data": {"path": None, "url": "data:image/png;base64,AAAA"},
     }[kind]
-    values = {c["id"]: c["props"].get("value") for c in config["components"]}
-    data = [sent | {"meta": {"_type": "gradio.FileData"}} if one in images else values[one] for one in detect["inputs"]]
+    data = filled(config, detect["inputs"], {"image": {**sent, "meta": {"_type": "gradio.FileData"}}})
     told = call(client, detect["id"], data)
     assert '"success": false' in told or '"success":false' in told
     assert str(site.root) not in told and "Traceback" not in told
 
 
 def test_a_name_that_is_not_in_the_list_opens_nothing(client, config, site):
-    look = listener(config, "_look")
+    look = listener(config, "what-is-it")
     for name in (
         "/etc/passwd",
         "../secret.txt",
@@ -107,30 +118,25 @@ def test_a_name_that_is_not_in_the_list_opens_nothing(client, config, site):
 
 
 def test_numbers_out_of_range_are_refused(client, config):
-    generate = listener(config, "_generate")
-    components = {c["id"]: c for c in config["components"]}
-    for label, absurd in (
-        ("Steps", 10**9),
-        ("Shorter side in pixels", 10**6),
-        ("Pictures", -3),
-        ("Sampler", "__import__('os')"),
-    ):
-        data = []
-        for one in generate["inputs"]:
-            props = components[one]["props"]
-            data.append(absurd if props.get("label") == label else props.get("value"))
+    generate = listener(config, "generate")
+    absurd = {
+        "Steps": 10**9,
+        "Shorter side in pixels": 10**6,
+        "Pictures": -3,
+        "Sampler": "__import__('os')",
+        "Base model": "/etc/passwd",
+    }
+    for label, value in absurd.items():
+        data = filled(config, generate["inputs"], {label: value})
         told = call(client, generate["id"], data)
         assert '"success": false' in told or '"success":false' in told
         assert "Traceback" not in told
 
 
 def test_a_made_up_visitor_has_no_gallery(client, config):
-    opened = listener(config, "_open")
-    components = {c["id"]: c for c in config["components"]}
-    data = [
-        "../../data" if components[one]["type"] == "browserstate" else components[one]["props"].get("value")
-        for one in opened["inputs"]
-    ]
+    (visitor,) = (one["id"] for one in config["components"] if one["type"] == "browserstate")
+    opened = next(one for one in config["dependencies"] if visitor in one["outputs"])
+    data = filled(config, opened["inputs"], {"browserstate": "../../data"})
     told = call(client, opened["id"], data)
     assert "../../data" not in told and "photos" not in told
 
