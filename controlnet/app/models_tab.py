@@ -117,7 +117,17 @@ class ModelsTab:
         return f"**{name}** is loaded on `{models.device}` with the ControlNet {control}: {size / 1e9:.2f} GB in {seconds:.1f} seconds."
 
     def _target(self, text: str, suffixes: tuple[str, ...] = ()) -> Path:
-        return self.context.folders.models[0] / new_name(text, "the new file", suffixes)
+        """A new file or folder among the models.
+
+        Raises:
+            ValueError: its name is none, or is taken: nothing is overwritten on the page.
+        """
+        folder = self.context.folders.models[0]
+        target = folder / new_name(text, "the new file", suffixes)
+        if target.exists():
+            raise ValueError(f"{target.name} exists already; choose another name")
+        folder.mkdir(parents=True, exist_ok=True)
+        return target
 
     def _add(self, data: Mapping[Any, Any]) -> str:
         target = self._target(data[self.added_name], SUFFIXES)
