@@ -29,10 +29,12 @@ class Gallery:
     outputs: Path
     visitor: str
 
-    @property
-    def folder(self) -> Path:
+    def __post_init__(self) -> None:
         if not _VISITOR.fullmatch(self.visitor):
             raise ValueError("reload the page: this browser's key is not known")
+
+    @property
+    def folder(self) -> Path:
         return self.outputs / self.visitor
 
     def add(self, pictures: Pictures, notes: Mapping[str, Any]) -> list[Path]:

@@ -109,7 +109,7 @@ def guard_picture(component: gr.Image) -> gr.Image:
     """Let an image component give listeners what `read_upload` makes of its picture; listeners must set it by plain values."""
 
     def preprocess(payload: Any) -> np.ndarray | None:
-        return None if payload is None else _read(payload.path)
+        return _read(payload)
 
     component.preprocess = preprocess
     return guard_addresses(component)

@@ -31,7 +31,7 @@ def test_pictures_of_each_kind(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"", "broken, or no picture"), (b"\x89PNG\r\n\x1a\n" + bytes(40), "broken, or no picture"), (png(9, 9)[:-40], "cannot be read"),
+    [(b"", "broken, or no picture"), (b"\x89PNG\r\n\x1a\n" + bytes(40), "broken, or no picture"), (png(9, 9)[:-20], "cannot be read"),
      (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"), (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture")],
 )  # fmt: skip
 def test_broken_files_and_other_formats_are_refused(data, message):
