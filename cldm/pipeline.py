@@ -478,11 +478,16 @@ class ControlPipeline:
                 "the UNet's last layer is all zeros: its weights were never loaded or trained, so only noise can come out"
             )
         for network in self._networks():
-            zero_convs = [*getattr(network, "zero_convs", ()), *getattr(network, "middle_block_out", ())]
-            if zero_convs and not any(bool(p.any()) for part in zero_convs for p in part.parameters()):
+            if is_untrained(network):
                 logger.warning(
                     "the ControlNet's zero convolutions are all zeros: it was never trained or loaded, so hints change nothing"
                 )
+
+
+def is_untrained(network: nn.Module) -> bool:
+    """Whether all zero convolutions of a ControlNet are still zero, so that its hints change nothing."""
+    zero_convs = [*getattr(network, "zero_convs", ()), *getattr(network, "middle_block_out", ())]
+    return bool(zero_convs) and not any(bool(p.any()) for part in zero_convs for p in part.parameters())
 
 
 def _caption(captioner: Captioner, picture: np.ndarray) -> str:

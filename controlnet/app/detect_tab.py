@@ -1,0 +1,174 @@
+"""The Detect tab: the condition of one picture, or of a whole folder, also as a training set."""
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from annotator.pictures import HWC3, find_pictures, read_image
+from controlnet.app import conditions, lifeline
+from controlnet.app.conditions import Chosen, ParameterControls
+from controlnet.app.context import Context
+from controlnet.app.files import choose, new_name
+from controlnet.app.uploads import guard_picture
+
+MAPS, PAIRS = "maps alone", "pairs to train on"
+_POLL = 0.5  # seconds between looks at a running command
+
+
+class DetectTab:
+    """The tab's components and what they do."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        with gr.Row():
+            with gr.Column(scale=1):
+                self.condition = gr.Dropdown(conditions.choices(), value="canny", label="Condition")
+                self.note = gr.Markdown("", elem_classes="note")
+                self.parameters = ParameterControls("canny")
+            with gr.Column(scale=2), gr.Tabs():
+                with gr.Tab("A picture"):
+                    with gr.Row(equal_height=True):
+                        self.picture = guard_picture(
+                            gr.Image(
+                                label="Picture", type="numpy", height=400, sources=["upload", "clipboard"], image_mode=None,
+                                elem_id="detect-picture", buttons=[],
+                            )
+                        )  # fmt: skip
+                        self.map = gr.Image(
+                            label="Map", height=400, interactive=False, format="png", buttons=["download", "fullscreen"],
+                            elem_id="detect-map",
+                        )  # fmt: skip
+                    self.resolution = gr.Slider(
+                        0,
+                        2048,
+                        512,
+                        step=64,
+                        label="Resolution",
+                        info="of the map's shorter side; 0: the picture's own size",
+                    )
+                    self.detect = gr.Button("Detect", variant="primary", elem_id="detect")
+                with gr.Tab("A folder"):
+                    folders = list(context.folders.picture_folders())
+                    self.folder = gr.Dropdown(
+                        folders, label="Folder of pictures", info="one of the server's data folders"
+                    )
+                    with gr.Row():
+                        self.target = gr.Textbox(
+                            label="Name of the new folder", placeholder="photos-canny", max_length=80
+                        )
+                        self.what = gr.Radio([MAPS, PAIRS], value=MAPS, label="Make")
+                    with gr.Row():
+                        self.size = gr.Number(
+                            512, label="Size", precision=0, info="of pairs: pixels a side", minimum=64, maximum=2048
+                        )
+                        self.prompt = gr.Textbox(
+                            label="Prompt for all", max_length=1000, info="of pairs; empty: a.txt beside each a.jpg"
+                        )
+                    with gr.Row():
+                        self.run = gr.Button("Make them", variant="primary")
+                        self.stop = gr.Button("Stop", variant="stop")
+                    self.progress = gr.HTML("")
+                    self.examples = gr.Gallery(
+                        label="The newest", columns=6, height=260, object_fit="contain", interactive=False, buttons=[]
+                    )
+        self._connect()
+
+    def _connect(self) -> None:
+        listen, shown = self.context.listen, self.parameters.components
+        quick = {"show_progress": "hidden", "queue": False}
+        for event in (self.condition.input, self.parameters.version.input):
+            listen(event, self._on_condition, {self.condition, self.parameters.version}, [*shown, self.note], **quick)
+        inputs = {self.condition, self.picture, self.resolution, *shown}
+        listen(self.detect.click, self._detect, inputs, self.map, concurrency_id="detect", concurrency_limit=2)
+        inputs = {self.condition, self.folder, self.target, self.what, self.size, self.prompt, *shown}
+        running = listen(
+            self.run.click, self._run, inputs, [self.progress, self.examples], concurrency_id="folder", concurrency_limit=1,
+            show_progress="hidden",
+        )  # fmt: skip
+        stopped = "Stopped. Started again, it goes on where it was."
+        listen(self.stop.click, lambda: stopped, None, self.progress, cancels=[running], show_progress="hidden")
+
+    def connect_page(self, page: gr.Blocks) -> None:
+        """Show the folders as they are when the page opens."""
+        self.context.listen(page.load, self._folders, None, self.folder, show_progress="hidden")
+
+    def _folders(self) -> Any:
+        return gr.update(choices=list(self.context.folders.picture_folders()))
+
+    def _on_condition(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        name = data[self.condition]
+        updates = self.parameters.show(name, data[self.parameters.version])
+        return {**dict(zip(self.parameters.components, updates, strict=True)), self.note: conditions.needs(name)}
+
+    def _detect(self, data: Mapping[Any, Any]) -> np.ndarray:
+        if data[self.picture] is None:
+            raise ValueError("upload a picture first")
+        resolution = int(data[self.resolution]) or None
+        chosen = self.parameters.read(data[self.condition], data)
+        return self.context.detectors.make_hint(chosen, data[self.picture], resolution).shown
+
+    def _run(self, data: Mapping[Any, Any]) -> Iterator[dict[Any, Any]]:
+        """Let the command do it, and show how far it is; it goes on where it was when it is started again."""
+        source = choose(self.context.folders.picture_folders(), data[self.folder], "a folder of pictures")
+        target = self.context.folders.data[0] / new_name(data[self.target], "the new folder")
+        chosen, pairs = self.parameters.read(data[self.condition], data), data[self.what] == PAIRS
+        total = len(find_pictures(source, target))
+        arguments = _arguments(chosen, source, target)
+        if pairs:
+            arguments += ["--size", str(int(data[self.size] or 512))]
+            arguments += [f"--prompt={data[self.prompt]}"] if data[self.prompt] else []
+        made = target / "source" if pairs else target
+        with tempfile.TemporaryFile() as log:
+            module = "tutorial_dataset" if pairs else "annotator"
+            process = lifeline.start(module, arguments, stdout=subprocess.DEVNULL, stderr=log)
+            try:
+                while process.poll() is None:
+                    yield {self.progress: f"{_count(made)} of {total} pictures"}
+                    time.sleep(_POLL)
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                process.wait()
+            log.seek(0)
+            complaints = [
+                line.partition(": ")[2] or line for line in log.read().decode("utf-8", "replace").splitlines() if line
+            ]
+        if process.returncode == 2:
+            raise ValueError(complaints[-1] if complaints else "the pictures could not be made")
+        text = f"{_count(made)} of {total} pictures are in {target.name}."
+        failed = f" Some failed: {self.context.folders.hide_paths(complaints[-1])}" if complaints else ""
+        yield {self.progress: text + failed, self.examples: [HWC3(read_image(path)) for path in _newest(made)]}
+
+
+def _arguments(chosen: Chosen, source: Path, target: Path) -> list[str]:
+    """A condition with its parameters as the commands take them."""
+    arguments = [chosen.name, str(source.absolute()), str(target.absolute()), "--version", str(chosen.version)]
+    if chosen.detect_resolution:
+        arguments += ["--detect-resolution", str(chosen.detect_resolution)]
+    defaults = conditions.record(chosen.name, chosen.version).defaults
+    for name, value in chosen.parameters.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            if value != defaults[name]:
+                arguments.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None and value != defaults[name]:
+            arguments.append(f"--{option}={value:g}" if isinstance(value, float) else f"--{option}={value}")
+    return arguments
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*.png") if not path.name.startswith(".")] if folder.is_dir() else []
+
+
+def _count(folder: Path) -> int:
+    return len(_pictures(folder))
+
+
+def _newest(folder: Path) -> list[Path]:
+    return sorted(_pictures(folder), key=lambda path: path.stat().st_mtime, reverse=True)[:12]

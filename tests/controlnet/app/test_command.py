@@ -1,0 +1,52 @@
+"""The command: options, mistakes in one line, and a port that is taken."""
+
+import re
+import socket
+
+import pytest
+
+from controlnet.app import main
+from controlnet.app.command import build_parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "0"], "--port must lie within 1 and 65535, found 0"),
+        (["--port", "x"], "invalid int value: 'x'"),
+        (["--keep", "0"], "--keep must be at least 1"),
+        (["--largest", "9000"], "--largest must lie within 64 and 4096"),
+        (["--models", "nowhere"], "--models: there is no folder nowhere"),
+        (["--runs", "{file}"], "--runs: .* is a file"),
+        (["--prot", "3"], "unrecognized arguments: --prot 3"),
+        (["--device", "warp"], "no device warp"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main([argument.format(file=tmp_path / "file") for argument in arguments]) == 2
+    told = capfd.readouterr().err
+    assert re.search(message, told) and told.startswith("controlnet app: ") and told.count("\n") == 1
+
+
+def test_a_port_that_is_taken(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, "")  # which the command sets
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["--port", str(taken.getsockname()[1]), "--device", "cpu"]) == 2
+    assert "cannot listen on 127.0.0.1" in capfd.readouterr().err
+
+
+def test_help_shows_examples(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["--help"])
+    assert "controlnet app --host 0.0.0.0 --password" in capsys.readouterr().out
+
+
+def test_nobody_listens_to_others_and_no_link_is_made_unless_asked():
+    plain = build_parser().parse_args([])
+    assert plain.host == "127.0.0.1" and plain.share is False and plain.password is None
