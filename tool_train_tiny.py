@@ -28,6 +28,7 @@ from cldm.data.fill import PALETTES, describe_fill, draw_fill
 from cldm.settings import check_counts, explain, is_continued, setting, write_settings
 from cldm.training.engine import make_trainer
 from ldm.files import check_output, read_state_dict, write_weights
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import ConfigError, instantiate_from_config
 
 # What may differ when a run goes on.
@@ -134,7 +135,7 @@ def warm_up_cosine(steps: int) -> dict:
     return {"target": "ldm.lr_scheduler.LambdaWarmUpCosineScheduler", "params": params}
 
 
-def train_autoencoder(config: dict, settings: Settings) -> pl.LightningModule:
+def train_autoencoder(config: dict, settings: Settings) -> AutoencoderKL:
     """Stage one: the autoencoder, by reconstruction and KL."""
     params = {
         **config["params"],
@@ -165,7 +166,7 @@ def train_autoencoder(config: dict, settings: Settings) -> pl.LightningModule:
 
 
 @torch.no_grad()
-def cache_latents(autoencoder: pl.LightningModule, settings: Settings) -> tuple[Tensor, Tensor, list[str]]:
+def cache_latents(autoencoder: AutoencoderKL, settings: Settings) -> tuple[Tensor, Tensor, list[str]]:
     """Posterior means and deviations, (N, 4, h, w) each, and prompts of `settings.latents` pictures."""
     path = Path(settings.work) / "latents.safetensors"
     numbers = range(3_000_000, 3_000_000 + settings.latents)

@@ -268,7 +268,9 @@ def check_batch(
         if not isinstance(pictures, Tensor):
             continue
         if pictures.dim() not in (3, 4):
-            raise DataError(f"{key!r} must have the shape (B, H, W, C), or (B, H, W) if grey, found {tuple(pictures.shape)}")
+            raise DataError(
+                f"{key!r} must have the shape (B, H, W, C), or (B, H, W) if grey, found {tuple(pictures.shape)}"
+            )
         look = pictures.device.type == "cpu" if values is None else values
         _check_pictures(key, pictures, look, "[-1, 1]" if key == first_stage_key else "[0, 1]")
 

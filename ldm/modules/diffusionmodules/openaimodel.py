@@ -557,7 +557,9 @@ class UNetModel(UNetEncoder):
         """Middle output and skip connections -> (B, out_channels, h, w)."""
         context = None if context is None else context.to(hidden.dtype)
         for block, skip in zip(self.output_blocks, reversed(skips), strict=True):
-            hidden = block(torch.cat([hidden, repeat_rows(skip, len(hidden))], dim=1), emb, context)  # (B, C_i, h_i, w_i)
+            hidden = block(
+                torch.cat([hidden, repeat_rows(skip, len(hidden))], dim=1), emb, context
+            )  # (B, C_i, h_i, w_i)
         return self.id_predictor(hidden) if self.predict_codebook_ids else self.out(hidden)
 
     def forward(

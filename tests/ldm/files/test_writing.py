@@ -182,6 +182,22 @@ def test_an_export_replaces_its_own_files_alone(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "empty")) == sorted(CONTENT)
 
 
+def test_an_export_stays_in_its_folder(tmp_path: Path) -> None:
+    """A part of the folder, or a file in it, may be a link to the input's."""
+    files = {"model_index.json": {"_class_name": "P"}, **{f"unet/{name}": content for name, content in CONTENT.items()}}
+    source = write_folder(tmp_path / "source", files, progress=False)
+    for name, inside in (("a", "unet"), ("b", "unet/diffusion_pytorch_model.safetensors")):
+        folder = write_folder(tmp_path / name, {"model_index.json": {"_class_name": "P"}}, progress=False)
+        (folder / inside).parent.mkdir(exist_ok=True)
+        (folder / inside).symlink_to(source / inside)
+    changed = {**files, "unet/diffusion_pytorch_model.safetensors": {"a": torch.zeros(2)}}
+    with pytest.raises(CheckpointError, match="a link that leads out of it"):
+        write_folder(tmp_path / "a", changed, overwrite=True, progress=False)
+    write_folder(tmp_path / "b", changed, overwrite=True, progress=False)
+    assert torch.equal(read_state_dict(source)["unet/a"], torch.ones(2))
+    assert torch.equal(read_state_dict(tmp_path / "b")["unet/a"], torch.zeros(2))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
