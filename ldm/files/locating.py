@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ def _fetch_folder(hub: Any, repository: str, revision: str | None, inside: str) 
     wanted = []
     for folder, held in folders.items():
         chosen = choose_weights(held) or ""
-        shards = f"{chosen.partition('.')[0]}*-of-*" if chosen.endswith(".json") else chosen
-        wanted += [posixpath.join(folder, name) for name in ("*.json", shards) if name]
-    wanted = [pattern for pattern in wanted if pattern.startswith(f"{inside}/" if inside else "")]
+        kind = ".safetensors" if ".safetensors" in chosen else ".bin"
+        shards = f"{chosen.partition('.')[0]}*-of-*{kind}" if chosen.endswith(".json") else chosen
+        read = [name for name in held if name.endswith(".json") or fnmatch(name, shards)]
+        wanted += [posixpath.join(folder, name) for name in read]
+    wanted = [name for name in wanted if name.startswith(f"{inside}/" if inside else "")]
     return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)) / inside

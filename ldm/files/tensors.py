@@ -91,7 +91,7 @@ def cast(
         def convert(value: Tensor) -> Tensor:
             made = value.to(wanted)
             infinite = ~torch.isfinite(made)
-            if infinite.any() and torch.isfinite(value[infinite].float()).any():
+            if infinite.any() and torch.isfinite(value.double()[infinite]).any():
                 raise CheckpointError(f"{key!r} has values too large for {wanted}; use bfloat16 or float32")
             return made
 

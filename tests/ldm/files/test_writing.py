@@ -87,7 +87,12 @@ def test_dtype_changes_weights_and_spares_integers_and_the_schedule(tmp_path: Pa
         assert torch.equal(got[key], tensor if as_it_was else tensor.bfloat16()), key
     with pytest.raises(CheckpointError, match="'large' has values too large for torch.float16; use bfloat16"):
         write_weights(tmp_path / "over.ckpt", {"large": torch.tensor([7e4])}, dtype=torch.float16, progress=False)
-    write_weights(tmp_path / "inf.ckpt", {"x": torch.tensor([torch.inf])}, dtype=torch.float16, progress=False)
+    inf = {str(dtype): torch.tensor([torch.inf]).to(dtype) for dtype in (torch.float32, torch.float8_e5m2)}
+    write_weights(tmp_path / "inf.ckpt", inf, dtype=torch.float16, progress=False)
+    with pytest.raises(CheckpointError, match="too large"):  # an infinite value beside it does not hide it
+        write_weights(
+            tmp_path / "over.ckpt", {"x": torch.tensor([torch.inf, 1e300]).double()}, dtype="bf16", progress=False
+        )
     with pytest.raises(CheckpointError, match="unknown dtype 'int4'"):
         write_weights(tmp_path / "x.ckpt", entries, dtype="int4", progress=False)
     assert not (tmp_path / "over.ckpt").exists()
