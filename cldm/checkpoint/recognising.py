@@ -32,9 +32,7 @@ _PREFIXES = {UNET_PREFIX: "unet", CONTROL_PREFIX: "control", VAE_PREFIX: "vae", 
 PARTS = (*_PREFIXES.values(), "schedule", "other")
 _FAMILIES = {(320, 768): "sd1", (320, 1024): "sd2"}  # by width of the first convolution and of the text
 _OPTIONAL_ENDINGS = ("position_ids", "logit_scale", "attn_mask", "text_projection")
-_UNUSED_LAYER = (
-    TEXT_PREFIX + "model.transformer.resblocks.23."
-)  # SD 2.x reads the layer before; diffusers leaves it out
+_UNUSED_LAYER = TEXT_PREFIX + "model.transformer.resblocks.23."  # of SD 2.x, which reads the layer before
 _V_FLAG = "v_pred"
 _FLAGS = (DIFFERENCE, _V_FLAG, "ztsnr")  # entries that say something about the others
 

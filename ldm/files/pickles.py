@@ -47,13 +47,8 @@ _NEW: dict[str, Callable[[], Any]] = {
     **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_DICT": dict},
     **{"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": lambda: Placeholder("set")},
 }
-_COUNTS = {
-    "TUPLE1": 1,
-    "TUPLE2": 2,
-    "TUPLE3": 3,
-    "APPEND": 1,
-    "SETITEM": 2,
-}  # items taken; all since the mark for others
+# How many items an instruction takes; the others that take items take all since the last mark.
+_COUNTS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
 
 
 class Placeholder:

@@ -91,7 +91,10 @@ def test_dtype_changes_weights_and_spares_integers_and_the_schedule(tmp_path: Pa
     write_weights(tmp_path / "inf.ckpt", inf, dtype=torch.float16, progress=False)
     with pytest.raises(CheckpointError, match="too large"):  # an infinite value beside it does not hide it
         write_weights(
-            tmp_path / "over.ckpt", {"x": torch.tensor([torch.inf, 1e300]).double()}, dtype="bf16", progress=False
+            tmp_path / "over.ckpt",
+            {"x": torch.tensor([torch.inf, 1e300], dtype=torch.float64)},
+            dtype="bf16",
+            progress=False,
         )
     with pytest.raises(CheckpointError, match="unknown dtype 'int4'"):
         write_weights(tmp_path / "x.ckpt", entries, dtype="int4", progress=False)
