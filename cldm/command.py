@@ -92,6 +92,7 @@ def _terminable() -> Iterator[None]:
     """Within it SIGTERM is the exception Stopped, so that files are closed and temporary ones removed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # `timeout` sends two, and a second would end the cleaning up
         raise Stopped(number)
 
     if threading.current_thread() is not threading.main_thread():  # only there can signals be handled

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from cldm.checkpoint.names import CONTROL_PREFIX
-from cldm.checkpoint.opening import ModelWeights, completed, open_model
+from cldm.checkpoint.opening import ModelWeights, open_model
 from cldm.checkpoint.recognising import POOLING, SCHEDULE_KEYS
+from cldm.checkpoint.schedule import completed
 from cldm.config import load_config, model_section, resolve
 from ldm.files import CheckpointError, LazyTensor
 from ldm.files.tensors import Tensors, parse_dtype
@@ -114,7 +115,9 @@ def _for_filling(opened: ModelWeights) -> Tensors:
     """All tensors of a file, with those that a pipeline of diffusers leaves out."""
     if opened.report.layout != "diffusers-pipeline":
         return {**opened.tensors, **opened.ema}
-    return completed(opened, opened.tensors, opened, opened.report.config)
+    tensors, notes = completed(opened.tensors, opened, opened.report.config)
+    opened.notes.extend(notes)
+    return tensors
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """What knows models about weight files: recognised, brought under this library's names, converted and written.
 
-    identify(path)            what is this file? -> `Report`                            recognising
-    open_model(path)          the one way in: its weights under our names, lazy         opening, with names and schedule
-    convert(...)              the one way out: written in any layout of `TARGETS`       converting, with diffusers_config
-    add_control(...), transfer_control(...)                                             control
+    identify(path)            what is this file? -> `Report`                         recognising
+    open_model(path)          the one way in: its weights under our names, lazy      opening; names holds both naming schemes
+    convert(...)              the one way out: written in any layout of `TARGETS`    converting, with diffusers_config
+    add_control(...), transfer_control(...)                                          control
+
+What files leave out (the noise schedule) is filled in by `schedule`; what a configuration's model holds is in `expected`.
 
 Reading and writing the files themselves is `ldm.files`; filling a model is `cldm.model`. On the command line:
 `python -m cldm.checkpoint FILE` and the `tool_*_control.py` scripts.

@@ -10,22 +10,13 @@ from typing import Any
 
 import torch
 
-from cldm.checkpoint.converting import described, pooling_of, prediction_of, told_notes
-from cldm.checkpoint.expected import expected_entries, zeros
-from cldm.checkpoint.names import CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, with_prefix
-from cldm.checkpoint.opening import (
-    ModelWeights,
-    check_same_kind,
-    combined,
-    model_params,
-    note_gaps,
-    open_model,
-    schedule_params,
-    stored_schedule,
-)
+from cldm.checkpoint.converting import pooling_of, prediction_of, write_with_facts
+from cldm.checkpoint.expected import check_fits, expected_entries, model_params, zeros
+from cldm.checkpoint.names import BASE_PARTS, CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, with_prefix
+from cldm.checkpoint.opening import ModelWeights, combined, open_model
 from cldm.checkpoint.recognising import POOLING, SCHEDULE_KEYS, part_of
-from cldm.checkpoint.schedule import schedule_tensors
-from ldm.files import CheckpointError, LazyTensor, check_output, write_weights
+from cldm.checkpoint.schedule import completed, schedule_params, schedule_tensors
+from ldm.files import CheckpointError, LazyTensor, check_output
 from ldm.files.errors import about
 from ldm.files.tensors import Tensors
 from ldm.modules.diffusionmodules.util import conv_nd, zero_module
@@ -100,11 +91,9 @@ def add_control(
             pooling = pooling_of(control or base, config)
         else:  # a fresh one is what the configuration makes
             pooling = model_params(used).get(POOLING) is True
-        metadata = described(
-            {**base.metadata, **(control.metadata if control else {})}, prediction_of(base, config), pooling
-        )
-        write_weights(output, added.tensors, metadata, dtype, SCHEDULE_KEYS, overwrite, progress)
-        added.notes.extend(told_notes(output, metadata, base.report.family))
+        metadata = {**base.metadata, **(control.metadata if control else {})}
+        facts = (metadata, prediction_of(base, config), pooling, base.report.family)
+        added.notes.extend(write_with_facts(output, added.tensors, *facts, dtype, overwrite, progress))
     return added
 
 
@@ -132,22 +121,17 @@ def join_control(base: ModelWeights, control: ModelWeights | None, config: str |
     lacking = [key for key in expected if key not in given]
     if control is not None and (key := next((k for k in lacking if k.startswith(CONTROL_PREFIX)), None)):
         raise CheckpointError(f"its ControlNet is incomplete: {key!r} is missing", control.path)
-    twins = {key: UNET_PREFIX + key.removeprefix(CONTROL_PREFIX) for key in lacking if key.startswith(CONTROL_PREFIX)}
-    copied = {key: given[twin] for key, twin in twins.items() if twin in given}
+    originals = {k: UNET_PREFIX + k.removeprefix(CONTROL_PREFIX) for k in lacking if k.startswith(CONTROL_PREFIX)}
+    copied = {key: given[original] for key, original in originals.items() if original in given}
     params = model_params(config)
     if SCHEDULE_KEYS.intersection(lacking) - {"logvar"}:  # logvar does not depend on the betas
         params = schedule_params(params, base)
     new = initial_values(params, {key: expected[key] for key in lacking if key not in copied})
     every = {**given, **copied, **new}
-    missing = [key for key in expected if key not in every]
-    wrong = [key for key in expected if key in every and every[key].shape != expected[key].shape]
-    if missing:
+    if missing := [key for key in expected if key not in every]:
         problem = f"{len(missing)} of {len(expected)} entries are missing, first {missing[0]!r}"
-    elif wrong:
-        shapes = f"{list(every[wrong[0]].shape)}, expected {list(expected[wrong[0]].shape)}"
-        problem = f"{wrong[0]!r} has shape {shapes}"
-    if missing or wrong:
         raise CheckpointError(f"does not fit {config}: {problem}; another --config may be the right one", base.path)
+    check_fits(every, config, base.path)
     kept = [key for key in expected if key.startswith(CONTROL_PREFIX) and key in given]
     dropped = [key for key in given if key not in expected]
     return AddedControl({key: every[key] for key in expected}, list(copied), kept, list(new), dropped, notes)
@@ -230,43 +214,37 @@ def transfer_control(
             (control, "control", "ControlNet"),
             (new, "unet", "UNet"),
         ):
-            report = model.report
-            missing = [key for key in report.missing if part_of(key) == part_name]
+            missing = [key for key in model.report.missing if part_of(key) == part_name]
             if missing:
-                raise CheckpointError(
-                    f"its {name} is incomplete: {len(missing)} entries are missing, first {missing[0]!r}", model.path
-                )
-            note_gaps(model)  # shapes may be another family's, as long as the three files agree
-        check_same_kind(old, new)
+                problem = f"its {name} is incomplete: {len(missing)} entries are missing, first {missing[0]!r}"
+                raise CheckpointError(problem, model.path)
+            model.note_gaps()  # shapes may be another family's, as long as the three files agree
+        old.check_same_kind(new)
         moved = _moved(control, CONTROL_PREFIX, old, new)
         if lacking := sorted(key for key in old.part(UNET_PREFIX) if key.startswith(_ENCODER) and key not in moved):
             raise CheckpointError(f"its ControlNet is incomplete: {lacking[0]!r} is missing", control.path)
         notes = [*old.notes, *new.notes, *control.notes]
         unet = new.part(UNET_PREFIX)
         if control.has(UNET_PREFIX):
-            check_same_kind(control, old)
+            control.check_same_kind(old)
             unet = _moved(control, UNET_PREFIX, old, new)
         else:
             notes.append(f"{controlled} is a ControlNet alone: the UNet is that of {target}")
         tensors = {**with_prefix(unet, UNET_PREFIX), **with_prefix(moved, CONTROL_PREFIX)}
-        for name, prefix in (("VAE", VAE_PREFIX), ("text encoder", TEXT_PREFIX)):
+        for name in ("VAE", "text encoder"):
+            prefix = BASE_PARTS[name]
             giver = next((model for model in (new, control, old) if model.has(prefix)), None)
             if giver is None:
                 notes.append(f"none of the files has a {name}, nor has the output")
-            elif giver is not new:
+                continue
+            if giver is not new:
                 notes.append(f"{target} has no {name}: it is taken from {giver.path}")
-            tensors |= with_prefix(giver.part(prefix), prefix) if giver else {}
-        schedule = stored_schedule(new)
-        config = new.report.config or control.report.config
-        if config is not None and not schedule.keys() >= SCHEDULE_KEYS:
-            schedule = {**schedule_tensors(schedule_params(model_params(config), new)), **schedule}
-        metadata = described(control.metadata, prediction_of(new), pooling_of(control))
-        write_weights(output, {**schedule, **tensors}, metadata, dtype, SCHEDULE_KEYS, overwrite, progress)
-        return [
-            *notes,
-            *told_notes(output, metadata, new.report.family),
-            f"wrote {output}: {len(moved)} entries of the ControlNet, {len(schedule) + len(tensors)} in all",
-        ]
+            tensors |= with_prefix(giver.part(prefix), prefix)
+        tensors, more = completed(tensors, new, new.report.config or control.report.config)
+        facts = (control.metadata, prediction_of(new), pooling_of(control), new.report.family)
+        told = write_with_facts(output, tensors, *facts, dtype, overwrite, progress)
+        done = f"wrote {output}: {len(moved)} entries of the ControlNet, {len(tensors)} in all"
+        return [*notes, *more, *told, done]
 
 
 def _moved(model: ModelWeights, prefix: str, old: ModelWeights, new: ModelWeights) -> Tensors:

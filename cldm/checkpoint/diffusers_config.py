@@ -1,17 +1,16 @@
 """The configuration files that diffusers and transformers need beside the weights.
 
 Widths, depths and channels are read from the weights' shapes; from our configuration comes what shapes do not show:
-attention heads, the latents' scale and size, and what the network predicts. Tensors are named as here, without prefix;
-what does not fit is a `CheckpointError`.
+attention heads, the latents' scale and size, and what the network predicts. Tensors are named as in diffusers; what does
+not fit is a `CheckpointError`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cldm.checkpoint.names import HINT_ENCODER, encoder_levels, is_open_clip
+from cldm.checkpoint.names import count_blocks
 from ldm.files import CheckpointError
 from ldm.files.tensors import Tensors
 
@@ -20,31 +19,49 @@ _START_TOKEN, _END_TOKEN = 49406, 49407
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
-def unet_config(tensors: Tensors, params: Mapping[str, Any], prediction: str) -> dict[str, Any]:
-    """`config.json` of a `UNet2DConditionModel`; `params` are the whole model's, `prediction` is "eps", "v" or "x0"."""
-    encoder = _encoder_config(tensors, _section(params, "unet_config"))
-    up = [name.replace("Down", "Up") for name in reversed(encoder["down_block_types"])]
-    return {
-        "_class_name": "UNet2DConditionModel",
-        **encoder,
-        "up_block_types": up,
-        "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "out_channels": _shape(tensors, "out.2.weight", 4)[0],
-        "sample_size": _image_size(params),
-        "center_input_sample": False,
-        "mid_block_scale_factor": 1,
-        "upcast_attention": prediction == "v",  # as of SD 2.1: in half precision its attention overflows
-    }
+def component_config(
+    component: str,
+    tensors: Tensors,
+    params: Mapping[str, Any],
+    prediction: str = "eps",
+    pooling: bool = False,
+    open_clip: bool = False,
+) -> dict[str, Any]:
+    """`config.json` of a component, one of `names.COMPONENTS`.
 
-
-def controlnet_config(tensors: Tensors, params: Mapping[str, Any], pooling: bool) -> dict[str, Any]:
-    """`config.json` of a `ControlNetModel`; `pooling` is `global_average_pooling`."""
-    hint = [_shape(tensors, f"{ours}.weight", 4) for ours, _ in HINT_ENCODER]
+    Args:
+        tensors: of the component.
+        params: of the whole model's configuration.
+        prediction: of the UNet, "eps", "v" or "x0".
+        pooling: `global_average_pooling` of the ControlNet.
+        open_clip: whether the text encoder is OpenCLIP's.
+    """
+    if component == "vae":
+        return _vae_config(tensors, params)
+    if component == "text_encoder":
+        return _text_config(tensors, params, open_clip)
+    if component == "unet":
+        encoder = _encoder_config(tensors, _section(params, "unet_config"))
+        up = [name.replace("Down", "Up") for name in reversed(encoder["down_block_types"])]
+        return {
+            "_class_name": "UNet2DConditionModel",
+            **encoder,
+            "up_block_types": up,
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "out_channels": _shape(tensors, "conv_out.weight", 4)[0],
+            "sample_size": _image_size(params),
+            "center_input_sample": False,
+            "mid_block_scale_factor": 1,
+            "upcast_attention": prediction == "v",  # as of SD 2.1: in half precision its attention overflows
+        }
+    hint = "controlnet_cond_embedding."
     return {
         "_class_name": "ControlNetModel",
         **_encoder_config(tensors, _section(params, "control_stage_config")),
-        "conditioning_channels": hint[0][1],
-        "conditioning_embedding_out_channels": [shape[0] for shape in hint[0:-1:2]],
+        "conditioning_channels": _shape(tensors, f"{hint}conv_in.weight", 4)[1],
+        "conditioning_embedding_out_channels": [
+            _shape(tensors, f"{hint}{name}.weight", 4)[0] for name in ("conv_in", "blocks.1", "blocks.3", "blocks.5")
+        ],
         "controlnet_conditioning_channel_order": "rgb",
         "global_pool_conditions": pooling,
     }
@@ -52,25 +69,11 @@ def controlnet_config(tensors: Tensors, params: Mapping[str, Any], pooling: bool
 
 def _encoder_config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, Any]:
     """What UNet and ControlNet have in common; `options` are those of our network."""
-    counts = encoder_levels(tensors)
-    configured = options.get("num_res_blocks", 2)
-    expected = (
-        [configured] * len(options.get("channel_mult", (1, 2, 4, 8))) if isinstance(configured, int) else configured
-    )
-    if counts != list(expected):
-        raise CheckpointError(
-            f"the weights have {counts} blocks a level, the configuration {list(expected)}; name the right --config"
-        )
-    if len(set(counts)) != 1:
-        raise CheckpointError(f"levels of different depth, {counts}, which diffusers cannot express")
-    channels, kinds, position = [], [], 1
-    for count in counts:
-        having = {f"input_blocks.{i}.1.norm.weight" in tensors for i in range(position, position + count)}
-        if len(having) > 1:
-            raise CheckpointError("some but not all blocks of a level have attention, which diffusers cannot express")
-        channels.append(_shape(tensors, f"input_blocks.{position}.0.out_layers.3.weight", 4)[0])
-        kinds.append("CrossAttnDownBlock2D" if having.pop() else "DownBlock2D")
-        position += count + 1
+    resnets = count_blocks(tensors, r"down_blocks\.(\d{1,4})\.resnets\.\d+\.conv1\.weight")
+    attentions = count_blocks(tensors, r"down_blocks\.(\d{1,4})\.attentions\.\d+\.norm\.weight")
+    if len(set(resnets.values())) != 1 or any(count != resnets[level] for level, count in attentions.items()):
+        raise CheckpointError("levels or blocks that differ in depth or attention, which diffusers cannot express")
+    channels = [_shape(tensors, f"down_blocks.{i}.resnets.0.conv2.weight", 4)[0] for i in range(len(resnets))]
     text_key = next((key for key in tensors if key.endswith("attn2.to_k.weight")), None)
     if text_key is None:
         raise CheckpointError("a UNet without attention to a text, which diffusers keeps in other classes")
@@ -80,52 +83,53 @@ def _encoder_config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, A
         "attention_head_dim": heads if width == -1 else [max(c // width, 1) for c in channels],  # a count of heads
         "block_out_channels": channels,
         "cross_attention_dim": _shape(tensors, text_key, 2)[1],
-        "down_block_types": kinds,
+        "down_block_types": ["CrossAttnDownBlock2D" if attentions[i] else "DownBlock2D" for i in range(len(resnets))],
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "in_channels": _shape(tensors, "input_blocks.0.0.weight", 4)[1],
-        "layers_per_block": counts[0],
+        "in_channels": _shape(tensors, "conv_in.weight", 4)[1],
+        "layers_per_block": resnets[0],
         "norm_eps": 1e-05,
         "norm_num_groups": _GROUPS,
         "only_cross_attention": False,
-        "transformer_layers_per_block": _count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
-        "use_linear_projection": len(_shape(tensors, "middle_block.1.proj_in.weight", 2, 4)) == 2,
+        "transformer_layers_per_block": len(
+            count_blocks(tensors, r"mid_block\.attentions\.0\.transformer_blocks\.(\d{1,4})\.")
+        ),
+        "use_linear_projection": len(_shape(tensors, "mid_block.attentions.0.proj_in.weight", 2, 4)) == 2,
     }
 
 
-def vae_config(tensors: Tensors, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` of an `AutoencoderKL`."""
-    levels = _count(tensors, r"encoder\.down\.(\d+)\.block\.")
+def _vae_config(tensors: Tensors, params: Mapping[str, Any]) -> dict[str, Any]:
+    resnets = count_blocks(tensors, r"encoder\.down_blocks\.(\d{1,4})\.resnets\.\d+\.conv1\.weight")
+    levels = len(resnets)
     options = _section(params, "first_stage_config").get("ddconfig")  # narrow autoencoders have fewer groups
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": [
-            _shape(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)
+            _shape(tensors, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)
         ],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "in_channels": _shape(tensors, "encoder.conv_in.weight", 4)[1],
         "out_channels": _shape(tensors, "decoder.conv_out.weight", 4)[0],
         "latent_channels": _shape(tensors, "decoder.conv_in.weight", 4)[1],
-        "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": resnets[0],
         "norm_num_groups": options.get("num_groups", _GROUPS) if isinstance(options, Mapping) else _GROUPS,
         "sample_size": _image_size(params) * 2 ** (levels - 1),
         "scaling_factor": float(params.get("scale_factor", 1.0)),
     }
 
 
-def text_config(tensors: Tensors, converted: Tensors, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.json` of a `CLIPTextModel`; `converted` are the tensors under the names of transformers.
+def _text_config(tensors: Tensors, params: Mapping[str, Any], open_clip: bool) -> dict[str, Any]:
+    """That of a `CLIPTextModel`.
 
     SD 2.x uses the output of OpenCLIP's next-to-last layer, so the configuration counts one layer less than the file holds.
     """
     options = _section(params, "cond_stage_config")
-    open_clip = is_open_clip(tensors)
-    vocabulary, width = _shape(converted, "text_model.embeddings.token_embedding.weight", 2)
+    vocabulary, width = _shape(tensors, "text_model.embeddings.token_embedding.weight", 2)
     unused = 1 if open_clip and options.get("layer", "last") == "penultimate" else 0
-    projection = converted.get("text_projection.weight")
+    projection = tensors.get("text_projection.weight")
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -134,11 +138,11 @@ def text_config(tensors: Tensors, converted: Tensors, params: Mapping[str, Any])
         "pad_token_id": 0 if open_clip else _END_TOKEN,
         "hidden_act": "gelu" if open_clip else "quick_gelu",
         "hidden_size": width,
-        "intermediate_size": _shape(converted, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        "intermediate_size": _shape(tensors, "text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
         "layer_norm_eps": 1e-05,
-        "max_position_embeddings": _shape(converted, "text_model.embeddings.position_embedding.weight", 2)[0],
+        "max_position_embeddings": _shape(tensors, "text_model.embeddings.position_embedding.weight", 2)[0],
         "num_attention_heads": options.get("heads") or max(width // 64, 1),
-        "num_hidden_layers": _count(converted, r"text_model\.encoder\.layers\.(\d+)\.") - unused,
+        "num_hidden_layers": len(count_blocks(tensors, r"text_model\.encoder\.layers\.(\d{1,4})\.")) - unused,
         "projection_dim": width if projection is None else projection.shape[0],
         "vocab_size": vocabulary,
     }
@@ -173,7 +177,12 @@ def tokenizer_files(open_clip: bool) -> dict[str, Any]:
     tokenizer = SimpleTokenizer()
     special = {_START_TOKEN: _START, _END_TOKEN: _END}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
-    tokens = {"bos_token": _START, "eos_token": _END, "pad_token": "!" if open_clip else _END, "unk_token": _END}
+    tokens = {
+        "bos_token": _START,
+        "eos_token": _END,
+        "pad_token": "!" if open_clip else _END,
+        "unk_token": _END,
+    }
     return {
         "vocab.json": {special.get(number, token): number for token, number in tokenizer.encoder.items()},
         "merges.txt": "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)]) + "\n",
@@ -182,11 +191,6 @@ def tokenizer_files(open_clip: bool) -> dict[str, Any]:
             "tokenizer_class": "CLIPTokenizer", **tokens, "do_lower_case": True, "model_max_length": 77
         },
     }  # fmt: skip
-
-
-def _count(tensors: Tensors, pattern: str) -> int:
-    """How many different numbers the keys have at the group of a pattern."""
-    return len({match[1] for match in (re.match(pattern, key) for key in tensors) if match})
 
 
 def _shape(tensors: Tensors, key: str, *dimensions: int) -> tuple[int, ...]:

@@ -1,10 +1,10 @@
-"""The entries that a configuration's model holds: their keys, shapes and dtypes, as lazy tensors that are not read.
+"""What a configuration says of its model: parameters, and its entries with shapes and dtypes as lazy tensors that are not read.
 
-For the packaged configurations they are kept in a table beside the YAML file, so that recognising or converting a file
+For the packaged configurations the entries are kept in a table beside the YAML file, so that recognising or converting a file
 need not build a model. A configuration that has no table, or was changed since, is built without memory. After a change of
 the networks or of a packaged configuration:
 
-    python -c "from cldm.checkpoint.expected import write_tables; write_tables()"
+    python -m tests.checkpoint.test_expected
 """
 
 from __future__ import annotations
@@ -12,20 +12,33 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cldm.config import load_config, model_section, resolve
-from ldm.files import LazyTensor
+from ldm.files import CheckpointError, LazyTensor
 from ldm.files.tensors import DTYPES, Tensors
-from ldm.util import instantiate_from_config
+from ldm.util import ConfigError, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
-PACKAGED = ("cldm_v15", "cldm_v21", "cldm_tiny")
-_SUFFIX = ".entries.json"
+TABLE_SUFFIX = ".entries.json"
+
+
+def model_params(config: str | Path) -> Mapping[str, Any]:
+    """The parameters of the model that a configuration names.
+
+    Raises:
+        ConfigError: there is no such configuration, or it is none of a model.
+    """
+    params = model_section(load_config(config), config).get("params") or {}
+    if not isinstance(params, Mapping):
+        raise ConfigError(f"{config}: `params` of its model must be a mapping")
+    return params
 
 
 def expected_entries(config: str | Path) -> Tensors:
@@ -35,10 +48,10 @@ def expected_entries(config: str | Path) -> Tensors:
 
 @lru_cache(maxsize=8)
 def _expected_entries(path: Path) -> Tensors:
-    table = path.with_suffix(_SUFFIX)
+    table = path.with_suffix(TABLE_SUFFIX)
     if table.is_file():
         content = json.loads(table.read_text(encoding="utf-8"))
-        if content["configuration"] == _digest(path):
+        if content["configuration"] == digest_of(path):
             return {key: zeros(tuple(shape), DTYPES[dtype]) for key, shape, dtype in content["entries"]}
         logger.info("%s is not that of %s any more: the model is built to find its entries", table, path)
     return build_entries(path)
@@ -51,20 +64,25 @@ def build_entries(config: str | Path) -> Tensors:
     return {key: zeros(tuple(value.shape), value.dtype) for key, value in model.state_dict().items()}
 
 
+def differing(tensors: Tensors, expected: Tensors) -> list[str]:
+    """The keys whose shape is another than expected."""
+    return [key for key in expected if key in tensors and tensors[key].shape != expected[key].shape]
+
+
+def check_fits(tensors: Tensors, config: str | Path, path: Path) -> None:
+    """Raise if a tensor of the file `path` has another shape than in the configuration's model."""
+    expected = expected_entries(config)
+    for key in differing(tensors, expected):
+        shapes = f"{list(tensors[key].shape)}, expected {list(expected[key].shape)}"
+        advice = "another --config may be the right one"
+        raise CheckpointError(f"does not fit {config}: {key!r} has shape {shapes}; {advice}", path)
+
+
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
     """Zeros, made when they are read."""
     return LazyTensor(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Which configuration a table belongs to."""
     return hashlib.sha256(path.read_text(encoding="utf-8").encode()).hexdigest()  # whatever the line endings are
-
-
-def write_tables() -> None:
-    """Write the tables of the packaged configurations anew."""
-    for name in PACKAGED:
-        path = resolve(name, ".yaml")
-        entries = [[key, list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in build_entries(path).items()]
-        lines = ",\n".join(json.dumps(entry) for entry in entries)
-        text = f'{{"configuration": "{_digest(path)}",\n"entries": [\n{lines}\n]}}\n'
-        path.with_suffix(_SUFFIX).write_text(text, encoding="utf-8")

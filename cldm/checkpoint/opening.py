@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,35 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cldm.checkpoint.expected import expected_entries, zeros
 from cldm.checkpoint.names import (
+    COMPONENTS,
     CONTROL_LAYERS,
     CONTROL_PREFIX,
-    NETWORKS,
-    TEXT_PREFIX,
     UNET_PREFIX,
-    is_open_clip,
+    from_diffusers,
     part,
-    text_from_diffusers,
     with_prefix,
 )
-from cldm.checkpoint.recognising import (
-    CONTROL_LAYOUTS,
-    DIFFERENCE,
-    EMA_PREFIX,
-    SCHEDULE_KEYS,
-    Report,
-    gap_lines,
-    layout_of,
-    make_report,
-    part_of,
-)
-from cldm.checkpoint.schedule import schedule_tensors, with_scheduler, with_stored
-from cldm.config import load_config, model_section
-from ldm.files import CheckpointError, WeightsFile, open_weights
+from cldm.checkpoint.recognising import DIFFERENCE, EMA_PREFIX, Report, gap_lines, layout_of, make_report
+from ldm.files import CheckpointError, LazyTensor, WeightsFile, open_weights
 from ldm.files.errors import about
-from ldm.files.tensors import Tensors, computed
-from ldm.util import ConfigError
+from ldm.files.tensors import Tensors
 
 
 @dataclass
@@ -74,6 +57,26 @@ class ModelWeights:
         """Whether any key begins with the prefix."""
         return any(key.startswith(prefix) for key in self.tensors)
 
+    def note_gaps(self) -> None:
+        """Note what the model lacks, or has in another shape than its family, in the parts of which it has something."""
+        lines = gap_lines(self.report.missing, self.report.mismatched, self.report.parts)
+        self.notes += [f"{self.path}: {line}" for line in lines]
+
+    def check_same_kind(self, other: ModelWeights) -> None:
+        """Raise unless the UNets of both, or a ControlNet's copy of an encoder where there is no UNet, are of one kind."""
+        first, second = (
+            model.part(UNET_PREFIX)
+            or {key: t for key, t in model.part(CONTROL_PREFIX).items() if not key.startswith(CONTROL_LAYERS)}
+            for model in (self, other)
+        )
+        shared = [key for key in first if key in second]
+        differing = [key for key in shared if first[key].shape != second[key].shape]
+        if self.has(UNET_PREFIX) and other.has(UNET_PREFIX):
+            differing += first.keys() ^ second.keys()
+        if differing or not shared:
+            what = f"differ in {differing[0]!r}" if shared else "have nothing in common"
+            raise CheckpointError(f"is a model of another kind than {other.path}: they {what}", self.path)
+
 
 @contextmanager
 def open_model(
@@ -92,8 +95,8 @@ def open_model(
     """
     with open_weights(path) as file:
         with about(file.path):
-            layout, left_out = layout_of(file), []
-            tensors = _renamed(file, layout, left_out)
+            layout = layout_of(file)
+            tensors, left_out = _renamed(file, layout)
             report = make_report(file, layout, tensors, left_out)
             if layout == "unknown" and not any_layout:
                 raise CheckpointError(f"no layout known here. {'; '.join(report.suggestions)}")
@@ -103,9 +106,8 @@ def open_model(
             tensors = {key: tensor for key, tensor in tensors.items() if key not in averages}
             model = ModelWeights(file.path, report, tensors, averages, file.metadata, file.configs, left_out)
             if left_out:
-                model.notes.append(
-                    f"{len(left_out)} entries have no place here and are left out: {', '.join(left_out[:3])}"
-                )
+                first = ", ".join(left_out[:3])
+                model.notes.append(f"{len(left_out)} entries have no place here and are left out: {first}")
             if ema:
                 _apply_ema(model)
             elif averages and not any_layout:
@@ -121,41 +123,35 @@ def identify(path: str | Path) -> Report:
         CheckpointError: the file cannot be read.
     """
     with open_weights(path) as file, about(file.path):
-        layout, left_out = layout_of(file), []
+        layout = layout_of(file)
         try:
-            return make_report(file, layout, _renamed(file, layout, left_out), left_out)
+            return make_report(file, layout, *_renamed(file, layout))
         except CheckpointError as error:  # of its layout, but not convertible
             report = make_report(file, layout, {}, ())
             return replace(report, suggestions=(*report.suggestions, error.problem))
 
 
-def _renamed(file: WeightsFile, layout: str, left_out: list[str]) -> Tensors:
-    """The file's tensors under the keys of a full checkpoint; `left_out` receives the keys that have no place there."""
-    if layout in CONTROL_LAYOUTS[:3]:
+def _renamed(file: WeightsFile, layout: str) -> tuple[Tensors, list[str]]:
+    """The file's tensors under the keys of a full checkpoint, and the keys that have no place there."""
+    if layout in ("control", "control-plain", DIFFERENCE):
         prefix = CONTROL_PREFIX if any(key.startswith(CONTROL_PREFIX) for key in file) else ""
-        left_out += [key for key in file if not key.startswith(prefix) and key != DIFFERENCE]
-        control = part(file.tensors, prefix)
-        control.pop(DIFFERENCE, None)
-        return with_prefix(control, CONTROL_PREFIX)
+        control = {key: tensor for key, tensor in part(file.tensors, prefix).items() if key != DIFFERENCE}
+        outside = [key for key in file if not key.startswith(prefix) and key != DIFFERENCE]
+        return with_prefix(control, CONTROL_PREFIX), outside
     if not layout.startswith("diffusers-"):
-        return dict(file)
+        return dict(file), []
     made: Tensors = {}
-    for component, network in NETWORKS.items():
-        if layout == "diffusers-pipeline":
-            tensors = part(file.tensors, f"{component}/")
-        else:
-            tensors = file.tensors if layout == f"diffusers-{component}" else {}
-        if tensors:
-            converted, unknown = network.from_diffusers(tensors)
-            made |= with_prefix(converted, network.prefix)
+    left_out: list[str] = []
+    for component, prefix in COMPONENTS.items():
+        whole = layout == f"diffusers-{component}"
+        tensors = file.tensors if whole else part(file.tensors, f"{component}/")
+        if tensors and (whole or layout == "diffusers-pipeline"):
+            activation = file.configs.get(component, {}).get("hidden_act")
+            wide = any(tensor.shape[-1:] == (1024,) for tensor in tensors.values())  # where no configuration tells
+            converted, unknown = from_diffusers(component, tensors, activation == "gelu" if activation else wide)
+            made |= with_prefix(converted, prefix)
             left_out += [f"{component}/{key}" for key in unknown]
-    if text := part(file.tensors, "text_encoder/"):
-        activation = file.configs.get("text_encoder", {}).get("hidden_act")
-        wide = any(tensor.shape[-1:] == (1024,) for tensor in text.values())  # SD 2.x's, where no configuration tells
-        converted, unknown = text_from_diffusers(text, activation == "gelu" if activation else wide)
-        made |= with_prefix(converted, TEXT_PREFIX)
-        left_out += [f"text_encoder/{key}" for key in unknown]
-    return made
+    return made, left_out
 
 
 def _added_to_base(difference: Tensors, base: Tensors | None) -> Tensors:
@@ -173,6 +169,8 @@ def _added_to_base(difference: Tensors, base: Tensors | None) -> Tensors:
 def combined(formula: Callable[..., Tensor], tensors: Tensors, *unets: Tensors) -> Tensors:
     """A formula of the tensors of a ControlNet (or UNet) and those of the same keys in UNets; its own layers stay.
 
+    It is computed in float32 at least; the result has the widest of the tensors' dtypes.
+
     Raises:
         CheckpointError: a key is missing or of another shape in a UNet, so that these are not of one kind.
     """
@@ -181,6 +179,7 @@ def combined(formula: Callable[..., Tensor], tensors: Tensors, *unets: Tensors) 
         if key.startswith(CONTROL_LAYERS):
             made[key] = tensor
             continue
+        operands, dtype = [tensor], _common_dtype(tensor.dtype, tensor.dtype)
         for unet in unets:
             if key not in unet:
                 raise CheckpointError(f"{key!r} is not in the base model: it is incomplete or of another kind")
@@ -189,8 +188,21 @@ def combined(formula: Callable[..., Tensor], tensors: Tensors, *unets: Tensors) 
                     f"{key!r} has shape {list(tensor.shape)}, in the base {list(unet[key].shape)}: "
                     "these do not belong to one kind of model"
                 )
-        made[key] = computed(formula, tensor, *(unet[key] for unet in unets))
+            operands.append(unet[key])
+            dtype = _common_dtype(dtype, unet[key].dtype)
+
+        def read(operands: list[LazyTensor] = operands, dtype: torch.dtype = dtype) -> Tensor:
+            wide = torch.promote_types(dtype, torch.float32)
+            return formula(*(operand.read().to(wide) for operand in operands)).to(dtype)
+
+        made[key] = LazyTensor(tensor.shape, dtype, read)
     return made
+
+
+def _common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """The wider of two dtypes; float32 for floats of one byte, which torch combines with no other."""
+    small = (torch.float32 if t.is_floating_point and t.itemsize == 1 else t for t in (one, other))
+    return torch.promote_types(*small)
 
 
 def _apply_ema(model: ModelWeights) -> None:
@@ -209,85 +221,3 @@ def _apply_ema(model: ModelWeights) -> None:
     model.tensors |= replaced
     model.ema = {}
     model.notes.append(f"{len(replaced)} of {len(names)} weights of UNet and ControlNet are their EMA")
-
-
-def note_gaps(model: ModelWeights) -> None:
-    """Note what a model lacks, or has in another shape than its family, in the parts of which it has something."""
-    missing, wrong = model.report.missing, model.report.mismatched
-    gaps = ([key for key in keys if part_of(key) in model.report.parts] for keys in (missing, wrong))
-    model.notes += [f"{model.path}: {line}" for line in gap_lines(*gaps)]
-
-
-def check_same_kind(one: ModelWeights, other: ModelWeights) -> None:
-    """Raise unless the UNets of two models, or a ControlNet's copy of an encoder where there is no UNet, are of one kind."""
-
-    def backbone(model: ModelWeights) -> Tensors:
-        if model.has(UNET_PREFIX):
-            return model.part(UNET_PREFIX)
-        return {key: t for key, t in model.part(CONTROL_PREFIX).items() if not key.startswith(CONTROL_LAYERS)}
-
-    first, second = backbone(one), backbone(other)
-    shared = [key for key in first if key in second]
-    differing = next((key for key in shared if first[key].shape != second[key].shape), None)
-    if one.has(UNET_PREFIX) and other.has(UNET_PREFIX):
-        differing = differing or next(iter(first.keys() ^ second.keys()), None)
-    if differing is not None or not shared:
-        what = f"differ in {differing!r}" if shared else "have nothing in common"
-        raise CheckpointError(f"is a model of another kind than {other.path}: they {what}", one.path)
-
-
-# What a checkpoint holds beside the networks' weights, where a file of another layout leaves it out.
-
-
-def model_params(config: str | Path) -> Mapping[str, Any]:
-    """The parameters of the model that a configuration names.
-
-    Raises:
-        ConfigError: there is no such configuration, or it is none of a model.
-    """
-    params = model_section(load_config(config), config).get("params") or {}
-    if not isinstance(params, Mapping):
-        raise ConfigError(f"{config}: `params` of its model must be a mapping")
-    return params
-
-
-def schedule_params(params: Mapping[str, Any], source: ModelWeights) -> Mapping[str, Any]:
-    """A model's parameters with the noise schedule that a file or folder tells: by its stored betas, or its scheduler.
-
-    Raises:
-        CheckpointError: what it tells makes no sense, or cannot be expressed here.
-    """
-    with about(source.path):
-        if "betas" in source.tensors:
-            return with_stored(params, source.tensors["betas"].read())
-        scheduler = source.configs.get("scheduler")
-        return with_scheduler(params, scheduler) if scheduler else params
-
-
-def stored_schedule(source: ModelWeights) -> Tensors:
-    """The entries of the noise schedule that a file holds."""
-    return {key: tensor for key, tensor in source.tensors.items() if key in SCHEDULE_KEYS}
-
-
-def completed(model: ModelWeights, tensors: Tensors, source: ModelWeights, config: str | Path | None) -> Tensors:
-    """The tensors with the noise schedule of `source`, and zeros for weights of SD 2.x's text encoder that nothing reads.
-
-    diffusers leaves out that encoder's last layer and its projection.
-    """
-    schedule = stored_schedule(source)
-    if config is None:
-        return {**schedule, **tensors}
-    if not schedule.keys() >= SCHEDULE_KEYS:
-        schedule = {**schedule_tensors(schedule_params(model_params(config), source)), **schedule}
-    if not model.has(CONTROL_PREFIX):
-        schedule.pop("logvar", None)  # as published base models
-    unused: Tensors = {}
-    if is_open_clip(part(tensors, TEXT_PREFIX)):
-        expected = part(expected_entries(config), TEXT_PREFIX)
-        last = max((int(m[1]) for key in expected if (m := re.search(r"resblocks\.(\d+)\.", key))), default=0)
-        pattern = re.compile(rf"model\.(transformer\.resblocks\.{last}\..+|text_projection|logit_scale)")
-        lacking = (key for key in expected if TEXT_PREFIX + key not in tensors and pattern.fullmatch(key))
-        unused = {TEXT_PREFIX + key: zeros(expected[key].shape, expected[key].dtype) for key in lacking}
-    if unused:
-        model.notes.append(f"{len(unused)} entries of the text encoder that the model does not use are zeros")
-    return {**schedule, **tensors, **unused}

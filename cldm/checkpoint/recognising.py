@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cldm.checkpoint.expected import expected_entries
-from cldm.checkpoint.names import CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, text_key
+from cldm.checkpoint.expected import differing, expected_entries
+from cldm.checkpoint.names import BASE_PARTS, COMPONENTS, CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, text_key
 from ldm.files import WeightsFile
-from ldm.files.opening import COMPONENTS
 from ldm.files.tensors import Tensors
 
 EMA_PREFIX = "model_ema."
@@ -33,9 +32,7 @@ _PREFIXES = {UNET_PREFIX: "unet", CONTROL_PREFIX: "control", VAE_PREFIX: "vae", 
 PARTS = (*_PREFIXES.values(), "schedule", "other")
 _FAMILIES = {(320, 768): "sd1", (320, 1024): "sd2"}  # by width of the first convolution and of the text
 _OPTIONAL_ENDINGS = ("position_ids", "logit_scale", "attn_mask", "text_projection")
-_UNUSED_LAYER = (
-    TEXT_PREFIX + "model.transformer.resblocks.23."
-)  # SD 2.x reads the layer before; diffusers leaves it out
+_UNUSED_LAYER = TEXT_PREFIX + "model.transformer.resblocks.23."  # of SD 2.x, which reads the layer before
 _V_FLAG = "v_pred"
 _FLAGS = (DIFFERENCE, _V_FLAG, "ztsnr")  # entries that say something about the others
 
@@ -111,9 +108,9 @@ def make_report(file: WeightsFile, layout: str, tensors: Tensors, unknown: Seque
         bytes=sum(tensor.nbytes for tensor in file.values()),
         wrapping=file.wrapping,
         foreign=file.foreign,
-        missing=missing,
+        missing=tuple(missing),
         extra=(*extra, *unknown),
-        mismatched=mismatched,
+        mismatched=tuple(mismatched),
         suggestions=tuple(_suggestions(file, layout, family, tensors, missing, mismatched)),
     )
 
@@ -128,15 +125,15 @@ def part_of(key: str) -> str:
 def layout_of(file: WeightsFile) -> str:
     """The layout of an open file, as `Report.layout` has it, by its keys alone."""
 
-    def has(prefix: str) -> bool:
-        return any(key.startswith(prefix) for key in file)
+    def has(*prefixes: str) -> bool:
+        return any(key.startswith(prefixes) for key in file)
 
-    control, base, plain = has(CONTROL_PREFIX), has(UNET_PREFIX), "input_hint_block.0.weight" in file
-    if file.format == "folder" and any(has(f"{name}/") for name in COMPONENTS):
+    control, plain = has(CONTROL_PREFIX), "input_hint_block.0.weight" in file
+    if file.format == "folder" and has(*(f"{name}/" for name in COMPONENTS)):
         return "diffusers-pipeline"
     if (DIFFERENCE in file or DIFFERENCE in file.extras) and (control or plain):
         return DIFFERENCE
-    if base:
+    if has(UNET_PREFIX):
         return "full" if control else "base"
     if control or plain:
         return "control" if control else "control-plain"
@@ -150,9 +147,9 @@ def layout_of(file: WeightsFile) -> str:
 def _family(tensors: Tensors) -> str:
     """From the width of the first convolution and that of the text which cross-attention takes."""
     widths = _widths(tensors)
-    if widths is None or widths in _FAMILIES or widths[1] > min(width for _, width in _FAMILIES):
-        return _FAMILIES.get(widths, "unknown")
-    return "tiny" if widths == _widths(expected_entries(CONFIGS["tiny"])) else "unknown"
+    if widths is None:
+        return "unknown"
+    return _FAMILIES.get(widths) or ("tiny" if widths == _widths(expected_entries(CONFIGS["tiny"])) else "unknown")
 
 
 def _widths(tensors: Tensors) -> tuple[int, int] | None:
@@ -184,28 +181,24 @@ def _told(file: WeightsFile) -> dict[str, Any]:
 
 def _compare(
     tensors: Tensors, layout: str, counts: Counter[str], config: str | None
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+) -> tuple[list[str], list[str], list[str]]:
     """Missing, extra and differently shaped keys against the family's own model."""
     if config is None or layout == "unknown":
-        return (), (), ()
+        return [], [], []
     if layout in CONTROL_LAYOUTS:
         wanted = {"control"}
     else:
-        wanted = {"unet", *(("vae", "text") if layout != "diffusers-unet" else ())}
+        wanted = {"unet"} if layout == "diffusers-unet" else {"unet", "vae", "text"}
         wanted |= {"control"} if counts["control"] else set()
     expected = {key: tensor for key, tensor in expected_entries(config).items() if part_of(key) in wanted}
-    pipeline = layout == "diffusers-pipeline"
+    optional = _UNUSED_LAYER if layout == "diffusers-pipeline" else ()
 
     def is_optional(key: str) -> bool:
-        return key.endswith(_OPTIONAL_ENDINGS) or (pipeline and key.startswith(_UNUSED_LAYER))
+        return key.endswith(_OPTIONAL_ENDINGS) or key.startswith(optional) or part_of(key) in ("schedule", "ema")
 
-    missing = (key for key in expected if key not in tensors and not is_optional(key))
-    known = (*_FLAGS, *SCHEDULE_KEYS)
-    extra = (
-        key for key in tensors if not (key in expected or key in known or is_optional(key) or part_of(key) == "ema")
-    )
-    wrong = (key for key in expected if key in tensors and tensors[key].shape != expected[key].shape)
-    return tuple(missing), tuple(extra), tuple(wrong)
+    missing = [key for key in expected if key not in tensors and not is_optional(key)]
+    extra = [key for key in tensors if key not in expected and key not in _FLAGS and not is_optional(key)]
+    return missing, extra, differing(tensors, expected)
 
 
 _UNSUPPORTED: tuple[tuple[Callable[[str], bool], str], ...] = (
@@ -246,7 +239,7 @@ def _suggestions(
     first = tensors.get(f"{UNET_PREFIX}input_blocks.0.0.weight")
     if first is not None and len(first.shape) == 4 and first.shape[1] != 4:
         yield f"its UNet takes {first.shape[1]} channels, as inpainting and depth models do; set in_channels"
-    for name, prefix in (("VAE", VAE_PREFIX), ("text encoder", TEXT_PREFIX)):
+    for name, prefix in BASE_PARTS.items():
         if layout in ("full", "base") and not any(key.startswith(prefix) for key in tensors):
             yield f"it has no {name}; take it from another checkpoint of its family"
     yield from gap_lines(missing, mismatched)
@@ -254,9 +247,12 @@ def _suggestions(
         yield "its pickle refers to code, which was not executed: " + ", ".join(file.foreign[:5])
 
 
-def gap_lines(missing: Sequence[str], mismatched: Sequence[str]) -> Iterable[str]:
-    """What a file lacks or has in another shape than its family, a line each."""
-    if missing:
-        yield f"incomplete: {len(missing)} entries are missing, first {missing[0]!r}"
-    if mismatched:
-        yield f"unfit: {len(mismatched)} entries have another shape than its family's, first {mismatched[0]!r}"
+def gap_lines(missing: Iterable[str], mismatched: Iterable[str], parts: Container[str] = PARTS) -> Iterable[str]:
+    """What a file lacks or has in another shape than its family, in some of the parts, a line each."""
+    for keys, problem, what in (
+        (missing, "incomplete", "entries are missing"),
+        (mismatched, "unfit", "entries have another shape than its family's"),
+    ):
+        keys = [key for key in keys if part_of(key) in parts]
+        if keys:
+            yield f"{problem}: {len(keys)} {what}, first {keys[0]!r}"

@@ -1,51 +1,101 @@
-"""The noise schedule of a file's model: told by stored betas, a scheduler of diffusers or a configuration."""
+"""What a checkpoint holds beside the networks' weights, where a file of another layout leaves it out.
+
+Above all it is the noise schedule of a file's model: told by stored betas, a scheduler of diffusers or a configuration.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cldm.checkpoint.expected import expected_entries, model_params, zeros
+from cldm.checkpoint.names import CONTROL_PREFIX, TEXT_PREFIX, is_open_clip, part
+from cldm.checkpoint.opening import ModelWeights
+from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from ldm.files import CheckpointError, LazyTensor
+from ldm.files.errors import about
 from ldm.files.tensors import Tensors
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 _COSINE_S = 8e-3  # the offset that diffusers' cosine schedule always has
 # diffusers calls linear what is linear in beta
-_BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}
+_BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 _OPTIONS = {"beta_start": "linear_start", "beta_end": "linear_end", "num_train_timesteps": "timesteps"}
 _MAX_STEPS = 100_000
 _PRECISION = 1e-5  # relative difference of betas that are the same, in float32
 
 
-def with_scheduler(params: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def schedule_params(params: Mapping[str, Any], source: ModelWeights) -> Mapping[str, Any]:
+    """A model's parameters with the noise schedule that a file or folder tells: by its stored betas, or its scheduler.
+
+    Raises:
+        CheckpointError: what it tells makes no sense, or cannot be expressed here.
+    """
+    with about(source.path):
+        if "betas" in source.tensors:
+            return _with_stored(params, source.tensors["betas"].read())
+        scheduler = source.configs.get("scheduler")
+        return _with_scheduler(params, scheduler) if scheduler else params
+
+
+def completed(tensors: Tensors, source: ModelWeights, config: str | Path | None) -> tuple[Tensors, list[str]]:
+    """The tensors of a model with what a checkpoint holds beside them, and notes on that.
+
+    It is the noise schedule of `source`, whose UNet it is, and zeros for the weights of SD 2.x's text encoder that nothing
+    reads: its last layer and its projection, which diffusers leaves out. `config` is None for an unknown family.
+    """
+    schedule = {key: tensor for key, tensor in source.tensors.items() if key in SCHEDULE_KEYS}
+    if config is None:
+        return {**schedule, **tensors}, []
+    if not schedule.keys() >= SCHEDULE_KEYS:
+        schedule = {**schedule_tensors(schedule_params(model_params(config), source)), **schedule}
+    if not any(key.startswith(CONTROL_PREFIX) for key in tensors):
+        schedule.pop("logvar", None)  # as published base models
+    unused: Tensors = {}
+    if is_open_clip(part(tensors, TEXT_PREFIX)):
+        expected = part(expected_entries(config), TEXT_PREFIX)
+        last = max((int(m[1]) for key in expected if (m := re.search(r"resblocks\.(\d+)\.", key))), default=0)
+        pattern = re.compile(rf"model\.(transformer\.resblocks\.{last}\..+|text_projection|logit_scale)")
+        lacking = (key for key in expected if TEXT_PREFIX + key not in tensors and pattern.fullmatch(key))
+        unused = {TEXT_PREFIX + key: zeros(expected[key].shape, expected[key].dtype) for key in lacking}
+    notes = [f"{len(unused)} entries of the text encoder that the model does not use are zeros"] if unused else []
+    return {**schedule, **tensors, **unused}, notes
+
+
+def _with_scheduler(params: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """A model's parameters with the noise schedule of a diffusers scheduler, as far as its configuration tells.
 
     Raises:
         CheckpointError: the schedule is none that can be expressed here, or its numbers make no sense.
     """
     made = dict(params) | {ours: config[theirs] for theirs, ours in _OPTIONS.items() if config.get(theirs) is not None}
-    name, ours = config.get("beta_schedule"), {theirs: ours for ours, theirs in _BETA_SCHEDULES.items()}
+    name = config.get("beta_schedule")
     try:
         if config.get("trained_betas") is not None:
             made["given_betas"] = config["trained_betas"]
         elif name is not None:
-            if not isinstance(name, str) or name not in ours:
-                raise CheckpointError(f"beta_schedule must be one of {', '.join(ours)}, not {name!r}")
-            made |= {"given_betas": None, "beta_schedule": ours[name], "cosine_s": _COSINE_S}
+            if not isinstance(name, str) or name not in _BETA_SCHEDULES:
+                raise CheckpointError(f"beta_schedule must be one of {', '.join(_BETA_SCHEDULES)}, not {name!r}")
+            made |= {"given_betas": None, "beta_schedule": _BETA_SCHEDULES[name], "cosine_s": _COSINE_S}
         betas = schedule_betas(made)
     except CheckpointError as error:
         raise CheckpointError(f"scheduler_config.json: {error.problem}") from error
-    if config.get("rescale_betas_zero_snr") is True:
-        made["given_betas"] = _with_zero_snr(betas)
+    if config.get("rescale_betas_zero_snr") is True and len(betas) > 1:
+        # alpha-bar, and with it the signal-to-noise ratio, then ends at zero (Lin et al. 2023, algorithm 1)
+        roots = np.sqrt(np.cumprod(1 - betas))
+        alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+        made["given_betas"] = (1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])).tolist()
     return made
 
 
-def with_stored(params: Mapping[str, Any], stored: Tensor) -> Mapping[str, Any]:
+def _with_stored(params: Mapping[str, Any], stored: Tensor) -> Mapping[str, Any]:
     """A model's parameters with the betas that a file stores; as they are where they give the same betas.
 
     Raises:
@@ -66,17 +116,17 @@ def schedule_betas(params: Mapping[str, Any]) -> np.ndarray:
     from ldm.models.diffusion.schedule import make_beta_schedule
 
     steps = params.get("timesteps", 1000)
-    ends = [params.get("linear_start", 1e-4), params.get("linear_end", 2e-2)]
+    start, end = params.get("linear_start", 1e-4), params.get("linear_end", 2e-2)
     try:
         if params.get("given_betas") is not None:
             betas = np.array(params["given_betas"], dtype=np.float64)
         elif type(steps) is not int or not 1 <= steps <= _MAX_STEPS:
             raise ValueError(f"the number of timesteps must be a whole number to {_MAX_STEPS}, not {steps!r}")
-        elif not all(type(end) in (int, float) and math.isfinite(end) and 0 < end < 1 for end in ends):
-            raise ValueError(f"the first and last beta must be numbers between 0 and 1, not {ends}")
+        elif not all(type(beta) in (int, float) and math.isfinite(beta) and 0 < beta < 1 for beta in (start, end)):
+            raise ValueError(f"the first and last beta must be numbers between 0 and 1, not {start!r} and {end!r}")
         else:
             name = params.get("beta_schedule", "linear")
-            betas = make_beta_schedule(name, steps, *ends, params.get("cosine_s", _COSINE_S))
+            betas = make_beta_schedule(name, steps, start, end, params.get("cosine_s", _COSINE_S))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the noise schedule cannot be made: {error}") from error
     # The last beta is 1 where nothing of the image is left at the end.
@@ -84,14 +134,6 @@ def schedule_betas(params: Mapping[str, Any]) -> np.ndarray:
     if not plain or not ((betas > 0) & (betas <= 1)).all() or 1 in betas[:-1]:
         raise CheckpointError(f"the betas of the noise schedule must be a list of 1 to {_MAX_STEPS} numbers in (0, 1)")
     return betas
-
-
-def _with_zero_snr(betas: np.ndarray) -> list[float]:
-    """Betas rescaled so that alpha-bar, and with it the signal-to-noise ratio, ends at zero (Lin et al. 2023, algorithm 1)."""
-    roots = np.sqrt(np.cumprod(1 - betas))
-    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1]) if len(roots) > 1 else roots
-    alphas_cumprod = roots**2
-    return (1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])).tolist()
 
 
 def schedule_tensors(params: Mapping[str, Any]) -> Tensors:
@@ -116,12 +158,11 @@ def scheduler_config(params: Mapping[str, Any], prediction: str) -> dict[str, An
         CheckpointError: as `schedule_betas`.
     """
     betas = schedule_betas(params)
-    name = _BETA_SCHEDULES.get(params.get("beta_schedule", "linear"))
-    named = params.get("given_betas") is None and name and params.get("cosine_s", _COSINE_S) == _COSINE_S
+    published = params.get("given_betas") is None and params.get("beta_schedule", "linear") == "linear"
     ends = {"beta_start": params.get("linear_start", 1e-4), "beta_end": params.get("linear_end", 2e-2)}
     return {
         "_class_name": "DDIMScheduler",
-        **({**ends, "beta_schedule": name} if named else {"trained_betas": betas.tolist()}),
+        **({**ends, "beta_schedule": "scaled_linear"} if published else {"trained_betas": betas.tolist()}),
         "clip_sample": False,
         "num_train_timesteps": len(betas),
         "prediction_type": PREDICTIONS[prediction],

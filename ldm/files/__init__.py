@@ -5,14 +5,14 @@
     read_state_dict(path)   the same, all read
     write_weights, write_folder
 
-This package knows no model: keys are those of the file. Read it in this order: `tensors` (the lazy tensor, and reading
-bytes), `opening` (which container is it), `safetensors_files`, `torch_files` and `pickles` (the containers), `locating`
+This package knows no model: keys are those of the file. Read it in this order: `tensors` (the lazy tensor, and the open
+file), `opening` (which container is it), `safetensors_files`, `torch_files` and `pickles` (the containers), `locating`
 (what a path may name), `writing`. What a file is and how its entries are called in this library: `cldm.checkpoint`.
 """
 
 from ldm.files.errors import CheckpointError, MissingFileError
-from ldm.files.opening import WeightsFile, open_weights, read_state_dict
-from ldm.files.tensors import LazyTensor
+from ldm.files.opening import open_weights, read_state_dict
+from ldm.files.tensors import LazyTensor, WeightsFile
 from ldm.files.writing import check_output, write_folder, write_weights
 
 __all__ = [

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
 
 from ldm.files.errors import CheckpointError
 
@@ -11,9 +15,7 @@ HUB = "hf://"
 SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 # With a variant such as `.fp16`; of one file, or of the index of several.
-_WEIGHT_NAME = re.compile(
-    rf"(?:{'|'.join(WEIGHT_STEMS)})(\.\w+)?\.(?:safetensors|bin)(?:\.index(\.\w+)?\.json)?"
-)  # fmt: skip
+_WEIGHT_NAME = re.compile(rf"({'|'.join(WEIGHT_STEMS)})(\.\w+)?\.(safetensors|bin)(\.index(\.\w+)?\.json)?")
 # Packaged weights lie with the configurations that they belong to: in a checkout in `models`, in a wheel within `cldm`.
 _ROOT = Path(__file__).parents[2]
 _PACKAGED = (_ROOT / "models", _ROOT / "cldm" / "resources" / "models")
@@ -37,16 +39,16 @@ def locate(path: str | Path) -> Path:
         return given
 
 
-def choose_weights(names: set[str]) -> str | None:
+def choose_weights(names: Iterable[str]) -> str | None:
     """Of a folder's files, the one that holds its weights or their index; safetensors, full precision first."""
-    variants = {match[1] or match[2] or "" for name in names if (match := _WEIGHT_NAME.fullmatch(name))}
-    for variant in sorted(variants, key=lambda variant: (variant != "", variant != ".fp16", variant)):
-        for suffix in (".safetensors", ".bin"):
-            for stem in WEIGHT_STEMS:
-                for name in (f"{stem}{variant}{suffix}", f"{stem}{suffix}.index{variant}.json"):
-                    if name in names:
-                        return name
-    return None
+
+    def rank(name: re.Match[str]) -> tuple:
+        variant = name[2] or name[5] or ""
+        precision = (variant != "", variant != ".fp16", variant)
+        return (*precision, name[3] != "safetensors", WEIGHT_STEMS.index(name[1]), name[4] is not None)
+
+    best = min(filter(None, map(_WEIGHT_NAME.fullmatch, names)), key=rank, default=None)
+    return None if best is None else best[0]
 
 
 def is_weights_name(name: str) -> bool:
@@ -64,15 +66,12 @@ def _fetch(address: str) -> Path:
     from huggingface_hub import utils as errors
 
     try:
-        if inside.endswith(SUFFIXES):
-            try:
-                file = hub.hf_hub_download(repository, inside, revision=revision, local_files_only=True)
-            except errors.LocalEntryNotFoundError:
-                file = hub.hf_hub_download(repository, inside, revision=revision)
-            return Path(file)
-        return _fetch_folder(hub, repository, revision, inside)
-    except CheckpointError:
-        raise
+        if not inside.endswith(SUFFIXES):
+            return _fetch_folder(hub, repository, revision, inside)
+        try:
+            return Path(hub.hf_hub_download(repository, inside, revision=revision, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            return Path(hub.hf_hub_download(repository, inside, revision=revision))
     except Exception as error:  # the library and what it calls raise many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
@@ -83,30 +82,28 @@ def _fetch(address: str) -> Path:
             reason = f"{repository!r} has no file {inside!r}"
         elif not isinstance(error, errors.HfHubHTTPError | errors.HFValidationError):
             reason = f"the hub cannot be reached ({reason})"
-        raise CheckpointError(
-            f"cannot be fetched: {reason}. Check the name, or download it elsewhere and give the path of the file",
-            address,
-        ) from error
+        advice = "Check the name, or download it elsewhere and give the path of the file"
+        raise CheckpointError(f"cannot be fetched: {reason}. {advice}", address) from error
 
 
-def _fetch_folder(hub, repository: str, revision: str | None, inside: str) -> Path:
+def _fetch_folder(hub: Any, repository: str, revision: str | None, inside: str) -> Path:
     """A diffusers folder: its configurations, and of each part the one set of weights that would be read."""
     try:
-        every = [PurePosixPath(name) for name in hub.HfApi().list_repo_files(repository, revision=revision)]
+        names = hub.HfApi().list_repo_files(repository, revision=revision)
     except Exception as unreachable:
         try:
             return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True)) / inside
         except Exception:
             raise unreachable from None
-    names: dict[PurePosixPath, set[str]] = {}
-    for name in every:
-        names.setdefault(name.parent, set()).add(name.name)
+    folders: dict[str, set[str]] = {}
+    for folder, name in map(posixpath.split, names):
+        folders.setdefault(folder, set()).add(name)
     wanted = []
-    for folder, held in names.items():
-        chosen = choose_weights(held)
-        wanted += [str(folder / name) for name in held if name.endswith(".json") or name == chosen]
-        if chosen is not None and chosen.endswith(".json"):  # shards
-            stem = chosen.partition(".")[0]
-            wanted += [str(folder / name) for name in held if name.startswith(f"{stem}") and "-of-" in name]
-    wanted = [name for name in wanted if not inside or name.startswith(f"{inside}/")]
+    for folder, held in folders.items():
+        chosen = choose_weights(held) or ""
+        kind = ".safetensors" if ".safetensors" in chosen else ".bin"
+        shards = f"{chosen.partition('.')[0]}*-of-*{kind}" if chosen.endswith(".json") else chosen
+        read = [name for name in held if name.endswith(".json") or fnmatch(name, shards)]
+        wanted += [posixpath.join(folder, name) for name in read]
+    wanted = [name for name in wanted if name.startswith(f"{inside}/" if inside else "")]
     return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)) / inside

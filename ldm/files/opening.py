@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +12,12 @@ from torch import Tensor
 
 from ldm.files.errors import CheckpointError, about
 from ldm.files.locating import WEIGHT_STEMS, choose_weights, locate
-from ldm.files.safetensors_files import looks_like_safetensors, read_safetensors
-from ldm.files.tensors import LazyTensor, OpenFile, Tensors
+from ldm.files.safetensors_files import MAX_HEADER, read_safetensors
+from ldm.files.tensors import OpenFile, WeightsFile
 from ldm.files.torch_files import ZIP_MAGIC, read_torch_legacy, read_torch_zip
 
 COMPONENTS = ("unet", "vae", "text_encoder", "controlnet")  # of a diffusers pipeline, those that are read
 _MAX_JSON = 32 * 2**20
-
-
-@dataclass(eq=False)
-class WeightsFile(Mapping[str, LazyTensor]):
-    """An open weights file or folder: keys in the file's order, and tensors that are read when asked for.
-
-    Nothing in the file is executed. Use it as a context manager, or call `close`; tensors that were read outlive it.
-
-    Attributes:
-        path: the file or folder.
-        format: "safetensors", "torch-zip", "torch-legacy", or "folder" (of diffusers).
-        tensors: by key.
-        metadata: texts that a safetensors file carries.
-        wrapping: the keys under which the tensors lay, e.g. `("state_dict",)`, also "model" or "module"; not part of
-            the keys here.
-        extras: other values beside the tensors, such as `global_step`; a `Placeholder` for what is not plain.
-        configs: a folder's JSON configurations by component; "" for the folder's own.
-        foreign: names in the pickle that would have been imported by another reader, and were not.
-    """
-
-    path: Path
-    format: str
-    tensors: Tensors
-    metadata: dict[str, str] = field(default_factory=dict)
-    wrapping: tuple[str, ...] = ()
-    extras: dict[str, Any] = field(default_factory=dict)
-    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    foreign: tuple[str, ...] = ()
-    _opened: ExitStack = field(default_factory=ExitStack, repr=False)
-
-    def __getitem__(self, key: str) -> LazyTensor:
-        return self.tensors[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def close(self) -> None:
-        """Close the files; reading afterwards is an error."""
-        self._opened.close()
-
-    def __enter__(self) -> WeightsFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"WeightsFile({str(self.path)!r}, {self.format}, {len(self)} tensors)"
 
 
 def open_weights(path: str | Path) -> WeightsFile:
@@ -101,30 +49,26 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _open_file(path: Path) -> WeightsFile:
+    """Read the directory of a file by the format that its first bytes show."""
     file = OpenFile(path)
     with about(path), ExitStack() as opened:
         opened.callback(file.stream.close)
-        made = _recognise(file)
-        made._opened = opened.pop_all()
+        start, other = file.read(0, 9), _other_content(file)
+        if start.startswith(ZIP_MAGIC):
+            made = read_torch_zip(file)
+        elif (start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER) or (
+            path.suffix == ".safetensors" and other is None and start[:1] != b"\x80"
+        ):
+            made = read_safetensors(file)
+        elif start[:1] == b"\x80" and start[1:2] <= b"\x05":
+            made = read_torch_legacy(file)
+        else:
+            unknown = (
+                f"neither a safetensors file nor one of torch.save; it begins with {start[:4]!r} and may be damaged"
+            )
+            raise CheckpointError(other or unknown)
+        made.opened = opened.pop_all()
         return made
-
-
-def _recognise(file: OpenFile) -> WeightsFile:
-    """Read the directory of the file by the format that its first bytes show."""
-    start = file.read(0, 4)
-    other = _other_content(file)
-    if start == ZIP_MAGIC:
-        return WeightsFile(file.path, "torch-zip", **vars(read_torch_zip(file)))
-    if looks_like_safetensors(file) or (file.path.suffix == ".safetensors" and other is None and start[:1] != b"\x80"):
-        tensors, metadata = read_safetensors(file)
-        if not tensors:
-            raise CheckpointError("holds no tensors")
-        return WeightsFile(file.path, "safetensors", tensors, metadata)
-    if len(start) >= 2 and start[0] == 0x80 and start[1] <= 5:
-        return WeightsFile(file.path, "torch-legacy", **vars(read_torch_legacy(file)))
-    raise CheckpointError(
-        other or f"neither a safetensors file nor one of torch.save; it begins with {start!r} and may be damaged"
-    )
 
 
 def _other_content(file: OpenFile) -> str | None:
@@ -165,7 +109,7 @@ def _open_folder(folder: Path) -> WeightsFile:
                 made.metadata |= file.metadata
                 foreign |= set(file.foreign)
         made.foreign = tuple(sorted(foreign))
-        made._opened = opened.pop_all()
+        made.opened = opened.pop_all()
         return made
 
 
@@ -190,7 +134,7 @@ def _read_configs(folder: Path, configs: dict[str, dict[str, Any]]) -> list[str]
     return parts
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+def _weight_files(folder: Path) -> Mapping[Path, list[str] | None]:
     """The files of a network's weights and, where an index says, the keys in each."""
     chosen = choose_weights({path.name for path in folder.iterdir()})
     if chosen is None:
@@ -201,7 +145,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if type(weight_map) is not dict or not weight_map:
         raise CheckpointError("has no weight_map", index)
-    shards: dict[Path, list[str] | None] = {}
+    shards: dict[Path, list[str]] = {}
     for key, name in weight_map.items():
         if type(name) is not str or not name or name in (".", "..") or set(name) & set("/\\:\0"):
             raise CheckpointError(f"places {key[:100]!r} in {str(name)[:100]!r}, which is not a file name", index)

@@ -14,20 +14,21 @@ from __future__ import annotations
 import math
 import pickletools
 import struct
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm.files.errors import CheckpointError
-from ldm.files.tensors import DTYPES, STORAGE_NAMES, LazyTensor
+from ldm.files.tensors import DTYPES, STORAGE_NAMES, LazyTensor, OpenFile
 
 MAX_INSTRUCTIONS = 2**20  # a checkpoint of SD 1.5 with its optimizer needs about 2**17; each builds less than 256 bytes
 MAX_TEXT = 1000  # characters of a key or a name
 MAX_FOREIGN = 100  # names that are reported
-MAX_DIMENSIONS = 64
+_MAX_DIMENSIONS = 64
 _MAX_NUMBER = 2**62
 
 _DTYPE_ALIASES = {"double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32"}
@@ -35,12 +36,19 @@ _DTYPES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
 _DTYPES |= {f"torch.{alias}": DTYPES[name] for alias, name in _DTYPE_ALIASES.items()}
 _STORAGES = {
     f"{m}.{name}": dtype for dtype, name in STORAGE_NAMES.items() for m in ("torch", "torch.cuda", "torch.storage")
-}
-# Of quantised tensors only the sizes are needed: what is rebuilt from them stays a placeholder.
-_QUANTISED = {"QInt8": 1, "QUInt8": 1, "QUInt4x2": 1, "QUInt2x4": 1, "QInt32": 4}
-_STORAGES |= {f"torch.{kind}Storage": torch.uint8 if n == 1 else torch.int32 for kind, n in _QUANTISED.items()}
-_STORAGES["torch.storage.UntypedStorage"] = torch.uint8
+} | {"torch.storage.UntypedStorage": torch.uint8}
 _TENSOR_TYPES = frozenset({"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter"})
+# The instructions of protocols 2 to 5, and what Python 2 adds to them; torch files of protocols 0 and 1 are not read.
+_VALUES = frozenset(
+    "INT LONG BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8 "
+    "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
+)
+_NEW: dict[str, Callable[[], Any]] = {
+    **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_DICT": dict},
+    **{"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": lambda: Placeholder("set")},
+}
+# How many items an instruction takes; the others that take items take all since the last mark.
+_COUNTS = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
 
 
 class Placeholder:
@@ -71,53 +79,39 @@ class Storage:
     offset: int = 0
 
 
-# Makes a tensor from the key of its record, its first byte there, dtype, shape and stride (counting numbers).
-TensorMaker = Callable[[str, int, torch.dtype, tuple[int, ...], tuple[int, ...]], LazyTensor]
-
-
-_VALUES = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
-    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
-)
-_NEW: dict[str, Callable[[], Any]] = {
-    **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_DICT": dict},
-    **{"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": lambda: Placeholder("set")},
-}
-
-
 class Unpickler:
-    """Reads pickles into dicts, lists, tuples, plain values, `LazyTensor` and `Placeholder`.
+    """Reads the pickles of one file into dicts, lists, tuples, plain values, `LazyTensor` and `Placeholder`.
 
     Attributes:
         storages: the storages that the pickles mention, by key.
+        starts: the first byte in the file of each of them, for whoever knows it to fill in.
         foreign: names in the pickles that another reader would have imported.
     """
 
-    def __init__(self, make_tensor: TensorMaker | None = None) -> None:
-        self._make_tensor = make_tensor
+    def __init__(self, file: OpenFile | None = None) -> None:
+        self._file = file
         self.storages: dict[str, Storage] = {}
+        self.starts: dict[str, int] = {}
         self.foreign: set[str] = set()
 
-    def load(self, file: BinaryIO) -> Any:
-        """The object of one pickle that begins where `file` stands, and ends where it stands afterwards.
+    def load(self, stream: Any) -> Any:
+        """The object of one pickle that begins where `stream` stands, and ends where it stands afterwards.
 
         Args:
-            file: has `read`, `readline` and `tell`; `read` must not allocate more than there is.
+            stream: has `read`, `readline` and `tell`; `read` must not allocate more than there is.
 
         Raises:
             CheckpointError: the pickle is damaged or does something that no weights file does.
         """
         self._stack: list[Any] = []
-        self._marks: list[list[Any]] = []
+        self._marked: list[list[Any]] = []  # the stacks below each mark
         self._memo: dict[int, Any] = {}
         self._budget = MAX_INSTRUCTIONS
         position: int | None = 0
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of backslashes in damaged text
-                for instruction, argument, position in pickletools.genops(file):  # noqa: B007 - for the message below
-                    self._spend(1)
-                    self._run(instruction.name, argument)
+            for instruction, argument, position in pickletools.genops(stream):  # noqa: B007 - for the message below
+                self._spend(1)
+                self._run(instruction.name, argument)
             return self._stack.pop()
         except CheckpointError:
             raise
@@ -130,6 +124,17 @@ class Unpickler:
         if self._budget < 0:
             raise CheckpointError(f"the pickle needs more than {MAX_INSTRUCTIONS:,} instructions")
 
+    def _take(self, count: int | None) -> list[Any]:
+        """Take the last `count` items off the stack, or all since the last mark."""
+        if count is None:
+            items, self._stack = self._stack, self._marked.pop()
+        elif count > len(self._stack):
+            raise IndexError("too few items")
+        else:
+            items = self._stack[-count:]
+            del self._stack[-count:]
+        return items
+
     def _run(self, name: str, argument: Any) -> None:
         """Carry out one instruction."""
         stack = self._stack
@@ -140,46 +145,23 @@ class Unpickler:
                 stack.append(argument)
             case _ if name in _NEW:
                 stack.append(_NEW[name]())
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
+            case "BINPUT" | "LONG_BINPUT":
                 self._memo[argument] = stack[-1]
             case "MEMOIZE":
                 self._memo[len(self._memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
+            case "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[argument])
             case "MARK":
-                self._marks.append(stack)
+                self._marked.append(stack)
                 self._stack = []
-            case "POP_MARK":
-                self._since_mark()
-            case "POP":
-                stack.pop() if stack else self._since_mark()
-            case "DUP":
-                stack.append(stack[-1])
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[-1])
-                if len(stack) < count:
-                    raise IndexError("too few items for a tuple")
-                stack[-count:] = [tuple(stack[-count:])]
-            case "TUPLE" | "LIST" | "FROZENSET" | "DICT":
-                items = self._since_mark()
-                make = {"TUPLE": tuple, "LIST": list, "FROZENSET": lambda _: Placeholder("frozenset")}
-                self._stack.append(make[name](items) if name in make else _filled({}, _pairs(items)))
-            case "APPEND":
-                item = stack.pop()
-                _extend(stack[-1], [item])
-            case "APPENDS":
-                items = self._since_mark()
-                _extend(self._stack[-1], items)
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _filled(stack[-1], [(key, value)])
-            case "SETITEMS":
-                items = self._since_mark()
-                _filled(self._stack[-1], _pairs(items))
-            case "ADDITEMS":
-                self._since_mark()
-                if not isinstance(self._stack[-1], Placeholder):
-                    raise CheckpointError("the pickle adds items to something that is not a set")
+            case "POP" | "POP_MARK":
+                self._take(1 if stack and name == "POP" else None)
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" | "FROZENSET":
+                items = self._take(_COUNTS.get(name))
+                self._stack.append(Placeholder("frozenset") if name == "FROZENSET" else tuple(items))
+            case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS" | "ADDITEMS":
+                items = self._take(_COUNTS.get(name))
+                _add(self._stack[-1], items)
             case "GLOBAL":
                 stack.append(self._name(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
@@ -191,12 +173,6 @@ class Unpickler:
             case "NEWOBJ_EX":
                 keywords, arguments, function = stack.pop(), stack.pop(), stack.pop()
                 stack.append(Placeholder("object with keywords") if keywords else self._call(function, arguments))
-            case "OBJ":
-                function, *items = self._since_mark()
-                self._stack.append(self._call(function, tuple(items)))
-            case "INST":
-                self._since_mark()
-                self._stack.append(Placeholder(self._name(*argument.split(" ", 1)).name))
             case "BUILD":  # the state is dropped: neither dictionaries nor tensors have attributes here
                 stack.pop()
                 if type(stack[-1]) is not dict and not isinstance(stack[-1], (Placeholder, LazyTensor)):
@@ -205,11 +181,6 @@ class Unpickler:
                 stack.append(self._persistent(stack.pop()))
             case _:
                 raise CheckpointError(f"the pickle uses {name}, which no weights file needs")
-
-    def _since_mark(self) -> list[Any]:
-        """Take what was pushed since the last mark."""
-        items, self._stack = self._stack, self._marks.pop()
-        return items
 
     def _name(self, module: Any, attribute: Any) -> Any:
         """A global: a dtype, or a name that is only remembered."""
@@ -241,8 +212,8 @@ class Unpickler:
             raise CheckpointError("the pickle has a persistent id that is not a tensor storage")
         kind, key, count = identity[1], identity[2], identity[4]
         if not isinstance(kind, Name) or kind.name not in _STORAGES:
-            named = kind.name if isinstance(kind, Placeholder) else type(kind).__name__
-            raise CheckpointError(f"the pickle has a tensor storage of the unknown type {named}")
+            quantised = "; quantised tensors are not supported" if ".Q" in _describe(kind) else ""
+            raise CheckpointError(f"the pickle has a tensor storage of the unknown type {_describe(kind)}{quantised}")
         if type(key) is not str or len(key) > MAX_TEXT or not _is_size(count):
             raise CheckpointError("the pickle has a tensor storage with an odd key or size")
         storage = Storage(key, _STORAGES[kind.name], count)
@@ -257,29 +228,20 @@ class Unpickler:
 
     # The functions that have a meaning.
 
-    def _tensor(
-        self,
-        storage: Any,
-        offset: Any,
-        shape: Any,
-        stride: Any,
-        _grad: Any = None,
-        _hooks: Any = None,
-        bits: Any = None,
-    ) -> LazyTensor:
-        return self._typed_tensor(storage, offset, shape, stride, None, None, getattr(storage, "dtype", None), bits)
+    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
+        grad, hooks, bits = (*rest, None, None, None)[:3]
+        return self._typed_tensor(storage, offset, shape, stride, grad, hooks, getattr(storage, "dtype", None), bits)
 
     def _typed_tensor(
         self, storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, bits: Any = None
     ) -> LazyTensor:
-        if not isinstance(storage, Storage) or self._make_tensor is None:
+        if not isinstance(storage, Storage):
             raise CheckpointError("the pickle builds a tensor from something that is not a tensor storage")
         if bits:
             raise CheckpointError("the pickle builds a conjugated or negated view, which is not supported")
         if not isinstance(dtype, torch.dtype):
-            kind = dtype.name if isinstance(dtype, Placeholder) else type(dtype).__name__
-            raise CheckpointError(f"the pickle builds a tensor of type {kind}, which is not supported")
-        if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= MAX_DIMENSIONS:
+            raise CheckpointError(f"the pickle builds a tensor of type {_describe(dtype)}, which is not supported")
+        if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= _MAX_DIMENSIONS:
             raise CheckpointError("the pickle builds a tensor with an impossible shape or stride")
         if not all(map(_is_size, (offset, *shape, *stride))) or math.prod(max(n, 1) for n in shape) >= _MAX_NUMBER:
             raise CheckpointError("the pickle builds a tensor with an impossible offset, shape or stride")
@@ -287,7 +249,14 @@ class Unpickler:
         start = storage.offset * storage.dtype.itemsize + offset * dtype.itemsize
         if start + reach * dtype.itemsize > (storage.offset + storage.count) * storage.dtype.itemsize:
             raise CheckpointError("the pickle builds a tensor that reaches beyond its storage")
-        return self._make_tensor(storage.key, start, dtype, shape, stride)
+        return LazyTensor(shape, dtype, partial(self._read, storage.key, start, dtype, shape, stride))
+
+    def _read(
+        self, key: str, start: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
+    ) -> Tensor:
+        if self._file is None:
+            raise CheckpointError("there is no file to read tensors from")
+        return self._file.read_tensor(self.starts[key] + start, dtype, shape, stride)
 
     def _parameter(self, data: Any, _grad: Any, _hooks: Any, _state: Any = None) -> Any:
         return data if isinstance(data, LazyTensor) else Placeholder("torch.nn.parameter.Parameter")
@@ -300,15 +269,17 @@ class Unpickler:
         return Placeholder(kind.name if isinstance(kind, Placeholder) else "tensor of an unknown type")
 
     def _size(self, shape: Any) -> tuple[int, ...]:
-        if type(shape) not in (tuple, list) or len(shape) > MAX_DIMENSIONS:
+        if type(shape) not in (tuple, list) or len(shape) > _MAX_DIMENSIONS:
             raise CheckpointError("the pickle builds a size from something that is not a short list of numbers")
         return tuple(shape)
 
     def _dictionary(self, entries: Any = ()) -> dict:
-        return _filled({}, entries.items() if type(entries) is dict else map(_pair, entries))
-
-    def _default_dictionary(self, _factory: Any = None, entries: Any = ()) -> dict:
-        return self._dictionary(entries)
+        pairs = list(entries.items() if type(entries) is dict else entries)
+        if not all(type(pair) in (tuple, list) and len(pair) == 2 for pair in pairs):
+            raise CheckpointError("the pickle builds a dictionary from something that is not a pair")
+        made: dict = {}
+        _add(made, [item for pair in pairs for item in pair])
+        return made
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
@@ -320,42 +291,32 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": Unpickler._tensor_of_class,
     "torch.Size": Unpickler._size,
     "collections.OrderedDict": Unpickler._dictionary,
-    "collections.defaultdict": Unpickler._default_dictionary,
+    "collections.defaultdict": lambda self, _factory=None, entries=(): self._dictionary(entries),
     "builtins.dict": Unpickler._dictionary,
 }
 _KEY_TYPES = (str, int, float, bool, bytes, type(None), Placeholder, Name, torch.dtype)
 
 
-def _filled(target: Any, pairs: Iterable[tuple[Any, Any]]) -> Any:
-    """Set entries of a dict; a placeholder swallows them. A key that could be costly to hash or compare becomes one."""
-    if isinstance(target, Placeholder):
-        return target
-    if type(target) is not dict:
-        raise CheckpointError("the pickle sets entries of something that is not a dictionary")
-    for key, value in pairs:
-        costly = type(key) is int and key.bit_length() > 60 or type(key) in (str, bytes) and len(key) > MAX_TEXT
-        if costly or type(key) not in _KEY_TYPES:
-            key = Placeholder("a long dictionary key" if costly else f"a dictionary key of type {type(key).__name__}")
-        target[key] = value
-    return target
+def _add(target: Any, items: list[Any]) -> None:
+    """Append items to a list, or set entries of a dict from keys and values in turn; a placeholder swallows them.
+
+    A key that could be costly to hash or compare becomes a placeholder.
+    """
+    if type(target) is list:
+        target.extend(items)
+    elif type(target) is dict and len(items) % 2 == 0:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            costly = type(key) is int and key.bit_length() > 60 or type(key) in (str, bytes) and len(key) > MAX_TEXT
+            if costly or type(key) not in _KEY_TYPES:
+                kind = "a long dictionary key" if costly else f"a dictionary key of type {type(key).__name__}"
+                key = Placeholder(kind)
+            target[key] = value
+    elif not isinstance(target, Placeholder):
+        raise CheckpointError(f"the pickle adds items to a {type(target).__name__}, or half an entry to a dictionary")
 
 
-def _pairs(items: list[Any]) -> Iterable[tuple[Any, Any]]:
-    return zip(items[::2], items[1::2], strict=True)
-
-
-def _pair(entry: Any) -> tuple[Any, Any]:
-    if type(entry) not in (tuple, list) or len(entry) != 2:
-        raise CheckpointError("the pickle builds a dictionary from something that is not a pair")
-    return entry[0], entry[1]
-
-
-def _extend(target: Any, items: list[Any]) -> None:
-    if isinstance(target, Placeholder):
-        return
-    if type(target) is not list:
-        raise CheckpointError("the pickle appends to something that is not a list")
-    target.extend(items)
+def _describe(value: Any) -> str:
+    return value.name if isinstance(value, Placeholder) else type(value).__name__
 
 
 def _is_size(number: Any) -> bool:

@@ -10,20 +10,15 @@ from typing import Any
 import torch
 
 from ldm.files.errors import CheckpointError
-from ldm.files.tensors import SAFETENSORS_NAMES, LazyTensor, OpenFile, Tensors
+from ldm.files.tensors import SAFETENSORS_NAMES, LazyTensor, OpenFile, Tensors, WeightsFile
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 METADATA = "__metadata__"
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+_MAX_NUMBER = 2**62
 
 
-def looks_like_safetensors(file: OpenFile) -> bool:
-    """Whether the file begins as every safetensors file does: eight bytes of length and an opening brace."""
-    start = file.read(0, 9)
-    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER
-
-
-def read_safetensors(file: OpenFile) -> tuple[Tensors, dict[str, str]]:
+def read_safetensors(file: OpenFile) -> WeightsFile:
     """The tensors of the file in the order of its header, and the metadata.
 
     Raises:
@@ -39,7 +34,8 @@ def read_safetensors(file: OpenFile) -> tuple[Tensors, dict[str, str]]:
     metadata = header.pop(METADATA, {})
     if type(metadata) is not dict or not all(type(text) is str for text in metadata.values()):
         raise CheckpointError("the safetensors metadata is not a dictionary of texts")
-    tensors, spans = {}, []
+    tensors: Tensors = {}
+    spans = []
     for key, description in header.items():
         dtype, shape, begin, end = _describe(key, description)
         tensors[key] = LazyTensor(shape, dtype, partial(file.read_tensor, 8 + length + begin, dtype, shape))
@@ -55,26 +51,29 @@ def read_safetensors(file: OpenFile) -> tuple[Tensors, dict[str, str]]:
             f"the safetensors header describes {8 + length + position:,} bytes, but the file has {file.size:,}; "
             + ("its download was cut short" if 8 + length + position > file.size else "something was appended to it")
         )
-    return tensors, metadata
+    if not tensors:
+        raise CheckpointError("holds no tensors")
+    return WeightsFile(file.path, "safetensors", tensors, metadata)
 
 
 def _parse(header: bytes) -> dict[str, Any]:
-    if header.count(b"[") + header.count(b"{") > len(header) // 4 + 8:  # cheap to write, costly to build
-        raise CheckpointError("the safetensors header is not a table of tensors")
-    try:
-        parsed = json.loads(header.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the safetensors header is not valid JSON: {str(error)[:100]}") from error
+    """The header's JSON, as long as it is a table without duplicates."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    # Brackets are cheap to write and costly to build; a table of tensors has few.
+    parsed = None
+    if header.count(b"[") + header.count(b"{") <= len(header) // 4 + 8:
+        try:
+            parsed = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"the safetensors header is not valid JSON: {str(error)[:100]}") from error
     if type(parsed) is not dict:
         raise CheckpointError("the safetensors header is not a table of tensors")
     return parsed
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return made
 
 
 def _describe(key: str, description: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
@@ -86,14 +85,11 @@ def _describe(key: str, description: Any) -> tuple[torch.dtype, tuple[int, ...],
     if type(dtype) is not str or dtype not in _DTYPES:
         kind = dtype[:20] if type(dtype) is str else type(dtype).__name__
         raise CheckpointError(f"{name} has the unknown dtype {kind!r}; known are {', '.join(_DTYPES)}")
-    for numbers, fits, what in (
-        (shape, lambda count: count <= 64, "an impossible shape"),
-        (offsets, lambda count: count == 2, "impossible offsets"),
-    ):
-        sizes = type(numbers) is list and fits(len(numbers)) and all(type(n) is int and 0 <= n < 2**62 for n in numbers)
-        if not sizes:
+    for numbers, what, most in ((shape, "an impossible shape", 64), (offsets, "impossible offsets", 2)):
+        sizes = type(numbers) is list and all(type(n) is int and 0 <= n < _MAX_NUMBER for n in numbers)
+        if not sizes or len(numbers) > most or (numbers is offsets and len(numbers) != 2):
             raise CheckpointError(f"the safetensors header has {what} for {name}")
-    begin, end = offsets
-    if math.prod(max(n, 1) for n in shape) >= 2**62 or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+    count = math.prod(max(n, 1) for n in shape)
+    if count >= _MAX_NUMBER or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise CheckpointError(f"the safetensors header gives {name} a size that its shape contradicts")
-    return _DTYPES[dtype], tuple(shape), begin, end
+    return _DTYPES[dtype], tuple(shape), offsets[0], offsets[1]

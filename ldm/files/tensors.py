@@ -1,4 +1,4 @@
-"""The lazy tensor: its shape and dtype are known, its values are read when asked for."""
+"""The lazy tensor, whose shape and dtype are known and whose values are read when asked for; and the open file it is read from."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.files.errors import CheckpointError, about
 
-# Each dtype's name in torch, in a safetensors header, and that of its storage in torch files ("-" where there is none).
-_NAMES = """
-    float64 F64 DoubleStorage,       float32 F32 FloatStorage,      float16 F16 HalfStorage,
-    bfloat16 BF16 BFloat16Storage,   float8_e4m3fn F8_E4M3 -,       float8_e5m2 F8_E5M2 -,
-    int64 I64 LongStorage,           int32 I32 IntStorage,          int16 I16 ShortStorage,
-    int8 I8 CharStorage,             uint8 U8 ByteStorage,          bool BOOL BoolStorage,
-    uint64 U64 -,                    uint32 U32 -,                  uint16 U16 -,
-    complex64 C64 ComplexFloatStorage,                              complex128 - ComplexDoubleStorage
-"""
-_ROWS = [row.split() for row in _NAMES.split(",")]
-DTYPES: dict[str, torch.dtype] = {row[0]: getattr(torch, row[0]) for row in _ROWS if hasattr(torch, row[0])}
-SAFETENSORS_NAMES = {DTYPES[row[0]]: row[1] for row in _ROWS if row[0] in DTYPES and row[1] != "-"}
-STORAGE_NAMES = {DTYPES[row[0]]: row[2] for row in _ROWS if row[0] in DTYPES and row[2] != "-"}
-
+# Each dtype's name in a safetensors header, and that of its storage in torch files, which know fewer.
+SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+}  # fmt: skip
+STORAGE_NAMES = {
+    torch.float64: "DoubleStorage", torch.float32: "FloatStorage", torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage", torch.int64: "LongStorage", torch.int32: "IntStorage",
+    torch.int16: "ShortStorage", torch.int8: "CharStorage", torch.uint8: "ByteStorage", torch.bool: "BoolStorage",
+    torch.complex64: "ComplexFloatStorage", torch.complex128: "ComplexDoubleStorage",
+}  # fmt: skip
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*SAFETENSORS_NAMES, torch.complex128)}
 FLOAT_DTYPES = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class LazyTensor:
     """A tensor whose values are read when asked for; `read` gives it on the CPU."""
 
@@ -57,21 +58,14 @@ class LazyTensor:
             return tensor
         return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu())
 
-    def then(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> LazyTensor:
-        """The tensor changed after it is read, to `shape` if that becomes another."""
-        return LazyTensor(self.shape if shape is None else shape, self.dtype, lambda: change(self.read()))
+    def then(
+        self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None, dtype: torch.dtype | None = None
+    ) -> LazyTensor:
+        """The tensor changed after it is read, to `shape` and `dtype` if these become others."""
+        return LazyTensor(self.shape if shape is None else shape, dtype or self.dtype, lambda: change(self.read()))
 
 
 Tensors = dict[str, LazyTensor]
-
-
-def computed(formula: Callable[..., Tensor], *tensors: LazyTensor) -> LazyTensor:
-    """A formula of tensors of one shape, computed in float32 at least; the result has the widest of their dtypes."""
-    # torch has no common dtype of a float of one byte and another
-    dtypes = (torch.float32 if t.dtype.is_floating_point and t.dtype.itemsize == 1 else t.dtype for t in tensors)
-    dtype = reduce(torch.promote_types, dtypes)
-    wide = torch.promote_types(dtype, torch.float32)
-    return LazyTensor(tensors[0].shape, dtype, lambda: formula(*(t.read().to(wide) for t in tensors)).to(dtype))
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -94,14 +88,14 @@ def cast(
         if wanted is None or wanted == tensor.dtype or not tensor.dtype.is_floating_point or key in keep:
             return tensor
 
-        def read() -> Tensor:
-            value = tensor.read()
+        def convert(value: Tensor) -> Tensor:
             made = value.to(wanted)
-            if not torch.isfinite(made).all() and torch.isfinite(value).all():
+            infinite = ~torch.isfinite(made)
+            if infinite.any() and torch.isfinite(value.double()[infinite]).any():
                 raise CheckpointError(f"{key!r} has values too large for {wanted}; use bfloat16 or float32")
             return made
 
-        return LazyTensor(tensor.shape, wanted, read)
+        return tensor.then(convert, dtype=wanted)
 
     return {key: changed(key, LazyTensor.of(tensor)) for key, tensor in tensors.items()}
 
@@ -115,7 +109,7 @@ class OpenFile:
             try:
                 if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
                     raise CheckpointError("not an ordinary file")
-            except ValueError as error:
+            except ValueError as error:  # a zero byte in the name
                 raise error if isinstance(error, CheckpointError) else CheckpointError("not a file name") from error
             self.stream = open(path, "rb")  # noqa: SIM115 - closed by the WeightsFile
         self.size = os.fstat(self.stream.fileno()).st_size
@@ -124,33 +118,24 @@ class OpenFile:
     def read(self, start: int, count: int) -> bytes:
         """`count` bytes from `start`; fewer only where the file ends."""
         buffer = bytearray(max(0, min(count, self.size - start)))
-        self.read_into(start, memoryview(buffer))
+        self._read_into(start, memoryview(buffer))
         return bytes(buffer)
 
-    def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` from the bytes at `start`.
-
-        Raises:
-            CheckpointError: the file is closed, ends early or cannot be read.
-        """
-        done = 0
-        try:
-            while done < len(buffer):
-                count = self._read_some(start + done, buffer[done:])
+    def _read_into(self, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from the bytes at `start`."""
+        with about(self.path):
+            while buffer:
+                if self.stream.closed:
+                    raise CheckpointError("cannot be read any more: it is closed")
+                if hasattr(os, "preadv"):
+                    count = os.preadv(self.stream.fileno(), [buffer], start)
+                else:  # Windows
+                    with self._lock:
+                        self.stream.seek(start)
+                        count = self.stream.readinto(buffer)
                 if not count:
-                    raise CheckpointError("ends early; it was changed while being read", self.path)
-                done += count
-        except CheckpointError:
-            raise
-        except (OSError, ValueError) as error:  # ValueError: the file is closed
-            raise CheckpointError(f"cannot be read: {error}", self.path) from error
-
-    def _read_some(self, start: int, buffer: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self.stream.fileno(), [buffer], start)
-        with self._lock:
-            self.stream.seek(start)
-            return self.stream.readinto(buffer) or 0
+                    raise CheckpointError("ends early; it was changed while being read")
+                start, buffer = start + count, buffer[count:]
 
     def read_tensor(
         self, start: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...] | None = None
@@ -159,11 +144,61 @@ class OpenFile:
 
         Args:
             stride: in the file, counting numbers; without gaps by default.
+
+        Raises:
+            CheckpointError: the file is closed, ends early or cannot be read.
         """
-        count = math.prod(shape)
-        if count and stride is not None:  # from the first number to the last, gaps included
-            count = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        flat = torch.empty(count, dtype=dtype)
-        if count:
-            self.read_into(start, memoryview(flat.view(torch.uint8).numpy()))
-        return flat.view(shape) if stride is None or not count else flat.as_strided(shape, stride).contiguous()
+        if stride is None or 0 in shape:
+            flat = torch.empty(math.prod(shape), dtype=dtype)
+        else:  # from the first number to the last, gaps included
+            flat = torch.empty(1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)), dtype=dtype)
+        self._read_into(start, flat.view(torch.uint8).numpy().data)
+        return flat.view(shape) if stride is None or 0 in shape else flat.as_strided(shape, stride).contiguous()
+
+
+@dataclass(eq=False, repr=False)
+class WeightsFile(Mapping[str, LazyTensor]):
+    """An open weights file or folder: keys in the file's order, and tensors that are read when asked for.
+
+    Nothing in the file is executed. Use it as a context manager, or call `close`; tensors that were read outlive it.
+
+    Attributes:
+        path: the file or folder.
+        format: "safetensors", "torch-zip", "torch-legacy", or "folder" (of diffusers).
+        tensors: by key.
+        metadata: texts that a safetensors file carries.
+        wrapping: the keys under which the tensors lay, e.g. `("state_dict",)`, also "model" or "module"; not part of
+            the keys here.
+        extras: other values beside the tensors, such as `global_step`; a `Placeholder` for what was not built.
+        configs: a folder's JSON configurations by component; "" for the folder's own.
+        foreign: names in the pickle that would have been imported by another reader, and were not.
+    """
+
+    path: Path
+    format: str
+    tensors: Tensors
+    metadata: dict[str, str] = field(default_factory=dict)
+    wrapping: tuple[str, ...] = ()
+    extras: dict[str, Any] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
+    opened: ExitStack = field(default_factory=ExitStack)
+
+    def __getitem__(self, key: str) -> LazyTensor:
+        return self.tensors[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def close(self) -> None:
+        """Close the files; reading afterwards is an error."""
+        self.opened.close()
+
+    def __enter__(self) -> WeightsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

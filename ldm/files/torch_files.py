@@ -6,14 +6,11 @@ import io
 import mmap
 import struct
 import zipfile
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ldm.files.errors import CheckpointError
 from ldm.files.pickles import Placeholder, Storage, Unpickler
-from ldm.files.tensors import LazyTensor, OpenFile, Tensors
+from ldm.files.tensors import LazyTensor, OpenFile, Tensors, WeightsFile
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -21,40 +18,7 @@ MAX_NESTING = 3
 _WRAPPERS = ("state_dict", "model", "module")
 
 
-@dataclass(frozen=True)
-class TorchContent:
-    """The weights of a torch file and what was around them (see `WeightsFile`)."""
-
-    tensors: Tensors
-    wrapping: tuple[str, ...]
-    extras: dict[str, Any]
-    foreign: tuple[str, ...]
-
-
-class _TorchReader:
-    """One file's pickles; their tensors are read from the places in `starts`, the first byte of each storage."""
-
-    def __init__(self, file: OpenFile) -> None:
-        self.file = file
-        self.starts: dict[str, int] = {}
-        self.unpickler = Unpickler(self._make_tensor)
-
-    def _make_tensor(
-        self, key: str, begin: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
-    ) -> LazyTensor:
-        return LazyTensor(shape, dtype, lambda: self.file.read_tensor(self.starts[key] + begin, dtype, shape, stride))
-
-    def content(self, tensors: Tensors, wrapping: tuple[str, ...], extras: dict[str, Any]) -> TorchContent:
-        """The file's content, when `starts` is complete."""
-        missing = next((key for key in self.unpickler.storages if key not in self.starts), None)
-        if missing is not None:
-            raise CheckpointError(f"tensor storage {missing[:40]!r} is missing from the file")
-        if sum(tensor.nbytes for tensor in tensors.values()) > 4 * self.file.size + 2**20:
-            raise CheckpointError("its tensors repeat the same bytes until they are many times larger than the file")
-        return TorchContent(tensors, wrapping, extras, tuple(sorted(self.unpickler.foreign)))
-
-
-def read_torch_zip(file: OpenFile) -> TorchContent:
+def read_torch_zip(file: OpenFile) -> WeightsFile:
     """The weights of a file in torch's zip format.
 
     Raises:
@@ -73,47 +37,45 @@ def read_torch_zip(file: OpenFile) -> TorchContent:
     if folder + "byteorder" in members:
         start, size = _locate(file, members[folder + "byteorder"])
         _check_byte_order(file.read(start, min(size, 16)).decode("latin-1"))
-    reader = _TorchReader(file)
-    parts = _unwrap(reader.unpickler.load(io.BytesIO(file.read(*_locate(file, members[pickles[0]])))))
-    for key, storage in reader.unpickler.storages.items():
-        member = members.get(f"{folder}data/{key}")
-        if member is not None:
-            reader.starts[key], size = _locate(file, member)
+    unpickler = Unpickler(file)
+    top = unpickler.load(io.BytesIO(file.read(*_locate(file, members[pickles[0]]))))
+    for key, storage in unpickler.storages.items():
+        if member := members.get(f"{folder}data/{key}"):
+            unpickler.starts[key], size = _locate(file, member)
             if size < storage.count * storage.dtype.itemsize:
                 raise CheckpointError(f"tensor storage {key[:40]!r} is smaller than the pickle says")
-    return reader.content(*parts)
+    return _weights(file, "torch-zip", unpickler, top)
 
 
-def read_torch_legacy(file: OpenFile) -> TorchContent:
+def read_torch_legacy(file: OpenFile) -> WeightsFile:
     """The weights of a file in torch's older format: magic number, protocol, system, object, storage keys, storages.
 
     Raises:
         CheckpointError: another pickle, damaged, big-endian, or with more than weights.
     """
-    reader = _TorchReader(file)
-    load = reader.unpickler.load
+    unpickler = Unpickler(file)
     with mmap.mmap(file.stream.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-        if load(stream) != LEGACY_MAGIC:
+        if unpickler.load(stream) != LEGACY_MAGIC:
             raise CheckpointError("a pickle that torch.save did not write; only its files and safetensors are read")
-        if load(stream) != LEGACY_PROTOCOL:
+        if unpickler.load(stream) != LEGACY_PROTOCOL:
             raise CheckpointError("a torch file of an unknown protocol version")
-        system = load(stream)
+        system = unpickler.load(stream)
         if type(system) is dict:
             _check_byte_order("little" if system.get("little_endian", True) is True else "big")
-        parts, keys, position = _unwrap(load(stream)), load(stream), stream.tell()
-    if type(keys) is not list:
+        top, keys, position = unpickler.load(stream), unpickler.load(stream), stream.tell()
+    if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
         raise CheckpointError("the list of tensor storages is damaged")
     for key in keys:
-        storage = reader.unpickler.storages.get(key) if type(key) is str else None
-        if storage is None or key in reader.starts:
-            raise CheckpointError("the list of tensor storages is damaged")
+        storage = unpickler.storages.get(key)
+        if storage is None:
+            raise CheckpointError(f"the list of tensor storages is damaged: nothing uses {key[:40]!r}")
         if int.from_bytes(file.read(position, 8), "little") != storage.count:
             raise CheckpointError(f"tensor storage {key[:40]!r} is cut short or has another size than the pickle says")
-        reader.starts[key] = position + 8
+        unpickler.starts[key] = position + 8
         position += 8 + storage.count * storage.dtype.itemsize
         if position > file.size:
             raise CheckpointError("the file ends within its tensors; its download was cut short")
-    return reader.content(*parts)
+    return _weights(file, "torch-legacy", unpickler, top)
 
 
 def _check_byte_order(name: str) -> None:
@@ -150,19 +112,21 @@ def _locate(file: OpenFile, member: zipfile.ZipInfo) -> tuple[int, int]:
     return start, member.file_size
 
 
-def _unwrap(top: Any) -> tuple[Tensors, tuple[str, ...], dict[str, Any]]:
-    """The innermost dictionary of tensors, the keys that lead there, and the plain values passed on the way."""
-    level, wrapping, extras = top, [], {}
+def _weights(file: OpenFile, format: str, unpickler: Unpickler, top: Any) -> WeightsFile:
+    """The innermost dictionary of tensors, and what lies around it."""
+    level, extras = top, dict[str, Any]()
+    wrapping: list[str] = []
     while True:
         if type(level) is not dict:
             where = f" under {wrapping[-1]!r}" if wrapping else ""
             raise CheckpointError(f"holds {_described(level)}{where}, where a dictionary of tensors is expected")
         inner = _wrapper(level)
+        beside = {key: value for key, value in level.items() if type(key) is str and not isinstance(value, LazyTensor)}
+        extras |= {key: value for key, value in beside.items() if key != inner}
         if inner is None:
             break
         if len(wrapping) == MAX_NESTING:
             raise CheckpointError(f"its weights are nested more than {MAX_NESTING} dictionaries deep")
-        extras |= _plain_values(level, without=inner)
         wrapping.append(inner)
         level = level[inner]
     tensors: Tensors = {}
@@ -173,14 +137,17 @@ def _unwrap(top: Any) -> tuple[Tensors, tuple[str, ...], dict[str, Any]]:
                 raise CheckpointError("a tensor among its weights has a name that is no text of ordinary length")
             tensors[key] = value
         elif (found := _first(value, (Placeholder, Storage, LazyTensor), seen)) is not None:
-            what = (
-                "tensors of its own; save the state dict alone" if isinstance(found, LazyTensor) else _described(found)
-            )
-            raise CheckpointError(f"entry {str(key)[:100]!r} among its weights holds {what}")
+            raise CheckpointError(f"entry {str(key)[:100]!r} among its weights holds {_described(found)}")
     if not tensors:
         names = ", ".join(repr(str(key)[:40]) for key in list(level)[:5]) or "nothing"
         raise CheckpointError(f"holds no tensors where weights are expected, but {names}")
-    return tensors, tuple(wrapping), extras | _plain_values(level, without=tensors)
+    missing = next((key for key in unpickler.storages if key not in unpickler.starts), None)
+    if missing is not None:
+        raise CheckpointError(f"tensor storage {missing[:40]!r} is missing from the file")
+    if sum(tensor.nbytes for tensor in tensors.values()) > 4 * file.size + 2**20:
+        raise CheckpointError("its tensors repeat the same bytes until they are many times larger than the file")
+    foreign = tuple(sorted(unpickler.foreign))
+    return WeightsFile(file.path, format, tensors, {}, tuple(wrapping), extras, foreign=foreign)
 
 
 def _wrapper(level: dict) -> str | None:
@@ -192,15 +159,6 @@ def _wrapper(level: dict) -> str | None:
     if beside:  # a step or a decay beside the weights is one number
         inner = [key for key in inner if max(beside) <= 1 and _first(level[key], (LazyTensor,), set()) is not None]
     return next(iter(inner), None)
-
-
-def _plain_values(level: dict, without: Any) -> dict[str, Any]:
-    """Numbers and texts as they are, all else as placeholders; `without` is a key or a dictionary of keys."""
-    return {
-        key: value if isinstance(value, (bool, int, float, str, type(None), Placeholder)) else Placeholder(type(value).__name__)
-        for key, value in level.items()
-        if type(key) is str and (key != without if type(without) is str else key not in without)
-    }  # fmt: skip
 
 
 def _first(value: Any, kinds: tuple[type, ...], seen: set[int]) -> Any:
@@ -218,6 +176,8 @@ def _first(value: Any, kinds: tuple[type, ...], seen: set[int]) -> Any:
 
 def _described(value: Any) -> str:
     """What a value that should have been weights is, and what to do."""
+    if isinstance(value, LazyTensor):
+        return "tensors of its own; save the state dict alone"
     if not isinstance(value, Placeholder):
         return f"a {type(value).__name__.lower()}"
     for sign, kind in (("sparse", "a sparse tensor"), ("_qtensor", "a quantised tensor")):

@@ -1,7 +1,8 @@
 """Writing weights files, one tensor at a time.
 
-Everything is written under another name beside its target and renamed when it is complete and on the disk. An error or
-Ctrl-C removes what was begun; a killed process leaves `.NAME.xxxxxxxx.partial`, which nothing takes for weights.
+Everything is written under another name beside its target and renamed when it is complete and on the disk. An error, Ctrl-C
+or, in the commands, SIGTERM removes what was begun; a killed process leaves `.NAME.xxxxxxxx.partial`, which nothing takes
+for weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -76,24 +77,22 @@ def write_folder(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Write a folder of weights and configurations, as diffusers has them.
+    """Write a folder of weights and configurations, as diffusers has them; the rest is as of `write_weights`.
 
     Args:
         path: a new folder, an empty one, or (with `overwrite`) one of diffusers, in which only the files named in `files`
             are replaced: whatever else lies there stays.
         files: content by name relative to the folder: tensors for a weights file, a dict for `.json`, or a text.
-        dtype, keep, overwrite, progress: as of `write_weights`.
-
-    Raises:
-        CheckpointError: as `write_weights`.
     """
     check_output(path, overwrite, files=files)
-    contents = {
-        name: cast(content, dtype, keep)
-        if name.endswith(SUFFIXES)
-        else (content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode("utf-8")
-        for name, content in files.items()
-    }
+    contents: dict[str, Tensors | bytes] = {}
+    for name, content in files.items():
+        if isinstance(content, str):
+            contents[name] = content.encode("utf-8")
+        elif name.endswith(SUFFIXES):
+            contents[name] = cast(content, dtype, keep)
+        else:
+            contents[name] = (json.dumps(content, indent=2) + "\n").encode("utf-8")
     _write(Path(path), contents, {}, overwrite, progress)
     return Path(path)
 
@@ -103,24 +102,40 @@ def _write(
 ) -> None:
     """Write files below `path`, or itself where the name is ""; they take their places when all are complete."""
     with about(path, "written"):
-        place = _place(path)
-        weights = {name: content for name, content in contents.items() if not isinstance(content, bytes)}
-        for name, tensors in weights.items():
-            _check_storable(path / name, tensors, metadata)
-        sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in weights.values()]
-        _check_space(place, sum(sizes) + _SPARE * len(contents))
-        with _temporary(place) as temporary, _bar(path.name, sum(sizes), progress) as bar:
+        place = _follow(path)
+        total = 0
+        for name, content in contents.items():
+            if not isinstance(content, bytes):
+                _check_storable(Path(name or path).suffix.lower(), content, metadata)
+                total += sum(tensor.nbytes for tensor in content.values())
+        needed, free = total + _SPARE * len(contents), shutil.disk_usage(place.parent).free
+        if needed > free:
+            raise CheckpointError(
+                f"needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; "
+                "choose another disk, or half precision with --dtype float16"
+            )
+        shown = "".join(character if character.isprintable() else "?" for character in path.name)
+        options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "disable": None if progress else True}
+        with _temporary(place) as temporary, tqdm(desc=shown, total=total, **options) as bar:
             for name, content in contents.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                _write_file(temporary / name, Path(name or path).suffix.lower(), content, metadata, bar.update)
-            if place.is_dir() and any(place.iterdir()):
-                for name in contents:
-                    (place / name).parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(temporary / name, place / name)
-                return
+                with open(temporary / name, "xb") as file:
+                    if isinstance(content, bytes):
+                        file.write(content)
+                    elif Path(name or path).suffix.lower() in TORCH_SUFFIXES:
+                        _write_torch(file, content, bar.update)
+                    else:
+                        _write_safetensors(file, content, {"format": "pt", **metadata}, bar.update)
+                    file.flush()
+                    os.fsync(file.fileno())
             if place.is_file() and not overwrite:  # it may have appeared in the meantime
                 raise CheckpointError("was created by someone else while this was being written")
-            os.replace(temporary, place)
+            if not (place.is_dir() and any(place.iterdir())):
+                os.replace(temporary, place)
+                return
+            for name in contents:
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(temporary / name, place / name)
 
 
 def check_output(
@@ -138,7 +153,7 @@ def check_output(
     """
     path = Path(path)
     with about(path, "written"):
-        place, folder = _place(path), files is not None
+        place, folder = _follow(path), files is not None
         exists = place.exists()
         if not place.parent.is_dir():
             raise CheckpointError(f"its folder {str(path.parent)!r} does not exist; create it first")
@@ -146,20 +161,21 @@ def check_output(
             raise CheckpointError(f"end its name in one of {', '.join(SUFFIXES)}, which chooses the format")
         if not exists:
             return
-        for source in map(_place, map(locate, inputs)):
-            if source == place or source in place.parents or place in source.parents or _same_file(source, place):
+        for source in map(_follow, map(locate, inputs)):
+            same = source.exists() and os.path.samefile(source, place)  # also under another name
+            if same or source in place.parents or place in source.parents:
                 raise CheckpointError("is also the input, or part of it; choose another name")
         if place.is_dir() != folder:
             raise CheckpointError("is a file; name a folder" if folder else "is a folder; name a file")
-        if folder and not any(place.iterdir()):
-            return
-        if folder:
-            _check_folder(place, files)
+        if files is not None:
+            if not any(place.iterdir()):
+                return
+            _check_folder(place, set(files))
         if not overwrite:
             raise CheckpointError("exists already; choose another name, or overwrite it with --force")
 
 
-def _check_folder(folder: Path, files: Iterable[str]) -> None:
+def _check_folder(folder: Path, files: set[str]) -> None:
     """Raise unless a folder is one of diffusers, without other weights that would be read instead of those in `files`."""
     sign = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).is_file()), None)
     try:
@@ -168,48 +184,36 @@ def _check_folder(folder: Path, files: Iterable[str]) -> None:
         known = False
     if not known:
         raise CheckpointError("is a folder with something else in it; name a new one")
-    files = set(files)
+    for name in files:  # a link in the place of a file is replaced, and what it leads to stays
+        if not _follow((folder / name).parent).is_relative_to(folder):
+            raise CheckpointError(f"has a link that leads out of it in the place of {name!r}; name a new one")
     for parent in {(folder / name).parent for name in files if name.endswith(SUFFIXES)}:
         for other in parent.iterdir() if parent.is_dir() else ():
-            if is_weights_name(other.name) and str(other.relative_to(folder).as_posix()) not in files:
-                raise CheckpointError(
-                    f"also holds {str(other.relative_to(folder))!r}, which might be read instead; name a new one"
-                )
+            name = other.relative_to(folder).as_posix()
+            if is_weights_name(other.name) and name not in files:
+                raise CheckpointError(f"also holds {name!r}, which might be read instead; name a new one")
 
 
-def _same_file(one: Path, other: Path) -> bool:
-    return one.exists() and os.path.samefile(one, other)
-
-
-def _place(path: Path) -> Path:
+def _follow(path: Path) -> Path:
     """Where a path leads: what a link points to is replaced, and the link stays."""
     return Path(os.path.realpath(path))
 
 
-def _check_storable(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
-    """Raise unless the format that the path's suffix names can hold all tensors, names and texts."""
+def _check_storable(suffix: str, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+    """Raise unless the format that a suffix stands for can hold all tensors, names and texts."""
     if not tensors:
         raise CheckpointError("there is nothing to write")
-    torch_file = path.suffix.lower() in TORCH_SUFFIXES
+    torch_file = suffix in TORCH_SUFFIXES
     names = STORAGE_NAMES if torch_file else SAFETENSORS_NAMES
     for key, tensor in tensors.items():
         if tensor.dtype not in names or (key == METADATA and not torch_file):
             advice = "; write .safetensors" if torch_file else ""
-            raise CheckpointError(f"{key!r} of {tensor.dtype} cannot be stored in a {path.suffix} file{advice}")
+            raise CheckpointError(f"{key!r} of {tensor.dtype} cannot be stored in a {suffix} file{advice}")
     for text in (*tensors, *metadata, *metadata.values()):
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise CheckpointError(f"{text[:100]!r} is not valid text and cannot be written") from error
-
-
-def _check_space(place: Path, needed: int) -> None:
-    free = shutil.disk_usage(place.parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; "
-            "choose another disk, or half precision with --dtype float16"
-        )
 
 
 @contextmanager
@@ -225,37 +229,17 @@ def _temporary(place: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _bar(name: str, total: int, progress: bool) -> tqdm:
-    shown = "".join(character if character.isprintable() else "?" for character in name)
-    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "dynamic_ncols": True}
-    return tqdm(desc=shown, total=total, disable=None if progress else True, **options)
-
-
-def _write_file(
-    path: Path, suffix: str, content: Tensors | bytes, metadata: Mapping[str, str], advance: Callable[[int], Any]
-) -> None:
-    with open(path, "xb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        elif suffix in TORCH_SUFFIXES:
-            _write_torch(file, content, advance)
-        else:
-            _write_safetensors(file, content, {"format": "pt", **metadata}, advance)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_tensor(file: BinaryIO, key: str, tensor: LazyTensor, advance: Callable[[int], Any]) -> None:
+def _write_tensor(file: IO[bytes], key: str, tensor: LazyTensor, advance: Callable[[int], Any]) -> None:
     value = tensor.read()
     if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
         raise CheckpointError(f"{key!r} was announced as {tensor}, and is {value.dtype} {list(value.shape)}")
     flat = value.detach().cpu().contiguous().view(-1)
-    file.write(memoryview(flat.view(torch.uint8).numpy()))
+    file.write(flat.view(torch.uint8).numpy().data)
     advance(tensor.nbytes)
 
 
 def _write_safetensors(
-    file: BinaryIO, tensors: Tensors, metadata: dict[str, str], advance: Callable[[int], Any]
+    file: IO[bytes], tensors: Tensors, metadata: dict[str, str], advance: Callable[[int], Any]
 ) -> None:
     """Length, JSON header, tensors; wide dtypes first, so that every tensor is aligned for its own."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -281,9 +265,7 @@ class _StorageId(tuple):
 class _Pickler(pickle.Pickler):
     """Pickles lazy tensors as torch pickles its own."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, protocol=2)
-        self._count = 0
+    count = 0
 
     def persistent_id(self, obj: Any) -> Any:
         return tuple(obj) if isinstance(obj, _StorageId) else None
@@ -291,20 +273,20 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, LazyTensor):
             return NotImplemented
-        storage = _StorageId(("storage", getattr(torch, STORAGE_NAMES[obj.dtype]), str(self._count), "cpu", obj.numel))
-        self._count += 1
+        storage = _StorageId(("storage", getattr(torch, STORAGE_NAMES[obj.dtype]), str(self.count), "cpu", obj.numel))
+        self.count += 1
         stride = torch.empty(obj.shape, device="meta").stride()
         return torch._utils._rebuild_tensor_v2, (storage, 0, obj.shape, stride, False, OrderedDict())
 
 
-def _write_torch(file: BinaryIO, tensors: Tensors, advance: Callable[[int], Any]) -> None:
+def _write_torch(file: IO[bytes], tensors: Tensors, advance: Callable[[int], Any]) -> None:
     """The zip archive of `torch.save`: a pickle that rebuilds a dict of tensors, and one stored member for each."""
     pickled = io.BytesIO()
     # Copies, since a pickle would store what stands under two keys once, and every key has a member of its own.
-    _Pickler(pickled).dump({key: replace(tensor) for key, tensor in tensors.items()})
+    _Pickler(pickled, protocol=2).dump({key: replace(tensor) for key, tensor in tensors.items()})
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
-        def member(name: str, size: int) -> Any:
+        def member(name: str, size: int) -> IO[bytes]:
             info = zipfile.ZipInfo(f"archive/{name}")
             info.file_size = size
             start = file.tell() + 30 + len(info.filename) + 4  # the fixed part, the name, this field's own head

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 from cldm.checkpoint.control import initial_values
-from cldm.checkpoint.expected import expected_entries
+from cldm.checkpoint.expected import expected_entries, model_params
 from cldm.checkpoint.names import CONTROL_PREFIX
-from cldm.checkpoint.opening import model_params
 from ldm.files import LazyTensor, write_weights
 from tests.parity import value
 

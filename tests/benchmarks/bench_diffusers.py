@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from cldm.checkpoint.diffusers_config import controlnet_config, unet_config, vae_config
-from cldm.checkpoint.names import NETWORKS
+from cldm.checkpoint.diffusers_config import component_config
+from cldm.checkpoint.names import to_diffusers
 from cldm.cldm import ControlLDM
 from ldm.files import LazyTensor
 from ldm.models.autoencoder import AutoencoderKL
@@ -67,11 +67,12 @@ def build_theirs(ours: ControlLDM, size: str, recompute: bool) -> tuple[nn.Modul
     params = {"unet_config": {"params": options}, "control_stage_config": {"params": options}, "image_size": 64}
     unet_entries = {k: LazyTensor.of(v) for k, v in ours.model.diffusion_model.state_dict().items()}
     control_entries = {k: LazyTensor.of(v) for k, v in ours.control_model.state_dict().items()}
-    unet = UNet2DConditionModel.from_config(unet_config(unet_entries, params, "eps"))
-    control = ControlNetModel.from_config(controlnet_config(control_entries, params, False))
+    unet_entries, control_entries = (to_diffusers("unet", entries)[0] for entries in (unet_entries, control_entries))
+    unet = UNet2DConditionModel.from_config(component_config("unet", unet_entries, params))
+    control = ControlNetModel.from_config(component_config("controlnet", control_entries, params))
     if ours.device.type != "meta":
-        for theirs, name, entries in ((unet, "unet", unet_entries), (control, "controlnet", control_entries)):
-            theirs.load_state_dict({k: v.read() for k, v in NETWORKS[name].to_diffusers(entries)[0].items()})
+        for theirs, entries in ((unet, unet_entries), (control, control_entries)):
+            theirs.load_state_dict({k: v.read() for k, v in entries.items()})
     if recompute:
         unet.enable_gradient_checkpointing()
         control.enable_gradient_checkpointing()
@@ -178,11 +179,12 @@ def with_vae(model: ControlLDM, size: str) -> ControlLDM:
 def their_vae(model: ControlLDM) -> nn.Module:
     from diffusers import AutoencoderKL as TheirAutoencoder
 
-    entries = {k: LazyTensor.of(v) for k, v in model.first_stage_model.state_dict().items()}
+    ours = {k: LazyTensor.of(v) for k, v in model.first_stage_model.state_dict().items()}
+    entries, _ = to_diffusers("vae", ours)
     params = {"scale_factor": model.scale_factor, "image_size": 64, "first_stage_config": {"params": {}}}
-    theirs = TheirAutoencoder.from_config(vae_config(entries, params))
+    theirs = TheirAutoencoder.from_config(component_config("vae", entries, params))
     if model.device.type != "meta":
-        theirs.load_state_dict({k: v.read() for k, v in NETWORKS["vae"].to_diffusers(entries)[0].items()})
+        theirs.load_state_dict({k: v.read() for k, v in entries.items()})
     return theirs.eval()
 
 

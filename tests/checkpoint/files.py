@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from cldm.checkpoint.control import initial_values
-from cldm.checkpoint.expected import expected_entries
-from cldm.checkpoint.opening import model_params
+from cldm.checkpoint.expected import expected_entries, model_params
 from ldm.files import LazyTensor, write_weights
 
 CONFIG = "cldm_tiny"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cldm.checkpoint import ModelWeights, add_control, convert, identify, transfer_control
 from cldm.checkpoint.control import initial_values, join_control
-from cldm.checkpoint.opening import model_params
+from cldm.checkpoint.expected import model_params
 from ldm.files import CheckpointError, LazyTensor, open_weights, read_state_dict, write_weights
 from ldm.util import ConfigError
 from tests.checkpoint.files import CONTROL, TEXT, UNET, VAE, only, same, saved, tiny_full, without
@@ -232,6 +232,28 @@ def test_differences_are_near_exact_and_marked(base: Path, full: dict[str, Tenso
     assert got.keys() == full.keys() and all(torch.allclose(got[k], v, atol=1e-6) for k, v in full.items())
 
 
+def test_a_difference_is_added_to_a_base_on_an_accelerator(full: dict[str, Tensor], tmp_path: Path) -> None:
+    """On fake CUDA tensors, which no tensor of the CPU may be added to."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from cldm.model import create_model, load_control
+
+    difference = tmp_path / "difference.safetensors"
+    convert(saved(tmp_path / "full.pt", full), difference, "difference", **QUIET)
+    model = create_model("cldm_tiny", device="meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    module._parameters[name] = torch.nn.Parameter(torch.empty_like(value, device="cuda"))
+    unet = model.state_dict()[UNET + "out.2.bias"]
+    with pytest.raises(Exception, match="device"):
+        torch.add(torch.ones(unet.shape), unet)
+    report = load_control(model, difference)
+    assert len(report.loaded) == len(only(full, CONTROL)) and not report.ignored
+    assert {p.device.type for p in model.control_model.parameters()} == {"cuda"}
+
+
 def test_conversions_that_lack_something_say_what(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
     control = saved(tmp_path / "control.pt", only(full, CONTROL))
     with pytest.raises(CheckpointError, match="holds no ControlNet.*tool_add_control.py"):
@@ -310,7 +332,7 @@ def test_families_are_not_mixed(full: dict[str, Tensor], base: Path, tmp_path: P
     wide = {key: tensor.repeat(1, 2) if key.endswith("attn2.to_k.weight") else tensor for key, tensor in full.items()}
     control = saved(tmp_path / "control.pt", only(wide, CONTROL))
     with pytest.raises(CheckpointError, match="of another kind than .*: they differ in '.*attn2.to_k.weight'"):
-        convert(control, tmp_path / "out.pt", to, base=base, config="cldm_tiny", **QUIET)
+        convert(control, tmp_path / "out.pt", to, base=base, **QUIET)
     assert not (tmp_path / "out.pt").exists()
     with pytest.raises(CheckpointError, match="base.safetensors: does not fit cldm_v15"):
         convert(base, tmp_path / "out.pt", to, config="cldm_v15", **QUIET)

@@ -1,15 +1,27 @@
-"""The tables of the packaged configurations' entries."""
+"""The tables of the packaged configurations' entries; `python -m tests.checkpoint.test_expected` writes them anew."""
 
+import json
 import logging
 
 import pytest
 
-from cldm.checkpoint.expected import PACKAGED, build_entries, expected_entries
+from cldm.checkpoint.expected import TABLE_SUFFIX, build_entries, digest_of, expected_entries
 from cldm.config import resolve
+
+PACKAGED = ("cldm_v15", "cldm_v21", "cldm_tiny")
+
+
+def table_of(name: str) -> str:
+    """The content of the table that belongs to a packaged configuration."""
+    path = resolve(name, ".yaml")
+    entries = [[key, list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in build_entries(path).items()]
+    lines = ",\n".join(json.dumps(entry) for entry in entries)
+    return f'{{"configuration": "{digest_of(path)}",\n"entries": [\n{lines}\n]}}\n'
 
 
 @pytest.mark.parametrize("name", PACKAGED)
 def test_the_table_is_what_the_model_holds(name):
+    assert resolve(name, ".yaml").with_suffix(TABLE_SUFFIX).read_text() == table_of(name)
     table, built = expected_entries(name), build_entries(name)
     assert [(k, t.shape, t.dtype) for k, t in table.items()] == [(k, t.shape, t.dtype) for k, t in built.items()]
 
@@ -22,3 +34,8 @@ def test_a_changed_configuration_is_built_instead(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert expected_entries(changed)["control_model.input_hint_block.0.weight"].shape == (16, 5, 3, 3)
     assert "the model is built" in caplog.text
+
+
+if __name__ == "__main__":
+    for packaged in PACKAGED:
+        resolve(packaged, ".yaml").with_suffix(TABLE_SUFFIX).write_text(table_of(packaged), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import tool_add_control
 import tool_convert_control
 import tool_transfer_control
 from cldm.checkpoint import identify
+from cldm.command import run_tool
+from ldm.files import LazyTensor, write_weights
 from tests.checkpoint.files import CONTROL, only, saved, tiny_full, without
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +144,23 @@ def test_as_a_command_from_another_folder(files: dict[str, str], tmp_path: Path)
     assert "wrote out.pth" in done.stdout
     assert "%" not in done.stderr  # bars are for terminals
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_what_was_begun_is_removed_on_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """Also where a second one arrives while that happens: `timeout` sends one to its child and one to the group."""
+
+    def terminate() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def read() -> torch.Tensor:
+        terminate()
+        return torch.ones(3)
+
+    remove = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (terminate(), remove(path, **options)))
+    tensors = {"a": torch.ones(3), "b": LazyTensor((3,), torch.float32, read)}
+    before = signal.getsignal(signal.SIGTERM)
+    work = lambda: [str(write_weights(tmp_path / f"out{suffix}", tensors, progress=False))]  # noqa: E731
+    assert run_tool("a tool", work) == 143
+    assert not os.listdir(tmp_path) and signal.getsignal(signal.SIGTERM) == before

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -46,6 +46,23 @@ def test_a_folder_of_the_hub(snapshot: Path) -> None:
     (snapshot / "model_index.json").write_text(json.dumps({"unet": ["a", "b"], "vae": ["a", "b"]}))
     assert read_state_dict("hf://owner/name").keys() == {"unet/unet", "vae/vae"}
     assert read_state_dict("hf://owner/name/vae").keys() == {"vae"}
+
+
+def test_of_a_folder_only_what_is_read_is_fetched(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stem = "diffusion_pytorch_model"
+    parts = [f"unet/{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    read = ["model_index.json", *parts, f"unet/{stem}.safetensors.index.json", "unet/config.json", f"vae/{stem}.bin"]
+    unread = ["v1-5-pruned.ckpt", "README.md", f"unet/{stem}.fp16.safetensors", f"vae/{stem}.fp16.bin", "vae/x.onnx"]
+    fetched: list[str] = []
+
+    def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        fetched[:] = allow_patterns
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: read + unread)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate("hf://owner/name") == snapshot and sorted(fetched) == sorted(read)
+    assert locate("hf://owner/name/vae") == snapshot / "vae" and fetched == [f"vae/{stem}.bin"]
 
 
 def test_what_the_hub_cannot_give_is_one_line(snapshot: Path) -> None:

@@ -87,7 +87,15 @@ def test_dtype_changes_weights_and_spares_integers_and_the_schedule(tmp_path: Pa
         assert torch.equal(got[key], tensor if as_it_was else tensor.bfloat16()), key
     with pytest.raises(CheckpointError, match="'large' has values too large for torch.float16; use bfloat16"):
         write_weights(tmp_path / "over.ckpt", {"large": torch.tensor([7e4])}, dtype=torch.float16, progress=False)
-    write_weights(tmp_path / "inf.ckpt", {"x": torch.tensor([torch.inf])}, dtype=torch.float16, progress=False)
+    inf = {str(dtype): torch.tensor([torch.inf]).to(dtype) for dtype in (torch.float32, torch.float8_e5m2)}
+    write_weights(tmp_path / "inf.ckpt", inf, dtype=torch.float16, progress=False)
+    with pytest.raises(CheckpointError, match="too large"):  # an infinite value beside it does not hide it
+        write_weights(
+            tmp_path / "over.ckpt",
+            {"x": torch.tensor([torch.inf, 1e300], dtype=torch.float64)},
+            dtype="bf16",
+            progress=False,
+        )
     with pytest.raises(CheckpointError, match="unknown dtype 'int4'"):
         write_weights(tmp_path / "x.ckpt", entries, dtype="int4", progress=False)
     assert not (tmp_path / "over.ckpt").exists()
@@ -180,6 +188,22 @@ def test_an_export_replaces_its_own_files_alone(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path / "empty", CONTENT, progress=False)
     assert sorted(os.listdir(tmp_path / "empty")) == sorted(CONTENT)
+
+
+def test_an_export_stays_in_its_folder(tmp_path: Path) -> None:
+    """A part of the folder, or a file in it, may be a link to the input's."""
+    files = {"model_index.json": {"_class_name": "P"}, **{f"unet/{name}": content for name, content in CONTENT.items()}}
+    source = write_folder(tmp_path / "source", files, progress=False)
+    for name, inside in (("a", "unet"), ("b", "unet/diffusion_pytorch_model.safetensors")):
+        folder = write_folder(tmp_path / name, {"model_index.json": {"_class_name": "P"}}, progress=False)
+        (folder / inside).parent.mkdir(exist_ok=True)
+        (folder / inside).symlink_to(source / inside)
+    changed = {**files, "unet/diffusion_pytorch_model.safetensors": {"a": torch.zeros(2)}}
+    with pytest.raises(CheckpointError, match="a link that leads out of it"):
+        write_folder(tmp_path / "a", changed, overwrite=True, progress=False)
+    write_folder(tmp_path / "b", changed, overwrite=True, progress=False)
+    assert torch.equal(read_state_dict(source)["unet/a"], torch.ones(2))
+    assert torch.equal(read_state_dict(tmp_path / "b")["unet/a"], torch.zeros(2))
 
 
 @pytest.mark.parametrize(
