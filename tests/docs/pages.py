@@ -78,6 +78,13 @@ def blocks_of(page: Path) -> list[Block]:
     return blocks
 
 
+def commands_in_text(page: Path) -> list[Block]:
+    """The commands that stand between backticks in sentences and tables; names in capitals stand for files of the reader's."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"`((?:python3?|torchrun|controlnet|pip) [^`]+)`", text)
+    return [Block(page.name, "bash", " ".join(command.split()), "Stands in a sentence.") for command in found]
+
+
 def _remarks(before: list[str]) -> dict[str, str | tuple[str, ...]]:
     """What the lines directly above a block say about it; there may be an empty one between."""
     found: dict[str, str | tuple[str, ...]] = {}
@@ -122,11 +129,11 @@ def _command(words: list[str], block: Block) -> Command | None:
     if {"|", "&&", ";", ">", "..."} & set(words):
         raise PageError(f"{block.place}: one whole command a line, please: {' '.join(words)}")
     if program == "srun":
-        return _command([word for word in words], block)
+        return _command(words, block)
     if program == "torchrun":
         while words and words[0].startswith("--"):
             words = words[1:]
-        program, words = "python", words
+        program = "python"
     if program == "pip":
         return _check_pip(words, block)
     if program in ("source", "git", "cd", "mkdocs"):

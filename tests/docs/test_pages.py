@@ -5,7 +5,9 @@ import ast
 import importlib
 import inspect
 import os
+import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,6 @@ from typing import Any, NoReturn
 import cv2
 import numpy as np
 import pytest
-import torch
 
 import tutorial_train
 from cldm.config import override
@@ -22,7 +23,7 @@ from cldm.data.fill import draw_fill, generate_fill
 from cldm.pipeline import ControlPipeline
 from cldm.training.memory import Plan
 from cldm.training.settings import parse_settings
-from tests.docs.pages import PAGES, ROOT, Block, Command, PageError, blocks_of, commands_of
+from tests.docs.pages import PAGES, ROOT, Block, Command, PageError, blocks_of, commands_in_text, commands_of
 from tool_train_tiny import Settings as TinySettings
 
 # Programs whose arguments are settings, `key=value`, and what checks them.
@@ -85,6 +86,12 @@ def test_the_blocks_of_a_page(page, workplace, capsys):
         check_block(block, names)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_within_sentences_and_tables(page, capsys):
+    for block in commands_in_text(page):
+        check_block(block, {})
+
+
 def check_block(block: Block, names: dict[str, Any]) -> None:
     """Run a block, or check it.
 
@@ -101,12 +108,20 @@ def check_block(block: Block, names: dict[str, Any]) -> None:
 
 
 def run(command: Command, block: Block) -> None:
-    try:
-        status = importlib.import_module(command.module).main([*command.arguments, *block.shorter])
-    except SystemExit as end:
-        status = end.code
+    status = call(command.module, [*command.arguments, *block.shorter])
     if status:
         raise PageError(f"{block.place}: {command.module} {' '.join(command.arguments)} ended with status {status}")
+
+
+def call(module: str, arguments: list[str]) -> int | str | None:
+    """The exit status of a program."""
+    main = importlib.import_module(module).main
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        try:
+            return main(arguments) if inspect.signature(main).parameters else main()
+        except SystemExit as end:
+            return end.code
 
 
 def check_arguments(command: Command, block: Block) -> None:
@@ -123,11 +138,9 @@ def check_arguments(command: Command, block: Block) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
         try:
-            status = importlib.import_module(command.module).main(list(command.arguments))
+            status = call(command.module, command.arguments)
         except ArgumentsAreFine:
             return
-        except SystemExit as end:
-            status = end.code
     if status:
         raise PageError(f"{block.place}: {command.module} does not take {' '.join(command.arguments)}")
 
@@ -176,8 +189,6 @@ def check_quotation(block: Block) -> None:
 
 
 def test_links_of_the_front_page_lead_somewhere():
-    import re
-
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("http")]
     assert len(targets) > 10
@@ -244,4 +255,3 @@ def test_a_command_that_fails_fails(tmp_path, monkeypatch, capsys):
     (block,) = page(tmp_path, "```bash\npython tool_add_control.py nothing.safetensors out.safetensors\n```")
     with pytest.raises(PageError, match="ended with status 2"):
         check_block(block, {})
-    assert torch.get_num_threads() >= 1
