@@ -66,7 +66,9 @@ def blocks_of(page: Path) -> list[Block]:
         if start is None and fence:
             start, indent, language = number, *fence.groups()
             if language not in LANGUAGES:
-                raise PageError(f"{place}: a block of {language or 'no language'}; one of {', '.join(LANGUAGES)} is known")
+                raise PageError(
+                    f"{place}: a block of {language or 'no language'}; one of {', '.join(LANGUAGES)} is known"
+                )
         elif start is None and re.match(r" {4,}(python3? |pip |controlnet )", line):
             raise PageError(f"{place}: a command in an indented block is not checked; put it between fences")
         elif start is not None and fence and not fence[2]:
@@ -141,6 +143,8 @@ def _command(words: list[str], block: Block) -> Command | None:
     if program == "controlnet":
         from controlnet.command import SUBCOMMANDS
 
+        if not words or words[0].startswith("-"):
+            return Command("controlnet.command", words) if "--help" in words else None
         if words[0] not in SUBCOMMANDS:
             raise PageError(f"{block.place}: there is no subcommand {words[0]!r}")
         return Command(SUBCOMMANDS[words[0]].module, words[1:])

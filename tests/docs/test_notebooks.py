@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason="needs nbformat, of the extra docs")
-nbclient = pytest.importorskip("nbclient", reason="needs nbclient, of the extra docs")
-pytest.importorskip("ipykernel", reason="needs ipykernel, of the extra docs")
+from tests.docs import need
+
+need("nbformat", "nbclient", "ipykernel")
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -27,6 +27,9 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     folder = path.parent if in_checkout else tmp_path
     there = set(path.parent.iterdir())
+    import nbclient
+    import nbformat
+
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(folder)}}).execute()
     assert set(path.parent.iterdir()) == there  # nothing is left beside the notebooks
@@ -37,4 +40,8 @@ def test_a_stored_notebook_is_small_and_shows_its_results(path):
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert path.stat().st_size < LARGEST
     assert any(cell["outputs"] for cell in cells)
-    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for cell in cells for output in cell["outputs"])
+    assert not any(
+        output["output_type"] == "error" or output.get("name") == "stderr"
+        for cell in cells
+        for output in cell["outputs"]
+    )

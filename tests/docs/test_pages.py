@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,8 +59,13 @@ def folder(tmp_path_factory) -> Path:
     cv2.imwrite(str(folder / "mask.png"), mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        short = "held_out=8 batch_size=4 steps=2 log_every=1 sample_steps=2 pictures=2 accelerator=cpu"
+        # With data of its own name: that of the main job would be drawn in full.
+        (folder / "training" / "few").symlink_to("fill_tiny")
+        short = (
+            "data=training/few held_out=8 batch_size=4 steps=2 log_every=1 sample_steps=2 pictures=2 accelerator=cpu"
+        )
         assert tutorial_train.main(short.split()) == 0
+    (folder / "training" / "few").unlink()
     return folder
 
 
@@ -125,7 +129,10 @@ def call(module: str, arguments: list[str]) -> int | str | None:
 
 
 def check_arguments(command: Command, block: Block) -> None:
-    """Let the program read its arguments, and no more."""
+    """Let the program read its arguments, and no more; a name without arguments stands for the program itself."""
+    if not command.arguments:
+        importlib.import_module(command.module)
+        return
     if command.module in SETTINGS and "--help" not in command.arguments:
         SETTINGS[command.module](command.arguments)
         return
@@ -205,14 +212,20 @@ def test_links_of_the_front_page_lead_somewhere():
 
 def page(tmp_path: Path, text: str) -> Iterator[Block]:
     path = tmp_path / "page.md"
-    path.write_text(textwrap.dedent(text))
+    path.write_text(text)
     yield from blocks_of(path)
 
 
 WRONG = {
-    "an unknown script": ("*Needs weights.*\n```bash\npython tool_ad_control.py A B\n```", "no script 'tool_ad_control.py'"),
+    "an unknown script": (
+        "*Needs weights.*\n```bash\npython tool_ad_control.py A B\n```",
+        "no script 'tool_ad_control.py'",
+    ),
     "an unknown module": ("*Needs weights.*\n```bash\npython -m cldm.generat A B\n```", "no module 'cldm.generat'"),
-    "an unknown option": ("*Needs weights.*\n```bash\npython tool_add_control.py A B --overwrite\n```", "does not take A B"),
+    "an unknown option": (
+        "*Needs weights.*\n```bash\npython tool_add_control.py A B --overwrite\n```",
+        "does not take A B",
+    ),
     "an unknown value": ("*Needs weights.*\n```bash\npython tool_convert_control.py A B --to x\n```", "does not take"),
     "an unknown setting": ("*Takes a day.*\n```bash\npython tutorial_train.py step=9\n```", "step"),
     "a value of another type": ("*Takes a day.*\n```bash\npython tutorial_train.py steps=many\n```", "steps"),
@@ -229,7 +242,10 @@ WRONG = {
         "create_model takes no 'weight'",
     ),
     "an unknown import": ("*Needs weights.*\n```python\nfrom cldm.model import nothing\n```", "nothing"),
-    "code that is no quotation": ("*From `cldm/cldm.py`:*\n```python\nhidden = hidden + 1\n```", "does not have this line"),
+    "code that is no quotation": (
+        "*From `cldm/cldm.py`:*\n```python\nhidden = hidden + 1\n```",
+        "does not have this line",
+    ),
 }
 
 
