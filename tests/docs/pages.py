@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # `text` is what a command prints, or a file holds.
 LANGUAGES = ("bash", "python", "text", "json", "yaml", "math")
 
@@ -69,7 +69,7 @@ def blocks_of(page: Path) -> list[Block]:
                 raise PageError(
                     f"{place}: a block of {language or 'no language'}; one of {', '.join(LANGUAGES)} is known"
                 )
-        elif start is None and re.match(r" {4,}(python3? |pip |controlnet )", line):
+        elif start is None and re.match(r" {4,}(\w+=\S+ )*(python3? |pip |controlnet |apt-get )", line):
             raise PageError(f"{place}: a command in an indented block is not checked; put it between fences")
         elif start is not None and fence and not fence[2]:
             text = "\n".join(one.removeprefix(indent) for one in lines[start + 1 : number])
@@ -128,6 +128,8 @@ def _command(words: list[str], block: Block) -> Command | None:
     if not words:
         return None
     program, *words = words
+    if ">" in words[-2:]:  # what it prints goes into a file
+        words = words[:-2]
     if {"|", "&&", ";", ">", "..."} & set(words):
         raise PageError(f"{block.place}: one whole command a line, please: {' '.join(words)}")
     if program == "srun":
@@ -138,13 +140,13 @@ def _command(words: list[str], block: Block) -> Command | None:
         program = "python"
     if program == "pip":
         return _check_pip(words, block)
-    if program in ("source", "git", "cd", "mkdocs"):
+    if program in ("source", "git", "cd", "mkdir", "apt-get", "mkdocs"):
         return None
     if program == "controlnet":
         from controlnet.command import SUBCOMMANDS
 
         if not words or words[0].startswith("-"):
-            return Command("controlnet.command", words) if "--help" in words else None
+            return Command("controlnet.command", words)
         if words[0] not in SUBCOMMANDS:
             raise PageError(f"{block.place}: there is no subcommand {words[0]!r}")
         return Command(SUBCOMMANDS[words[0]].module, words[1:])
