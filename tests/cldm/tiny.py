@@ -56,7 +56,7 @@ def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
 
 
 class OwnControlLDM(ControlLDM):
-    """A user's model, whose `apply_model` is written as in the reference."""
+    """A user's model, whose `apply_model` takes and gives what the reference's does."""
 
     def apply_model(self, x_noisy, t, cond, *args, **kwargs):
         text, unet = torch.cat(cond["c_crossattn"], 1), self.model.diffusion_model

@@ -1,4 +1,4 @@
-"""A sampling snippet as the reference's notebooks have it; run by tests/scripts/test_examples.py with weights and an output file."""
+"""A sampling snippet in the way of notebooks for the reference; run by tests/scripts/test_examples.py with weights and an output file."""
 
 import sys
 

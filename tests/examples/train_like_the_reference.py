@@ -1,4 +1,7 @@
-"""A training script as the reference's users write it; run by tests/scripts/test_examples.py with a data folder and weights."""
+"""A training script in the way of the reference's users, with the arguments of Lightning 2.
+
+Run by tests/scripts/test_examples.py with a data folder and weights.
+"""
 
 import sys
 

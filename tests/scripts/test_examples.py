@@ -1,4 +1,4 @@
-"""Scripts written for the reference run unchanged, as files, on the tiny model."""
+"""Scripts that we wrote in the way of the reference's users run on the tiny model, each as a file of its own."""
 
 import json
 import subprocess
