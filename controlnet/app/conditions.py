@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -94,16 +94,14 @@ class Chosen:
     name: str
     version: str | None = None
     detect_resolution: int | None = None
-    parameters: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parameters", dict(self.parameters or {}))
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def hint_of(self, map: np.ndarray, resolution: int) -> np.ndarray:
         """A map (H, W, 3), uint8, as what a ControlNet takes: float32, its shorter side `resolution`."""
-        size = resized_shape(*map.shape[:2], resolution)
+        height, width = map.shape[:2]
+        size = resized_shape(height, width, resolution)
         # A map that was enlarged for the editor by a whole number comes back exactly.
-        small = map if map.shape[:2] == size else resize(map, size, cv2.INTER_AREA)
+        small = map if (height, width) == size else resize(map, size, cv2.INTER_AREA)
         return (scale if self.name == READY else record(self.name, self.version).to_hint)(small)
 
 
@@ -131,7 +129,8 @@ class ParameterControls:
         }
 
     @property
-    def components(self) -> list[gr.components.Component]:
+    def components(self) -> list[Any]:
+        """Sliders, lists and boxes, each with the event `input`."""
         return [self.version, self.detect_resolution, *(slot for slots in self.slots.values() for slot in slots)]
 
     def show(self, name: str, version: str | None, values: Mapping[str, Any] | None = None) -> list[Any]:
@@ -144,13 +143,13 @@ class ParameterControls:
         name: str, version: str | None, values: Mapping[str, Any], counts: Mapping[str, int]
     ) -> list[dict[str, Any]]:
         """What each of the components is set to."""
-        hidden = {"visible": False}
+        hidden: dict[str, Any] = {"visible": False}
         if name == READY:
             return [hidden] * (2 + sum(counts.values()))
         info, known = record(name, version), versions(name)
         found = {**info.defaults, **values}
         detect_resolution = found.get("detect_resolution") or info.detect_resolution or 512
-        settings = [
+        settings: list[dict[str, Any]] = [
             {"choices": known, "value": info.version, "visible": len(known) > 1},
             {"value": detect_resolution, "visible": info.works_at == "detect"},
         ]

@@ -190,7 +190,7 @@ class ControlUnit:
 
 def drawn(value: Mapping[str, Any] | None) -> np.ndarray | None:
     """What is to be seen in an editor, uint8 (H, W, 3); None where nothing is."""
-    picture = value and value.get("composite")
+    picture = value["composite"] if value else None
     if picture is None:
         return None
     if picture.ndim == 3 and picture.shape[2] == 4:
@@ -203,8 +203,8 @@ def drawn(value: Mapping[str, Any] | None) -> np.ndarray | None:
 
 def start_of(value: Mapping[str, Any] | None) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Picture (H, W, 3) and painted mask (H, W), uint8, of an editor; None for what is not there."""
-    background = value and value.get("background")
-    if background is None or (background.ndim == 3 and background.shape[2] == 4 and not background[:, :, 3].any()):
+    background = value["background"] if value else None
+    if value is None or background is None or (background.ndim == 3 and background.shape[2] == 4 and not background[:, :, 3].any()):
         return None, None
     picture = HWC3(background)
     mask = np.zeros(picture.shape[:2], np.uint8)

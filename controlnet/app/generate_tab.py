@@ -233,8 +233,8 @@ class GenerateTab:
         if image is None and any(control.chosen.name == "inpaint" for control in controls):
             raise ValueError("the condition inpaint needs a picture with a painted hole, under Start from a picture")
         sizes = [control.hint.shape[:2] for control in controls if control.hint is not None]
-        shape = image.shape[:2] if image is not None else (resolution, resolution)
-        size = sizes[0] if sizes else resized_shape(*shape, resolution)
+        height, width = image.shape[:2] if image is not None else (resolution, resolution)
+        size = sizes[0] if sizes else resized_shape(height, width, resolution)
         if size[0] * size[1] * count > _MOST_PICTURES * self.context.largest**2:
             raise ValueError(f"{count} pictures of {size[1]} x {size[0]} pixels are too many at once")
         seed = data[self.seed]
@@ -406,7 +406,7 @@ class GenerateTab:
                 networks = unit.networks(bases[notes["base"]])
                 network = told["network"] if told["network"] in networks else next(iter(networks), None)
                 updates[unit.network] = gr.update(choices=networks, value=network)
-            if name not in dict(map(reversed, conditions.choices(ready=True))):
+            if name not in {known for _, known in conditions.choices(ready=True)}:
                 raise ValueError("this picture was made with a condition that is not known here")
             values = {**told["parameters"], "detect_resolution": told["detect_resolution"]}
             if name != conditions.READY:

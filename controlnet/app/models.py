@@ -168,7 +168,8 @@ class Models:
         first = [file for file in controls[:1] if file not in (None, base)]
         model = load_model(str(base), list(map(str, first)), None, home, self.dtype, steered=False)
         for file in controls[1:]:
-            add_control(model, file)
+            if file is not None:  # the first alone may be untrained
+                add_control(model, file)
         options = {"offload": True, "vae_tiles": True, "vae_one_at_a_time": True} if self.low_memory else {}
         # The page says itself which ControlNet is untrained.
         return ControlPipeline(model, device=self.device, warn_untrained=False, **options)

@@ -174,6 +174,8 @@ class TrainTab:
         catalogue = self.context.catalogue
         base = choose(catalogue.bases(), data[self.base], "a base model")
         report = catalogue.report(base)
+        if report is None:
+            raise ValueError(f"{data[self.base]} is no model that can be read")
         arguments = [f"config={report.config}", f"{'weights' if catalogue.has_control(base) else 'base'}={base}"]
         if data[self.data] != CIRCLES:
             arguments.append(f"data={choose(self.context.folders.pairs(), data[self.data], 'a folder of pairs')}")
@@ -246,7 +248,7 @@ class TrainTab:
             raise ValueError("no run is being trained")
         return _state_line(RunState("stopping"))
 
-    def _watch(self, name: str | None, seen: tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
+    def _watch(self, name: str | None, seen: tuple[Any, ...]) -> tuple[Any, ...]:
         """What is new of a run."""
         if name is None or name not in self.context.runs.names():
             return _state_line(None), None, None, ()

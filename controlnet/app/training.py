@@ -110,21 +110,22 @@ class Runs:
     def stop(self) -> str | None:
         """Let the active run finish its step, save and end; its name."""
         with self._lock:
-            name = self.active
-            if name is not None:
+            name, process = self.active, self._process
+            if name is not None and process is not None:
                 self._stopping = True
-                self._process.terminate()
+                process.terminate()
             return name
 
     def close(self) -> None:
         """Stop the active run and wait until it has saved."""
-        if self.stop() is None:
+        process = self._process
+        if self.stop() is None or process is None:
             return
         try:
-            self._process.wait(_PATIENCE)
+            process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # the last checkpoint is whole, whatever happens
-            self._process.wait()
+            process.kill()  # the last checkpoint is whole, whatever happens
+            process.wait()
 
     def state(self, name: str) -> RunState:
         """What a run is doing.
@@ -143,7 +144,7 @@ class Runs:
             state = "stopping" if self._stopping else "training" if trained else "preparing"
         elif run.is_finished(steps) and steps:
             state = "finished"
-        elif name == self._name and self._process.returncode not in (0, *_STOPPED):
+        elif name == self._name and self._process is not None and self._process.returncode not in (0, *_STOPPED):
             state = "failed"
         else:
             state = "stopped" if step else "new"

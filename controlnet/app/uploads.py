@@ -111,7 +111,7 @@ def guard_picture(component: gr.Image) -> gr.Image:
     def preprocess(payload: Any) -> np.ndarray | None:
         return _read(payload)
 
-    component.preprocess = preprocess
+    component.preprocess = preprocess  # type: ignore[method-assign]  # of this component alone
     return guard_addresses(component)
 
 
@@ -134,7 +134,7 @@ def guard_editor(component: gr.ImageEditor) -> gr.ImageEditor:
             "composite": _read(sent.composite),
         }
 
-    component.preprocess = preprocess
+    component.preprocess = preprocess  # type: ignore[method-assign,assignment]  # as above
     return guard_addresses(component)
 
 
