@@ -147,6 +147,8 @@ def _command(words: list[str], block: Block) -> Command | None:
 
         if not words or words[0].startswith("-"):
             return Command("controlnet.command", words)
+        if words[0].isupper():  # any of them
+            return None
         if words[0] not in SUBCOMMANDS:
             raise PageError(f"{block.place}: there is no subcommand {words[0]!r}")
         return Command(SUBCOMMANDS[words[0]].module, words[1:])
