@@ -284,6 +284,7 @@ class GenerateTab:
                     warning = _untrained(event.untrained, controls)
                     yield {self.status: _status(f"Step 0 of {steps}", (0, steps), warning)}
                 elif isinstance(event, Step):
+                    steps = max(steps, event.number)  # DDIM makes one more where the steps do not divide the schedule
                     text = f"Step {event.number} of {steps}"
                     preview = _enlarged(np.concatenate(list(event.preview), axis=1))
                     yield {self.status: _status(text, (event.number, steps), warning), self.result: preview}
