@@ -30,6 +30,7 @@ from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
 from cldm.arguments import check_numbers
 from cldm.checkpoint import identify
+from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
 from cldm.command import help_text, run_command
 from cldm.model import OPTIONAL, add_control, create_model, load_control, load_weights
@@ -281,7 +282,7 @@ def load_model(
     if has_control and not controls:
         return create_model(name, weights=weights).to(device=device, dtype=dtype).eval()
     model: ControlLDM = create_model(name)
-    load_weights(model, weights, optional=(*OPTIONAL, "control_model."))
+    load_weights(model, weights, optional=(*OPTIONAL, *SCHEDULE_KEYS, "control_model."))
     for number, file in enumerate(controls):
         (add_control if number else load_control)(model, file)
     return model.to(device=device, dtype=dtype).eval()

@@ -26,7 +26,7 @@ def choices(ready: bool = False) -> list[tuple[str, str]]:
     """Titles and names of all conditions; first those that need no weights."""
     records = sorted((describe(name) for name in list_annotators()), key=lambda info: (info.network, info.name))
     listed = [(f"{info.name}: {info.title}{' (needs weights)' if info.network else ''}", info.name) for info in records]
-    return [("a ready map: drawn here, or uploaded", READY), *listed] if ready else listed
+    return [("a ready map or drawing", READY), *listed] if ready else listed
 
 
 def versions(name: str) -> list[str]:

@@ -115,9 +115,12 @@ class ControlUnit:
         listen, shown = self.context.listen, self.parameters.components
         quick = {"show_progress": "hidden", "queue": False}
 
-        def on_condition(data: dict[Any, Any]) -> dict[Any, Any]:
-            updates = self.settings_for(data[self.condition], data[self.network], data[self.parameters.version])
+        def on_condition(data: dict[Any, Any], version: str | None = None) -> dict[Any, Any]:
+            updates = self.settings_for(data[self.condition], data[self.network], version)
             return updates | self._without_stale_map(data)
+
+        def on_version(data: dict[Any, Any]) -> dict[Any, Any]:
+            return on_condition(data, data[self.parameters.version])
 
         def on_network(data: dict[Any, Any]) -> dict[Any, Any]:
             name = _condition_in(data[self.network])
@@ -136,7 +139,7 @@ class ControlUnit:
         watched = {self.condition, self.network, self.parameters.version, self.picture}
         outputs = [*shown, self.note, self.map]
         listen(self.condition.input, on_condition, watched, outputs, **quick)
-        listen(self.parameters.version.input, on_condition, watched, outputs, **quick)
+        listen(self.parameters.version.input, on_version, watched, outputs, **quick)
         listen(self.network.input, on_network, watched, [*outputs, self.condition], **quick)
         for component in shown:
             if component is not self.parameters.version:

@@ -82,8 +82,15 @@ class DetectTab:
     def _connect(self) -> None:
         listen, shown = self.context.listen, self.parameters.components
         quick = {"show_progress": "hidden", "queue": False}
-        for event in (self.condition.input, self.parameters.version.input):
-            listen(event, self._on_condition, {self.condition, self.parameters.version}, [*shown, self.note], **quick)
+        outputs = [*shown, self.note]
+        listen(self.condition.input, self._on_condition, self.condition, outputs, **quick)
+        listen(
+            self.parameters.version.input,
+            self._on_condition,
+            [self.condition, self.parameters.version],
+            outputs,
+            **quick,
+        )
         inputs = {self.condition, self.picture, self.resolution, *shown}
         listen(self.detect.click, self._detect, inputs, self.map, concurrency_id="detect", concurrency_limit=2)
         inputs = {self.condition, self.folder, self.target, self.what, self.size, self.prompt, *shown}
@@ -101,9 +108,8 @@ class DetectTab:
     def _folders(self) -> Any:
         return gr.update(choices=list(self.context.folders.picture_folders()))
 
-    def _on_condition(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        name = data[self.condition]
-        updates = self.parameters.show(name, data[self.parameters.version])
+    def _on_condition(self, name: str, version: str | None = None) -> dict[Any, Any]:
+        updates = self.parameters.show(name, version)
         return {**dict(zip(self.parameters.components, updates, strict=True)), self.note: conditions.needs(name)}
 
     def _detect(self, data: Mapping[Any, Any]) -> np.ndarray:

@@ -39,7 +39,10 @@ class Gallery:
 
     def add(self, pictures: Pictures, notes: Mapping[str, Any]) -> list[Path]:
         """Keep pictures with their settings and what the page knows beside them."""
-        stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        now = time.time()
+        stem = (
+            f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{int(now * 1000) % 1000:03}-{secrets.token_hex(2)}"
+        )
         return pictures.save(self.folder / f"{stem}.png", notes={NOTES: dict(notes)})
 
     def files(self) -> list[Path]:

@@ -95,7 +95,7 @@ class GenerateTab:
                         self.seed = gr.Number(_RANDOM, label="Seed", precision=0, info="-1: a new one each time")
                     with gr.Row():
                         self.steps = gr.Slider(1, 150, 20, step=1, label="Steps")
-                        self.guidance = gr.Slider(1, 30, _guidance(side), step=0.5, label="Guidance scale")
+                        self.guidance = gr.Slider(1, 30, _guidance(side), step=0.5, label="Guidance")
                         self.eta = gr.Slider(0, 1, 0, step=0.1, label="Eta of DDIM")
                     with gr.Row():
                         self.resolution = gr.Slider(
@@ -117,7 +117,7 @@ class GenerateTab:
                 )
                 self.gallery = gr.Gallery(
                     label="Your pictures, the newest first", columns=4,
-                    fit_columns=False, height=320, object_fit="contain", allow_preview=True,
+                    fit_columns=False, height=250, object_fit="contain", allow_preview=True,
                     preview=False, interactive=False, buttons=["download"], elem_id="gallery",
                 )  # fmt: skip
                 with gr.Row():
@@ -284,6 +284,7 @@ class GenerateTab:
                     warning = _untrained(event.untrained, controls)
                     yield {self.status: _status(f"Step 0 of {steps}", (0, steps), warning)}
                 elif isinstance(event, Step):
+                    steps = max(steps, event.number)  # DDIM makes one more where the steps do not divide the schedule
                     text = f"Step {event.number} of {steps}"
                     preview = _enlarged(np.concatenate(list(event.preview), axis=1))
                     yield {self.status: _status(text, (event.number, steps), warning), self.result: preview}

@@ -39,7 +39,7 @@ class ModelsTab:
                 with gr.Row():
                     self.look = gr.Button("What is it?", min_width=100, elem_id="what-is-it")
                     self.load = gr.Button("Load it", min_width=100)
-                    self.refresh_lists = gr.Button("Look for new files", min_width=100)
+                    self.refresh_lists = gr.Button("Refresh", min_width=100)
                 with gr.Accordion("Add a ControlNet to it, to be trained", open=False):
                     self.control_from = gr.Dropdown([_NONE, *names], value=_NONE, label="Start from the ControlNet of",
                                                     info="none: copies of the base's encoder and new zero convolutions")  # fmt: skip

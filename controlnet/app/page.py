@@ -24,8 +24,10 @@ CSS = """
 .status progress::-moz-progress-bar { background: var(--color-accent); }
 .warning { margin-top: 6px; padding: 8px 12px; border-radius: 8px; background: #fef3c7; color: #78350f; }
 .last-line { margin-top: 4px; font-size: 0.85em; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.report, .report tr, .report td { border: 0 !important; }
 .report { width: 100%; border-collapse: collapse; }
-.report td { padding: 6px 10px; border-bottom: 1px solid var(--border-color-primary); vertical-align: top; overflow-wrap: anywhere; }
+.report td { padding: 6px 10px; vertical-align: top; overflow-wrap: anywhere; }
+.report tr:not(:last-child) td { border-bottom: 1px solid var(--border-color-primary) !important; }
 .report td:first-child { width: 110px; color: var(--body-text-color-subdued); }
 footer { display: none !important; }
 """

@@ -149,6 +149,9 @@ def test_what_cannot_work_is_a_message(tab, data, photo, changes, message):
     for name, value in changes.items():
         owner = tab.units[0] if name.startswith("units.0.") else tab
         data[getattr(owner, name.split(".")[-1])] = value
+    if data[tab.units[0].condition] == "inpaint":
+        updates = tab.units[0].settings_for("inpaint", OWN)
+        data |= {component: updates[component].get("value") for component in tab.units[0].parameters.components}
     with pytest.raises(ValueError, match=message):
         run(tab, data)
 

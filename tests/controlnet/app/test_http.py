@@ -114,6 +114,7 @@ def test_a_name_that_is_not_in_the_list_opens_nothing(client, config, site):
     ):
         told = call(client, look["id"], [name])
         assert '"success": false' in told or '"success":false' in told
+        told = told.replace(str(name), "")  # what was asked for may be in the answer
         assert str(site.root) not in told and SECRET not in told and "Traceback" not in told
 
 

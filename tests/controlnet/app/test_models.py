@@ -89,9 +89,9 @@ def test_choices_that_the_lists_do_not_have(models, base, controls):
 
 def test_a_run_tells_its_steps_and_can_be_stopped(models):
     hint = np.zeros((64, 64, 3), np.uint8)
-    arguments = {"hint": hint, "prompt": "", "steps": 3, "seed": 1}
+    arguments = {"hint": hint, "prompt": "", "steps": 4, "seed": 1}
     events = list(sample(models.use(STEERED, [OWN]), arguments, threading.Event()))
-    assert isinstance(events[0], Begun) and [event.number for event in events[1:-1]] == [1, 2, 3]
+    assert isinstance(events[0], Begun) and [event.number for event in events[1:-1]] == [1, 2, 3, 4]
     assert isinstance(events[1], Step) and events[1].preview.shape == (1, 8, 8, 3)
     with models.use(STEERED, [OWN]) as pipeline:
         assert np.array_equal(events[-1], pipeline(**arguments))

@@ -22,9 +22,7 @@ pytestmark = pytest.mark.skipif(VARIABLE not in os.environ, reason=f"{VARIABLE} 
 def page(browser, folder):
     """A page whose server has the trained run."""
     run = Path(os.environ[VARIABLE]).absolute()
-    shutil.copytree(
-        run, folder / "runs" / "tutorial", ignore=shutil.ignore_patterns("checkpoints", "tensorboard", ".*")
-    )
+    shutil.copytree(run, folder / "runs" / "tutorial", ignore=shutil.ignore_patterns("tensorboard", ".*"))
     with site_in(folder) as site:
         context = browser.new_context(viewport={"width": 1400, "height": 900})
         opened = Page(context, site.url)
