@@ -7,7 +7,7 @@
     pictures = pipeline(hint, "a bird", steps=20, seed=1)  # uint8 (N, H, W, 3)
     pictures.save("bird.png")
 
-Hints and pictures come in through `cldm.inputs`, results go out as `cldm.results.Pictures`; sampling itself is ldm's and `cldm.control`'s.
+Hints and pictures come in through `cldm.inputs`, results go out as `cldm.results.Pictures`; sampling itself is ldm's and `cldm.guidance`'s.
 
 Shapes: N pictures, C channels, H W pixels, h w the latent, K ControlNets.
 """
