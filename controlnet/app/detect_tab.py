@@ -15,6 +15,7 @@ from controlnet.app import conditions, lifeline
 from controlnet.app.conditions import Chosen, ParameterControls
 from controlnet.app.context import Context
 from controlnet.app.files import choose, new_name
+from controlnet.app.sampling import Stops
 from controlnet.app.uploads import guard_picture
 
 MAPS, PAIRS = "maps alone", "pairs to train on"
@@ -25,7 +26,7 @@ class DetectTab:
     """The tab's components and what they do."""
 
     def __init__(self, context: Context) -> None:
-        self.context = context
+        self.context, self.stops = context, Stops()
         with gr.Row():
             with gr.Column(scale=1):
                 self.condition = gr.Dropdown(conditions.choices(), value="canny", label="Condition")
@@ -94,12 +95,11 @@ class DetectTab:
         inputs = {self.condition, self.picture, self.resolution, *shown}
         listen(self.detect.click, self._detect, inputs, self.map, concurrency_id="detect", concurrency_limit=2)
         inputs = {self.condition, self.folder, self.target, self.what, self.size, self.prompt, *shown}
-        running = listen(
+        listen(
             self.run.click, self._run, inputs, [self.progress, self.examples], concurrency_id="folder", concurrency_limit=1,
             show_progress="hidden",
         )  # fmt: skip
-        stopped = "Stopped. Started again, it goes on where it was."
-        listen(self.stop.click, lambda: stopped, None, self.progress, cancels=[running], show_progress="hidden")
+        listen(self.stop.click, self._stop, None, None, **quick)
 
     def connect_page(self, page: gr.Blocks) -> None:
         """Show the folders as they are when the page opens."""
@@ -119,7 +119,10 @@ class DetectTab:
         chosen = self.parameters.read(data[self.condition], data)
         return self.context.detectors.make_hint(chosen, data[self.picture], resolution).shown
 
-    def _run(self, data: Mapping[Any, Any]) -> Iterator[dict[Any, Any]]:
+    def _stop(self, request: gr.Request) -> None:
+        self.stops.set(request.session_hash or "")
+
+    def _run(self, data: Mapping[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Let the command do it, and show how far it is; it goes on where it was when it is started again."""
         source = choose(self.context.folders.picture_folders(), data[self.folder], "a folder of pictures")
         target = self.context.folders.data[0] / new_name(data[self.target], "the new folder")
@@ -130,21 +133,26 @@ class DetectTab:
             arguments += ["--size", str(int(data[self.size] or 512))]
             arguments += [f"--prompt={data[self.prompt]}"] if data[self.prompt] else []
         made = target / "source" if pairs else target
+        stop = self.stops.new(request.session_hash or "")
         with tempfile.TemporaryFile() as log:
             module = "tutorial_dataset" if pairs else "annotator"
             process = lifeline.start(module, arguments, stdout=subprocess.DEVNULL, stderr=log)
             try:
-                while process.poll() is None:
+                while process.poll() is None and not stop.is_set():
                     yield {self.progress: f"{_count(made)} of {total} pictures"}
                     time.sleep(_POLL)
             finally:
                 if process.poll() is None:
                     process.terminate()
                 process.wait()
+                self.stops.done(request.session_hash or "", stop)
             log.seek(0)
             complaints = [
                 line.partition(": ")[2] or line for line in log.read().decode("utf-8", "replace").splitlines() if line
             ]
+        if stop.is_set():
+            yield {self.progress: "Stopped. Started again, it goes on where it was."}
+            return
         if process.returncode == 2:
             raise ValueError(complaints[-1] if complaints else "the pictures could not be made")
         text = f"{_count(made)} of {total} pictures are in {target.name}."

@@ -149,12 +149,12 @@ class GenerateTab:
         listen(self.use.input, _DENOISE.__getitem__, self.use, self.denoise, **quick)
         chosen = [self.resolution, self.guidance, *(part for unit in self.units for part in (unit.network, unit.note))]
         listen(self.base.input, self._on_base, {self.base, *(unit.condition for unit in self.units)}, chosen, **quick)
-        running = listen(
+        listen(
             self.generate.click, self._generate, {*self._settings(), self.visitor},
             [self.status, self.result, self.gallery, self.files, *(unit.map for unit in self.units)],
             show_progress_on=self.status, show_progress="minimal", concurrency_id=MODEL_QUEUE, concurrency_limit=1,
         )  # fmt: skip
-        listen(self.stop.click, self._stop, None, self.status, cancels=[running], show_progress="hidden", queue=False)
+        listen(self.stop.click, self._stop, None, self.status, **quick)
         listen(self.gallery.select, self._select, [self.files, self.visitor], [self.selected, self.details], **quick)
         inputs = [self.files, self.selected, self.visitor]
         restored = [component for component in self._settings() if component not in self._pictures()]
@@ -306,7 +306,7 @@ class GenerateTab:
 
     def _stop(self, request: gr.Request) -> Any:
         stopped = self.context.stops.set(request.session_hash or "")
-        return _status("Stopped." if stopped else "Nothing was running.")
+        return _status("Stopping ..." if stopped else "Nothing is running.")
 
     def _notes(self, data: Mapping[Any, Any], controls: list[Control]) -> dict[str, Any]:
         """What a picture's file tells beside the pipeline's settings, so that the page can be set up as it was."""

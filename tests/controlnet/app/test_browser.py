@@ -360,7 +360,7 @@ def test_training_is_watched_stopped_and_gone_on_with(page, site):
     page.click("Other settings")
     page.tab.locator("#other-settings textarea").fill("out=/tmp/elsewhere")
     page.tab.click("#start-training")
-    page.wait_message("out has a field of its own")
+    page.wait_message("has a field of its own")
     page.tab.locator("#other-settings textarea").fill(
         "accelerator=cpu\npictures=2\nsample_steps=2\nheld_out=4\nsave_every=1000"
     )
