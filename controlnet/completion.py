@@ -35,8 +35,9 @@ def completion(shell: str) -> str:
             )
             _add_conditions(command, ((known, photos_parser(known)) for known in CONDITIONS))
         else:
-            parents = [] if name == "app" else [importlib.import_module(subcommand.module).build_parser()]
-            commands.add_parser(name, help=subcommand.summary, parents=parents, add_help=not parents)
+            module = "controlnet.app.command" if name == "app" else subcommand.module
+            parents = [importlib.import_module(module).build_parser()]
+            commands.add_parser(name, help=subcommand.summary, parents=parents, add_help=False)
     _complete_files(parser)
     return shtab.complete(parser, shell)
 
