@@ -122,7 +122,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def wait_until(is_so, seconds: float = 30) -> None:
+def wait_until(is_so, seconds: float = 60) -> None:
     """Wait for a condition; fail when it does not come true."""
     end = time.monotonic() + seconds
     while not is_so():
@@ -130,7 +130,7 @@ def wait_until(is_so, seconds: float = 30) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop would be in the way of other modules' own
 def browser():
     """A headless Chromium of this machine."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the tests of the page need playwright")
