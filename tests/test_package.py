@@ -119,11 +119,13 @@ codes = []
 for argv in json.loads(sys.argv[1]):
     print("##", *argv, flush=True)
     codes.append(main(argv))
-outside = [name for name, m in sys.modules.items() if Path(getattr(m, "__file__", None) or site).is_relative_to(root)]
+files = {{name: Path(getattr(m, "__file__", None) or site) for name, m in sys.modules.items()}}
+libraries = Path(sys.prefix)  # an environment may lie in the checkout
+outside = [name for name, f in files.items() if f.is_relative_to(root) and not f.is_relative_to(libraries)]
 print("RESULT", json.dumps([codes, outside]))
 """
     done = subprocess.run(
-        [sys.executable, "-P", "-c", driver, json.dumps(commands)],
+        [sys.executable, "-c", driver, json.dumps(commands)],
         cwd=tmp_path, capture_output=True, text=True, timeout=200,
         env={**os.environ, "PYTHONPATH": str(installed)},
     )  # fmt: skip
