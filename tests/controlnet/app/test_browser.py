@@ -243,6 +243,7 @@ def test_stop_and_reload_while_sampling_leave_a_page_that_works(page, site, pict
     page.wait("#status", "Step 2")
     page.tab.click("#stop")
     page.wait("#status", "Stopped.")
+    page.tab.wait_for_timeout(1000)  # Gradio takes no second press of a button before the first one's run has ended
     page.tab.click("#generate")
     page.wait("#status", "Step 2")
     page.tab.reload()
@@ -250,6 +251,7 @@ def test_stop_and_reload_while_sampling_leave_a_page_that_works(page, site, pict
     assert made(site, before) == []
     begun = time.monotonic()
     set_up(page, steps=2)
+    page.upload("#picture-1", picture)
     page.generate()  # nobody samples the 150 steps to their end first
     assert time.monotonic() - begun < 40
     assert len(made(site, before)) == 1
