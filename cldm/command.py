@@ -6,12 +6,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cldm.data.pairs import DataError
 from cldm.terminal import fail, show
 from ldm.files import CheckpointError
 from ldm.util import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 # What the user can mend. Any other error is a defect, of this library or another one, and keeps its traceback.
 MISTAKES = (ConfigError, DataError, CheckpointError, OSError)
@@ -38,6 +41,20 @@ def help_text(text: str | None, own: str, program: str) -> str:
     """
     text = text or ""
     return text if program == own else text.replace(f"python {own}", program).replace(own, program)
+
+
+def device_option(name: str | None) -> "torch.device":
+    """The device that an option names; the best one of this machine without it.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    from annotator.network import choose_device
+
+    try:
+        return choose_device(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 class Stopped(BaseException):

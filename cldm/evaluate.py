@@ -25,7 +25,7 @@ from cldm.checkpoint import identify
 from cldm.checkpoint.names import CONTROL_PREFIX
 from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
-from cldm.command import Parser, help_text, run_command
+from cldm.command import Parser, device_option, help_text, run_command
 from cldm.data.pairs import PairDataset
 from cldm.evaluation import CONDITIONS, Fidelity, Sampling, Score, fill_samples, fill_score, generate, save_comparison
 from cldm.files import write_whole
@@ -48,7 +48,7 @@ def evaluate(a: argparse.Namespace) -> dict[str, Any]:
         if getattr(a, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(a, name)}")
     hints, targets, prompts, numbers, pairs = held_out(a.folder, a.pairs)
-    device = _device(a.device)
+    device = device_option(a.device)
     score = make_score(a, hints, targets, pairs)
     model = load_model(a.checkpoint, a.base, a.config).to(device).eval()
     sampling = Sampling(a.steps, a.guidance_scale, a.seed, a.batch_size)
@@ -146,15 +146,6 @@ def load_model(checkpoint: str, base: str, config: str) -> ControlLDM:
     load_weights(model, base, (*OPTIONAL, CONTROL_PREFIX, *SCHEDULE_KEYS))
     load_control(model, checkpoint)
     return model
-
-
-def _device(name: str | None) -> torch.device:
-    from annotator.network import choose_device
-
-    try:
-        return choose_device(name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 # -- quality: optional, as it needs weights of its own -----------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cldm.data.checking import ReplaceBroken, Selected, checked, name_of
@@ -17,7 +16,7 @@ from cldm.data.pairs import DataError, Items, SizedItems
 from cldm.data.shards import ShardStream, decode, read_samples
 from cldm.files import locked, write_whole
 from cldm.training.batches import RunBatches
-from cldm.training.engine import leave_signals_to_the_parent, make_loader
+from cldm.training.engine import make_loader
 from ldm.util import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -100,14 +99,7 @@ class TrainingData:
         pin_memory = trainer.strategy.root_device.type == "cuda"
         if self.shards:
             stream = ShardStream(self.shards, batch_size, seed, trainer.global_rank, trainer.world_size, start)
-            return DataLoader(
-                stream,
-                batch_size=None,
-                num_workers=workers,
-                pin_memory=pin_memory,
-                generator=torch.Generator(),
-                worker_init_fn=leave_signals_to_the_parent,
-            )
+            return make_loader(stream, None, workers, pin_memory)
         sizes = self.pairs.sizes()[: self.trained]
         batches = RunBatches(sizes, batch_size, total, seed, trainer.global_rank, trainer.world_size, start)
         data = ReplaceBroken(Selected(self.pairs, range(self.trained)), sizes)

@@ -101,11 +101,16 @@ def _strategy(name: str, processes: int) -> Any:
     )
 
 
-def make_loader(data: Dataset, batches: Sampler[list[int]], workers: int, pin_memory: bool) -> DataLoader:
-    """Loads the batches of a run; what a worker process draws at random depends on nothing but its number."""
+def make_loader(data: Dataset, batches: Sampler[list[int]] | None, workers: int, pin_memory: bool) -> DataLoader:
+    """Loads the batches of a run; what a worker process draws at random depends on nothing but its number.
+
+    Args:
+        batches: numbers of the pairs of each batch; None where `data` is a stream that gives batches itself.
+    """
+    batching: dict[str, Any] = {"batch_size": None} if batches is None else {"batch_sampler": batches}
     return DataLoader(
         data,
-        batch_sampler=batches,
+        **batching,
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from annotator.detector import import_extra
+from annotator.detector import first_line, import_extra
 from cldm.prompts import Captioner
 from controlnet.app.files import Folders
 
@@ -42,8 +42,7 @@ def load_captioner(folder: Path) -> Captioner:
         processor = transformers.BlipProcessor.from_pretrained(folder, **options)
         network = transformers.BlipForConditionalGeneration.from_pretrained(folder, use_safetensors=True, **options)
     except Exception as error:  # of several libraries, all about what the folder holds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder} holds no captioner that can be used: {reason}") from error
+        raise ValueError(f"{folder} holds no captioner that can be used: {first_line(error)}") from error
     network.eval()
 
     def caption(picture: np.ndarray) -> str:

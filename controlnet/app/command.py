@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from annotator.options import Parser
-from cldm.command import run_command
+from cldm.command import Parser, device_option, run_command
 from cldm.terminal import show
 from ldm.util import ConfigError
 
@@ -32,7 +31,7 @@ _EXAMPLES = """examples:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=PROGRAM, description="Generate, detect, look at models and train in a browser.", epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        allow_abbrev=False,
     )  # fmt: skip
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine alone)")
@@ -94,7 +93,6 @@ def make_context(options: argparse.Namespace) -> Any:
     """What the page works with, from the options."""
     import torch
 
-    from annotator.network import choose_device
     from controlnet.app.conditions import Detectors
     from controlnet.app.context import Context
     from controlnet.app.files import Folders
@@ -105,7 +103,7 @@ def make_context(options: argparse.Namespace) -> Any:
     folders = Folders(
         tuple(options.models or plain.models), tuple(options.data or plain.data), options.runs, options.outputs
     )
-    catalogue, device = Catalogue(folders), choose_device(options.device)
+    catalogue, device = Catalogue(folders), device_option(options.device)
     models = Models(catalogue, device, getattr(torch, options.dtype), options.keep, options.low_memory)
     return Context(folders, catalogue, models, Detectors(options.device), Runs(folders.runs), options.largest)
 
@@ -159,9 +157,5 @@ def launch(context: Any, options: argparse.Namespace) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the web page; 0, or 2 for a mistake, 130 after Ctrl-C, 143 after SIGTERM."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    return run_command(
-        PROGRAM,
-        lambda: serve(build_parser().parse_args(argv)),
-        interrupted="ended; training, if there was any, is saved",
-        mistakes=(ValueError, OSError),
-    )
+    options = build_parser().parse_args(argv)
+    return run_command(PROGRAM, lambda: serve(options), interrupted="ended; training, if there was any, is saved")

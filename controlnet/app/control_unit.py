@@ -207,7 +207,11 @@ def drawn(value: Mapping[str, Any] | None) -> np.ndarray | None:
 def start_of(value: Mapping[str, Any] | None) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Picture (H, W, 3) and painted mask (H, W), uint8, of an editor; None for what is not there."""
     background = value["background"] if value else None
-    if value is None or background is None or (background.ndim == 3 and background.shape[2] == 4 and not background[:, :, 3].any()):
+    if (
+        value is None
+        or background is None
+        or (background.ndim == 3 and background.shape[2] == 4 and not background[:, :, 3].any())
+    ):
         return None, None
     picture = HWC3(background)
     mask = np.zeros(picture.shape[:2], np.uint8)
