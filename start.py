@@ -23,6 +23,9 @@ PYTHON = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python
 # Says that this script made the environment. Once it is installed, it also says for what, and with which extras.
 STAMP = ENVIRONMENT / "made_for"
 EXTRAS = {"train": "", "app": "app", "test": "test"}
+# Test files run side by side; a few, as some take several gigabytes.
+PROCESSORS = os.cpu_count() or 1
+WORKERS = min(PROCESSORS, 4)
 
 
 def prepare(extra: str) -> None:
@@ -81,7 +84,11 @@ def main(argv: list[str]) -> int:
     commands = {
         "train": [["tutorial_train.py", *argv[1:]]],
         "app": [["-m", "controlnet", "app", *argv[1:]]],
-        "test": [["-m", "ruff", "check", "."], ["-m", "mypy"], ["-m", "pytest", *argv[1:]]],
+        "test": [
+            ["-m", "ruff", "check", "."],
+            ["-m", "mypy"],
+            ["-m", "pytest", "-n", str(WORKERS), "--dist", "loadfile", *argv[1:]],
+        ],
     }
     if not argv or argv[0] not in commands:
         print(__doc__)
@@ -97,6 +104,8 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if argv[0] == "test":
+        os.environ.setdefault("OMP_NUM_THREADS", str(PROCESSORS // WORKERS))
     for command in commands[argv[0]]:
         code = subprocess.run([PYTHON, *command], cwd=ROOT).returncode
         if code:

@@ -2,10 +2,10 @@
 
     python tool_train_tiny.py [key=value ...]
 
-Everything is drawn on the fly by the Fill generator; nothing is downloaded. `--help` lists the settings. The stages are kept
-under `work`, so that an interrupted run goes on where it stopped when started again. The base that this project ships,
-models/cldm_tiny.safetensors, was made by this script, and its metadata says with which settings; a new one is written to
-runs/train_tiny and takes its place when it is copied over it.
+Everything is drawn on the fly: circles to fill, scenes of shapes, and for the autoencoder pictures that resemble photographs. Nothing
+is downloaded. `--help` lists the settings. The stages are kept under `work`, so that an interrupted run goes on where it stopped when
+started again. The base that this project ships, models/cldm_tiny.safetensors, was made by this script, and its metadata says with
+which settings; a new one is written to runs/train_tiny and takes its place when it is copied over it.
 """
 
 import json
@@ -24,7 +24,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.command import run_command
 from cldm.config import load_config, override
-from cldm.data.fill import PALETTES, describe_fill, draw_fill
+from cldm.data.fill import PALETTES, draw_fill
+from cldm.data.leaves import draw_leaves
+from cldm.data.scenes import describe_scene, draw_scene
 from cldm.settings import check_counts, explain, is_continued, setting, write_settings
 from cldm.training.engine import make_trainer
 from ldm.files import check_output, read_state_dict, write_weights
@@ -47,14 +49,14 @@ class Settings:
     palette: str = setting("clear", "colours that the prompts name")
     seed: int = setting(0, "of pictures, weights and noise")
     # Colours are learnt cheaply at half the size.
-    vae_half_steps: int = setting(3000, "of the autoencoder at half the size with twice the batch")
-    vae_steps: int = setting(2500, "of the autoencoder at the whole size")
+    vae_half_steps: int = setting(1500, "of the autoencoder at half the size with twice the batch")
+    vae_steps: int = setting(4000, "of the autoencoder at the whole size")
     vae_batch: int = setting(16, "pictures a step")
     vae_lr: float = setting(6e-4, "learning rate")
     vae_kl_weight: float = setting(0.02, "of the divergence from a normal distribution, beside the reconstruction")
     vae_precision: str = setting("bf16-mixed", "on processors without bf16 instructions 32-true is faster")
-    latents: int = setting(40000, "pictures encoded for the second stage")
-    unet_steps: int = setting(4000, "of UNet and text encoder")
+    latents: int = setting(48000, "pictures encoded for the second stage")
+    unet_steps: int = setting(7000, "of UNet and text encoder")
     unet_batch: int = setting(32, "latents a step")
     unet_lr: float = setting(6e-4, "learning rate")
     unet_precision: str = setting("32-true", "or bf16-mixed, 16-mixed")
@@ -63,8 +65,28 @@ class Settings:
     threads: int = setting(0, "of torch; 0 leaves its choice")
 
 
-class FillPictures(IterableDataset):
-    """An endless stream of targets, `{"image": (size, size, 3) float32 in [-1, 1]}`, from picture number `start` on."""
+def draw_for_autoencoder(index: int, size: int, settings: Settings) -> np.ndarray:
+    """Picture number `index`, uint8 (size, size, 3): of five, one of circles, two scenes, and two that resemble photographs."""
+    palette = PALETTES[settings.vae_palette]
+    if index % 5 == 0:
+        return draw_fill(index, size, settings.seed, palette).target
+    if index % 5 < 3:
+        return draw_scene(describe_scene(index, settings.seed, palette), size)
+    return draw_leaves(index, size, settings.seed)
+
+
+def draw_with_prompt(index: int, settings: Settings) -> tuple[np.ndarray, str]:
+    """Picture number `index`, uint8 (size, size, 3), and its prompt: of four, one of circles and three scenes, one in all colours."""
+    palette = PALETTES[settings.palette]
+    if index % 4 == 0:
+        sample = draw_fill(index, settings.size, settings.seed, palette)
+        return sample.target, sample.prompt
+    scene = describe_scene(index, settings.seed, PALETTES[settings.vae_palette] if index % 4 == 1 else palette)
+    return draw_scene(scene, settings.size), scene.prompt
+
+
+class Pictures(IterableDataset):
+    """An endless stream of pictures, `{"image": (size, size, 3) float32 in [-1, 1]}`, from number `start` on."""
 
     def __init__(self, settings: Settings, size: int, start: int) -> None:
         self.settings = settings
@@ -74,8 +96,8 @@ class FillPictures(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         index = self.start
         while True:
-            sample = draw_fill(index, self.size, self.settings.seed, PALETTES[self.settings.vae_palette])
-            yield {"image": torch.from_numpy(sample.target.astype(np.float32) / 127.5 - 1)}
+            picture = draw_for_autoencoder(index, self.size, self.settings)
+            yield {"image": torch.from_numpy(picture.astype(np.float32) / 127.5 - 1)}
             index += 1
 
 
@@ -155,7 +177,7 @@ def train_autoencoder(config: dict, settings: Settings) -> AutoencoderKL:
         model.scheduler_config = warm_up_cosine(steps)
         fit(
             model,
-            FillPictures(settings, size, start),
+            Pictures(settings, size, start),
             batch,
             steps,
             settings.vae_precision,
@@ -170,19 +192,17 @@ def cache_latents(autoencoder: AutoencoderKL, settings: Settings) -> tuple[Tenso
     """Posterior means and deviations, (N, 4, h, w) each, and prompts of `settings.latents` pictures."""
     path = Path(settings.work) / "latents.safetensors"
     numbers = range(3_000_000, 3_000_000 + settings.latents)
-    palette = PALETTES[settings.palette]
     if not path.is_file():
         means, stds = [], []
         for start in range(0, settings.latents, 100):
-            targets = [draw_fill(i, settings.size, settings.seed, palette).target for i in numbers[start : start + 100]]
+            targets = [draw_with_prompt(i, settings)[0] for i in numbers[start : start + 100]]
             images = torch.from_numpy(np.stack(targets).astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
             posterior = autoencoder.encode(images.to(autoencoder.device))
             means.append(posterior.mean.cpu())
             stds.append(posterior.std.cpu())
         write_weights(path, {"mean": torch.cat(means), "std": torch.cat(stds)}, progress=False)
     cached = read_state_dict(path)
-    prompts = [describe_fill(i, settings.seed, palette)[0] for i in numbers]
-    return cached["mean"], cached["std"], prompts
+    return cached["mean"], cached["std"], [draw_with_prompt(i, settings)[1] for i in numbers]
 
 
 def train_diffusion(
@@ -230,7 +250,7 @@ def write_base(
     entries = {k: v for k, v in diffusion.state_dict().items() if k.startswith(("model.", "cond_stage_model."))}
     entries |= {f"first_stage_model.{k}": v for k, v in autoencoder.state_dict().items() if not k.startswith("loss.")}
     provenance = {
-        "title": "tiny base of circles, trained by this project on generated pictures",
+        "title": "tiny base of circles and scenes of shapes, trained by this project on generated pictures",
         "command": "python " + " ".join([Path(__file__).name, *sys.argv[1:]]),
         "settings": json.dumps(asdict(settings)),
         "scale_factor": f"{scale:.5f}",

@@ -1,12 +1,14 @@
 """The training data: MyDataset reads image pairs; as a script, this file makes them, drawn or from photographs.
 
     python tutorial_dataset.py --out training/fill50k --count 50000 --size 512
+    python tutorial_dataset.py --task segments --out training/scenes --count 5000
     python tutorial_dataset.py canny training/photos training/photos-canny --size 512
     python tutorial_dataset.py --check training/photos-canny
 
-The first command draws a Fill set: circles to fill, with both colours in the prompt. The second makes the condition of every
-picture in a folder: `tutorial_dataset.py CONDITION --help` shows the options of each. Both go on where they were when they are
-started again. The third reads every pair of a data folder, or every sample of shards, as training would.
+The first command draws a Fill set: circles to fill, with both colours in the prompt. The second draws scenes of shapes with another
+kind of hint. The third makes the condition of every picture in a folder: `tutorial_dataset.py CONDITION --help` shows the options
+of each. All three go on where they were when they are started again. The last one reads every pair of a data folder, or every sample
+of shards, as training would.
 Exit status: 0, 1 if pictures failed or pairs cannot be used (the rest is done), 2 for a mistake in the command, 130 after Ctrl-C.
 """
 
@@ -35,10 +37,19 @@ from cldm.data.photos import (
     settings_of,
     write_pair,
 )
+from cldm.data.scenes import generate_scenes
 from cldm.data.shards import check_shards, find_shards
 from cldm.terminal import fail
 
 PROGRAM = "tutorial_dataset.py"
+# What can be drawn.
+TASKS = {
+    "fill": "circles to fill",
+    "shapes": "the outline of one shape",
+    "lines": "outlines in a scene of up to three shapes",
+    "segments": "a colour for each kind of shape in a scene",
+    "depth": "nearer shapes are brighter",
+}
 # A hole's -1 cannot be stored in a picture file; masks belong into the training loop.
 CONDITIONS = [name for name in list_annotators() if name != "inpaint"]
 
@@ -55,13 +66,16 @@ class MyDataset(PairDataset):
 
 
 def fill_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """The command line for a Fill set, and the help for all three."""
+    """The command line for pairs that are drawn, and the help for all of them."""
     parser = Parser(
         prog=program,
         description=help_text(__doc__, PROGRAM, program),
         epilog=f"{program} CONDITION PHOTOS OUT makes a set from pictures. CONDITION is one of\n"
         f"{fill(', '.join(CONDITIONS), 100)}.\n{program} --check DATA looks for pairs that cannot be used.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--task", default="fill", choices=list(TASKS), help="; ".join(f"{name}: {task}" for name, task in TASKS.items())
     )
     parser.add_argument("--out", default="./training/fill50k/", help="folder to write (default: %(default)s)")
     parser.add_argument("--count", type=int, default=50_000, help="number of pairs (default: %(default)s)")
@@ -71,7 +85,7 @@ def fill_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         "--palette", default="web", choices=list(PALETTES), help="colours to use (default: %(default)s)"
     )
     parser.add_argument("--workers", type=int, help="threads (default: one for each processor)")
-    parser.set_defaults(run=make_fill)
+    parser.set_defaults(run=draw_pairs)
     return parser
 
 
@@ -139,9 +153,15 @@ def check_data(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def make_fill(options: argparse.Namespace) -> int:
-    """Draw a Fill set."""
-    listing = generate_fill(options.out, options.count, options.size, options.seed, options.palette, options.workers)
+def draw_pairs(options: argparse.Namespace) -> int:
+    """Draw a Fill set, or scenes."""
+    common = (options.out, options.count, options.size, options.seed, options.palette)
+    if options.task == "fill":
+        listing = generate_fill(*common, workers=options.workers)
+    elif options.task == "shapes":
+        listing = generate_scenes(*common, hint="lines", most=1, plain=True, workers=options.workers)
+    else:
+        listing = generate_scenes(*common, hint=options.task, workers=options.workers)
     print(f"{options.count} pairs are in {listing.parent}")
     return 0
 

@@ -1,8 +1,8 @@
 """How well pictures follow their hints: made for held-out hints and prompts, and compared with what was asked for.
 
 For a condition of `annotator/`, its own detector is run on the generated picture, and what it finds is compared with the hint
-("Canny F1", "depth RMSE", ...: as in ControlNet++, Li et al. 2024, section 4.1). For circles to fill, the painted circle is
-compared with the hint's. A score is a function of the pictures, so that training, scripts and notebooks share it.
+("Canny F1", "depth RMSE", ...: as in ControlNet++, Li et al. 2024, section 4.1). Pairs that were drawn are compared with what was
+drawn: circles to fill, and scenes of shapes. A score is a function of the pictures, so that training, scripts and notebooks share it.
 
 Shapes: N pictures, H W pixels.
 """
@@ -20,7 +20,8 @@ from tqdm import tqdm
 from cldm.cldm import ControlLDM
 from cldm.data.fill import FillSample
 from cldm.data.pairs import Pair, read_rgb
-from cldm.data.score import FillScore, fill_geometry, parse_prompt, score_fill
+from cldm.data.scenes import Scene, read_scenes, score_scenes
+from cldm.data.score import fill_geometry, parse_prompt, score_fill
 from cldm.pictures import grid, save_png, to_uint8
 from cldm.pipeline import ControlPipeline
 from ldm.util import ConfigError, log_txt_as_img
@@ -208,14 +209,15 @@ COMPARISONS: Mapping[str, Comparison] = {
     "normalbae": _RMSE,
     "seg": _MIOU,
 }
-CONDITIONS = ("fill", *COMPARISONS, "openpose")
+DRAWN = ("fill", "scenes")  # by `tutorial_dataset.py`, whose files say what was drawn
+CONDITIONS = (*DRAWN, *COMPARISONS, "openpose")
 
 
 class Fidelity:
     """A score: a condition's detector is run on pictures, and what it finds is compared with the hints.
 
     Args:
-        condition: one of `CONDITIONS` but "fill".
+        condition: one of `CONDITIONS`, without those of `DRAWN`.
         hints: uint8 (N, H, W, 3), as the data folder holds them.
         targets: the pictures that the hints were made from, uint8 (N, H, W, 3); poses are looked for there too, as a drawn
             skeleton does not tell its joints.
@@ -241,7 +243,7 @@ class Fidelity:
     ) -> None:
         from annotator import describe, load
 
-        if condition not in CONDITIONS or condition == "fill":
+        if condition not in CONDITIONS or condition in DRAWN:
             raise ConfigError(f"there is no score for the condition {condition!r}; there are: {', '.join(CONDITIONS)}")
         posed = targets if condition == "openpose" else ()  # what poses are looked for in
         if posed is None:
@@ -283,7 +285,7 @@ class Fidelity:
         return [places[np.array(person[:18], dtype=int)] for person in bodies["subset"]]
 
 
-# -- circles to fill ------------------------------------------------------------------------------------------
+# -- pairs that were drawn ------------------------------------------------------------------------------------------
 
 
 def fill_samples(pairs: Sequence[Pair]) -> list[FillSample] | None:
@@ -300,20 +302,33 @@ def fill_samples(pairs: Sequence[Pair]) -> list[FillSample] | None:
     return samples
 
 
-def evaluate_fill(model: ControlLDM, samples: Sequence[FillSample], sampling: Sampling) -> tuple[FillScore, np.ndarray]:
-    """The score on held-out samples, and the pictures that were scored."""
-    pictures = generate(model, np.stack([s.source for s in samples]), [s.prompt for s in samples], sampling)
-    return score_fill(pictures, samples), pictures
-
-
 def fill_score(samples: Sequence[FillSample]) -> Score:
     """The score of circles to fill: `fill/iou`, and `fill/colours`, the share of pictures in which both colours are right."""
 
     def score(pictures: np.ndarray) -> dict[str, float]:
-        found = score_fill(pictures, samples)
+        found = score_fill(pictures, samples[: len(pictures)])
         return {"fill/iou": found.iou, "fill/colours": found.colours}
 
     return score
+
+
+def scenes_score(scenes: Sequence[Scene]) -> Score:
+    """The score of scenes: `scenes/iou`, and `scenes/colours`, the share of pictures in which all colours are right."""
+
+    def score(pictures: np.ndarray) -> dict[str, float]:
+        found = score_scenes(pictures, scenes[: len(pictures)])
+        return {"scenes/iou": found.iou, "scenes/colours": found.colours}
+
+    return score
+
+
+def drawn_score(pairs: Sequence[Pair]) -> Score | None:
+    """The score of pairs that were drawn, circles to fill or scenes, or of the first of them; None for other pairs."""
+    scenes = read_scenes([pair.target for pair in pairs])
+    if scenes:
+        return scenes_score(scenes)
+    circles = fill_samples(pairs)
+    return fill_score(circles) if circles else None
 
 
 # -- pictures of a comparison -----------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 A sample depends on its number and the seed alone, so that any part of a set can be made anywhere, in any order.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,11 +11,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import ImageColor
-from tqdm import tqdm
 
-from cldm.data.folders import claim_folder, note_count, write_listing
+from cldm.data.folders import draw_folder
 from cldm.data.pairs import DataError
-from cldm.pictures import save_png
 
 Colour = tuple[int, int, int]
 
@@ -175,46 +171,15 @@ def generate_fill(
     Raises:
         DataError: settings out of range, or a folder that holds something else.
     """
-    folder = Path(folder)
-    if count < 1:
-        raise DataError(f"count must be at least 1, found {count}")
-    if size < 64 or size % 64:
-        raise DataError(f"size must be a multiple of 64, found {size}")
-    if seed < 0:
-        raise DataError(f"seed must not be negative, found {seed}")
     if palette not in PALETTES:
         raise DataError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
-    if workers is not None and workers < 1:
-        raise DataError(f"workers must be at least 1, found {workers}")
-    claim_folder(folder, "fill.json", {"size": size, "seed": seed, "palette": palette})
-    note_count(folder, "fill.json", count)
-    parts = ("source", "target")
-    for part in parts:
-        (folder / part).mkdir(exist_ok=True)
-    todo = [
-        (folder, i, size, seed, palette)
-        for i in range(count)
-        if not all((folder / part / f"{i}.png").is_file() for part in parts)
-    ]
-    # Threads, not processes: drawing and encoding run outside Python's lock, and processes would each import torch first.
-    with (
-        tqdm(
-            total=count, initial=count - len(todo), unit="pair", desc=str(folder), disable=None if progress else True
-        ) as bar,
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
-    ):
-        # In portions, so that an interruption does not wait for all that was queued.
-        for start in range(0, len(todo), 1000):
-            for done in as_completed([pool.submit(_write_sample, *job) for job in todo[start : start + 1000]]):
-                done.result()
-                bar.update()
-    prompts = (describe_fill(i, seed, PALETTES[palette])[0] for i in range(count))
-    return write_listing(
-        folder, ({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": p} for i, p in enumerate(prompts))
-    )
 
+    def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
+        sample = draw_fill(index, size, seed, PALETTES[palette])
+        return sample.source, sample.target
 
-def _write_sample(folder: Path, index: int, size: int, seed: int, palette: str) -> None:
-    sample = draw_fill(index, size, seed, PALETTES[palette])
-    save_png(folder / f"source/{index}.png", sample.source)
-    save_png(folder / f"target/{index}.png", sample.target)  # last: where it is, the pair is whole
+    def prompt(index: int) -> str:
+        return describe_fill(index, seed, PALETTES[palette])[0]
+
+    settings = {"size": size, "seed": seed, "palette": palette}
+    return draw_folder(Path(folder), "fill.json", settings, count, draw, prompt, workers, progress)

@@ -1,16 +1,23 @@
 """Data folders that a generator makes: a note says what is in them and how many, and the listing is written whole."""
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
 
 from cldm.data.pairs import LISTING, NOTES, DataError
 from cldm.files import write_whole
+from cldm.pictures import save_png
 
 _COUNT = "pairs"  # in a note: how many there are when the making is done
 
 
-def claim_folder(folder: Path, note: str, settings: Mapping[str, object]) -> None:
+def claim_folder(folder: Path, note: str, settings: Mapping[str, Any]) -> None:
     """Make the folder and note in it what it holds, or check that it holds just this.
 
     Args:
@@ -25,7 +32,7 @@ def claim_folder(folder: Path, note: str, settings: Mapping[str, object]) -> Non
         raise DataError(f"{folder} is a file; choose another place for the data folder")
     others = folder.is_dir() and any(file != path and not file.is_dir() for file in folder.rglob("*"))
     if path.is_file() and others:
-        known = _read_note(path)
+        known = read_note(path)
         found = {key: value for key, value in known.items() if key != _COUNT}
         if found == settings:
             return
@@ -39,7 +46,7 @@ def claim_folder(folder: Path, note: str, settings: Mapping[str, object]) -> Non
 def note_count(folder: Path, note: str, count: int) -> None:
     """Note how many pairs a folder that was claimed will have; with fewer in its listing, its making was interrupted."""
     path = folder / note
-    known = _read_note(path)
+    known = read_note(path)
     if known.get(_COUNT) != count:
         _write_note(path, {**known, _COUNT: count})
 
@@ -47,7 +54,7 @@ def note_count(folder: Path, note: str, count: int) -> None:
 def unfinished(folder: Path, listed: int) -> str:
     """What is wrong with a folder whose listing names `listed` pairs where its note says there are more, and the way out; else ""."""
     for note in NOTES:
-        count = _read_note(folder / note).get(_COUNT)
+        count = read_note(folder / note).get(_COUNT)
         if isinstance(count, int) and count > listed:
             return (
                 f"{folder} holds {listed:,} of {count:,} pairs: its making was interrupted; "
@@ -56,7 +63,7 @@ def unfinished(folder: Path, listed: int) -> str:
     return ""
 
 
-def _read_note(path: Path) -> dict[str, object]:
+def read_note(path: Path) -> dict[str, Any]:
     """What a note says; nothing, if it is missing or broken."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -74,3 +81,71 @@ def write_listing(folder: Path, entries: Iterable[Mapping[str, str]]) -> Path:
     listing = folder / LISTING
     write_whole(listing, "".join(json.dumps(dict(entry)) + "\n" for entry in entries).encode())
     return listing
+
+
+def draw_folder(
+    folder: Path,
+    note: str,
+    settings: Mapping[str, Any],
+    count: int,
+    draw: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    prompt: Callable[[int], str],
+    workers: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Draw a set of pairs: `source/N.png`, `target/N.png` and `prompt.json`, as Fill50K is laid out.
+
+    Can be interrupted: pictures that are there are kept, and `prompt.json` is written last. A folder that holds a set of other settings
+    is refused; a larger `count` goes on.
+
+    Args:
+        folder: made if need be.
+        note: name of the file with the settings.
+        settings: what the pairs depend on, `size` and `seed` among it.
+        count: number of pairs.
+        draw: source and target of a pair by its number, uint8 (size, size, 3) each.
+        prompt: of a pair by its number.
+        workers: threads; as many as there are processors, by default.
+        progress: show a progress bar.
+
+    Returns:
+        the path of `prompt.json`.
+
+    Raises:
+        DataError: settings out of range, or a folder that holds something else.
+    """
+    size, seed = int(settings["size"]), int(settings["seed"])
+    if count < 1:
+        raise DataError(f"count must be at least 1, found {count}")
+    if size < 64 or size % 64:
+        raise DataError(f"size must be a multiple of 64, found {size}")
+    if seed < 0:
+        raise DataError(f"seed must not be negative, found {seed}")
+    if workers is not None and workers < 1:
+        raise DataError(f"workers must be at least 1, found {workers}")
+    claim_folder(folder, note, settings)
+    note_count(folder, note, count)
+    for part in ("source", "target"):
+        (folder / part).mkdir(exist_ok=True)
+    todo = [i for i in range(count) if not all((folder / part / f"{i}.png").is_file() for part in ("source", "target"))]
+
+    def write(index: int) -> None:
+        source, target = draw(index)
+        save_png(folder / f"source/{index}.png", source)
+        save_png(folder / f"target/{index}.png", target)  # last: where it is, the pair is whole
+
+    # Threads, not processes: drawing and encoding run outside Python's lock, and processes would each import torch first.
+    with (
+        tqdm(
+            total=count, initial=count - len(todo), unit="pair", desc=str(folder), disable=None if progress else True
+        ) as bar,
+        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
+    ):
+        # In portions, so that an interruption does not wait for all that was queued.
+        for start in range(0, len(todo), 1000):
+            for done in as_completed([pool.submit(write, index) for index in todo[start : start + 1000]]):
+                done.result()
+                bar.update()
+    return write_listing(
+        folder, ({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt(i)} for i in range(count))
+    )

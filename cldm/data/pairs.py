@@ -17,7 +17,11 @@ from annotator.pictures import HWC3, read_image
 
 KEYS = ("source", "target", "prompt")
 LISTING = "prompt.json"
-NOTES = ("fill.json", "photos.json")  # by which `cldm.data.folders` knows the folders that were made here
+NOTES = (
+    "fill.json",
+    "scenes.json",
+    "photos.json",
+)  # by which `cldm.data.folders` knows the folders that were made here
 
 
 class DataError(ValueError):

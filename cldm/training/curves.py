@@ -21,7 +21,7 @@ from cldm.training.metrics import FILENAME, read_metrics
 from ldm.util import ConfigError
 
 PICTURE = "curves.png"
-_SCORES = ("fill/", "fidelity/")
+_SCORES = ("fill/", "scenes/", "fidelity/")
 
 Rows = Sequence[dict[str, float]]
 

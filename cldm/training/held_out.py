@@ -11,7 +11,7 @@ import torch
 
 from cldm.cldm import ControlLDM
 from cldm.data.pairs import Pair
-from cldm.evaluation import Fidelity, Sampling, Score, fill_samples, fill_score, generate, save_comparison
+from cldm.evaluation import Fidelity, Sampling, Score, drawn_score, generate, save_comparison
 from cldm.training.cache import encoders
 from cldm.training.data import HELD_OUT, TrainingData, pictures_of
 from cldm.training.gain import ControlGain
@@ -33,8 +33,8 @@ class HeldOut:
         sampling: how pictures are made of the hints.
         precision: of the training, as Lightning names it.
         weights: the file that the model was filled from; from it come its encoders where training has freed them.
-        condition: what the hints are, so that its detector can score pictures; "" for circles to fill, which are recognised, or
-            for no score.
+        condition: what the hints are, so that its detector can score pictures; "" for circles to fill and scenes, which are
+            recognised, or for no score.
 
     Raises:
         ConfigError, ValueError: there is no score for the condition, or its detector's weights are missing.
@@ -48,17 +48,16 @@ class HeldOut:
 
     def __post_init__(self) -> None:
         shown = self.data.shown()
-        # Circles are scored all: of a few the score is chance. Pictures of other kinds cost more to make.
+        # What was drawn is scored all: of a few the score is chance. Pictures of other kinds cost more to make.
         pairs = [p for p in getattr(shown, "pairs", []) if isinstance(p, Pair)][:HELD_OUT]
-        circles = fill_samples(pairs) if pairs and not self.condition else None
-        self.hints, self.targets, self.prompts = pictures_of(shown, len(circles) if circles else SHOWN)
-        self._circles = circles
+        self._drawn = drawn_score(pairs) if pairs and not self.condition else None
+        self.hints, self.targets, self.prompts = pictures_of(shown, len(pairs) if self._drawn else SHOWN)
         self._scores: dict[int, Score | None] = {}
 
     def score_of(self, count: int, device: torch.device) -> Score | None:
         """Scores pictures of the first `count` hints."""
-        if self._circles:
-            return fill_score(self._circles[:count])
+        if self._drawn:
+            return self._drawn
         if self.condition:
             return Fidelity(self.condition, self.hints[:count], self.targets[:count], device=device)
         return None
@@ -106,8 +105,8 @@ class HeldOut:
 
 def describe(scores: dict[str, float], count: int) -> str:
     """Scores in words, for the console."""
-    if "fill/iou" in scores:
-        return (
-            f"mean IoU {scores['fill/iou']:.3f}, both colours right in {scores['fill/colours']:.0%} of {count} pictures"
-        )
+    for drawn, which in (("fill", "both"), ("scenes", "all")):
+        if f"{drawn}/iou" in scores:
+            iou, colours = scores[f"{drawn}/iou"], scores[f"{drawn}/colours"]
+            return f"mean IoU {iou:.3f}, {which} colours right in {colours:.0%} of {count} pictures"
     return ", ".join(f"{name} {value:.3f}" for name, value in scores.items()) + f" of {count} pictures"

@@ -13,10 +13,12 @@ import annotator
 from cldm.checkpoint.control import add_control
 from cldm.config import resolve
 from cldm.data.fill import generate_fill
+from cldm.data.scenes import generate_scenes
 from cldm.evaluate import Unavailable, clip_score, fid, main
 from cldm.evaluation import (
     COMPARISONS,
     CONDITIONS,
+    DRAWN,
     Fidelity,
     edge_f1,
     keypoint_distance,
@@ -107,7 +109,7 @@ def test_maps_that_do_not_belong_together(compare):
 
 
 def test_every_condition_is_an_annotator_and_has_its_best_value():
-    assert set(CONDITIONS) - {"fill"} <= set(annotator.list_annotators())
+    assert set(CONDITIONS) - set(DRAWN) <= set(annotator.list_annotators())
     label_maps = np.zeros((2, 16, 16, 3), np.uint8)
     label_maps[:, 4:8, 4:8] = 200
     for comparison in COMPARISONS.values():
@@ -181,7 +183,20 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     add_control(resolve("cldm_tiny.safetensors"), folder / "full.safetensors", "cldm_tiny", progress=False)
     generate_fill(folder / "data", 5, 64, seed=1, palette="clear", progress=False)
+    generate_scenes(folder / "scenes", 5, 64, seed=1, hint="depth", progress=False)
     return folder
+
+
+def test_scenes_that_were_drawn_are_recognised(work, capsys):
+    command = [str(work / "full.safetensors"), str(work / "scenes"), "--condition", "scenes", "--pairs", "3", "--steps", "2",
+               "--device", "cpu", "--out", str(work / "out_scenes")]  # fmt: skip
+    assert main(command) == 0
+    result = json.loads((work / "out_scenes" / "evaluation.json").read_text())
+    assert result["of_targets"]["scenes/iou"] > 0.9 and result["of_targets"]["scenes/colours"] == 1
+    assert result["of_other_hints"]["scenes/iou"] < 0.6 and set(result["scores"]) == {"scenes/iou", "scenes/colours"}
+    (work / "scenes" / "scenes.json").unlink()
+    assert main([*command, "--force"]) == 2
+    assert "holds other pairs than circles to fill or scenes" in capsys.readouterr().err
 
 
 def test_a_checkpoint_and_a_folder(work, capsys):

@@ -14,6 +14,7 @@ from cldm.config import load_config, override
 from cldm.model import create_model, load_control, load_state_dict, load_weights
 from ldm.files import write_weights
 from ldm.util import ConfigError
+from tests.cldm.fake_tensors import fake_tensors
 from tests.cldm.tiny import tiny_config, tiny_model
 from tutorial_train import Settings
 
@@ -180,9 +181,7 @@ def test_every_parameter_and_buffer_goes_to_the_device(saved):
     _, folder = saved
     made = create_model(folder / "small.yaml", device="meta")
     assert all(t.is_meta for t in [*made.parameters(), *made.buffers()])
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         made = create_model("cldm_tiny", device="cuda")
         assert {t.device.type for t in [*made.parameters(), *made.buffers()]} == {"cuda"}
 

@@ -184,4 +184,5 @@ def test_completion_is_asked_of_every_parser():
 
     for shell in command.SHELLS:
         text = completion(shell)
-        assert all(name in text for name in SUBCOMMANDS) and "--control-from" in text and "--low-memory" in text
+        # tcsh lists options without their dashes.
+        assert [name for name in (*SUBCOMMANDS, "control-from", "low-memory") if name not in text] == []

@@ -4,12 +4,11 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cldm.model import create_model
 from cldm.training.cache import release_encoders
 from cldm.training.precision import cast_frozen, set_recompute
+from tests.cldm.fake_tensors import fake_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH = 2
@@ -29,26 +28,6 @@ def autocast_cuda(dtype):
             torch.clear_autocast_cache()
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
-
-
-@contextmanager
-def fake_tensors():
-    """FakeTensorMode in which modules can be moved: torch swaps the content of fake parameters, which fails for some of them."""
-
-    def replace_all(module, convert, recurse=True):
-        for child in module.children() if recurse else ():
-            child._apply(convert)
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = nn.Parameter(convert(value.detach()), requires_grad=value.requires_grad)
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = convert(value)
-        return module
-
-    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
-        patch.setattr(nn.Module, "_apply", replace_all)
-        yield
 
 
 @pytest.fixture(scope="module", params=DTYPES)

@@ -54,7 +54,7 @@ def write_steered_model(path: Path) -> None:
     save_file(tensors, path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Models, data and pictures for a server."""
     root = tmp_path_factory.mktemp("site")
@@ -70,9 +70,9 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a training that a module leaves behind would slow down all others
 def site(folder) -> Iterator[Site]:
-    """The server of all tests; it has to end in order."""
+    """The server of a module's tests; it has to end in order."""
     with site_in(folder) as started:
         yield started
 
