@@ -56,7 +56,7 @@ class Settings:
     vae_kl_weight: float = setting(0.02, "of the divergence from a normal distribution, beside the reconstruction")
     vae_precision: str = setting("bf16-mixed", "on processors without bf16 instructions 32-true is faster")
     latents: int = setting(48000, "pictures encoded for the second stage")
-    unet_steps: int = setting(7000, "of UNet and text encoder")
+    unet_steps: int = setting(6000, "of UNet and text encoder")
     unet_batch: int = setting(32, "latents a step")
     unet_lr: float = setting(6e-4, "learning rate")
     unet_precision: str = setting("32-true", "or bf16-mixed, 16-mixed")

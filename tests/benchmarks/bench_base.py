@@ -3,8 +3,9 @@
     python -m tests.benchmarks.bench_base models/cldm_tiny.safetensors OTHER.safetensors
     python -m tests.benchmarks.bench_base models/cldm_tiny.safetensors --tasks shapes segments --steps 300
 
-Tasks: `fill` (circles), `shapes` (the outline of one of eight shapes, in all of the web's colours), `segments` (scenes of up to three
-shapes with their segmentation maps) and `depth`. A training takes four to eight minutes on two cores; what is done is kept in `--out`.
+Tasks: `fill` (circles), `shapes` (the outline of one of eight shapes, in all of the web's colours), and scenes of up to three shapes
+with their segmentation maps (`segments`), outlines (`lines`) or `depth`. A training takes four to eight minutes on two cores; what is
+done is kept in `--out`.
 """
 
 import argparse
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import tutorial_dataset
 import tutorial_train
+from cldm.terminal import show
 
 PAIRS = 2000 + 64  # 64 held out
-PALETTES = {"fill": "clear", "shapes": "web", "segments": "clear", "depth": "clear"}
+PALETTES = {"fill": "clear", "shapes": "web", "segments": "clear", "lines": "clear", "depth": "clear"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument(
-        "--config", help="of the bases, in their order, separated by commas (cldm_tiny)", default="cldm_tiny"
+        "--configs", nargs="+", default=["cldm_tiny"], help="of each base; the last serves those that follow"
     )
+    parser.add_argument("--settings", nargs="*", default=[], help="others of tutorial_train.py, as key=value")
     parser.add_argument("--out", type=Path, default=Path("runs/bases"))
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    configs = options.config.split(",")
     lines = []
     for task in options.tasks:
         data = options.out / f"data_{task}_{options.pairs}"
@@ -42,22 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         for number, base in enumerate(options.bases):
             run = options.out / f"{task}_{options.steps}_{base.stem}_{number}"
-            config = configs[min(number, len(configs) - 1)]
-            settings = [
-                f"base={base}",
-                f"config={config}",
-                f"data={data}",
-                f"steps={options.steps}",
-                f"out={run}",
-                "cache=true",
-            ]
-            if tutorial_train.main(settings):
+            config = options.configs[min(number, len(options.configs) - 1)]
+            own = [f"base={base}", f"config={config}", f"data={data}", f"steps={options.steps}", f"out={run}"]
+            if tutorial_train.main([*own, "cache=true", *options.settings]):
                 return 1
             result = json.loads((run / "result.json").read_text())
             for when in ("before", "after"):
                 scores = ", ".join(f"{name} {value:.3f}" for name, value in result[when].items())
                 lines.append(f"{task:10} {base} {when:7} {scores}")
-    print("\n".join(lines))
+    show("\n".join(lines))
     return 0
 
 
