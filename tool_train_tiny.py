@@ -4,8 +4,8 @@
 
 Everything is drawn on the fly: circles to fill, scenes of shapes, and for the autoencoder pictures that resemble photographs. Nothing
 is downloaded. `--help` lists the settings. The stages are kept under `work`, so that an interrupted run goes on where it stopped when
-started again. The base that this project ships, models/cldm_tiny.safetensors, was made by this script, and its metadata says with
-which settings; a new one is written to runs/train_tiny and takes its place when it is copied over it.
+started again. The base that this project ships, models/cldm_tiny.safetensors, was made by an earlier version, which drew circles alone;
+its metadata has the settings. A new one is written to runs/train_tiny and takes its place when it is copied over it.
 """
 
 import json
@@ -34,7 +34,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import ConfigError, instantiate_from_config
 
 # What may differ when a run goes on.
-MAY_CHANGE = ("out", "work", "save_every", "threads")
+MAY_CHANGE = ("out", "work", "save_every", "compile", "threads")
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Settings:
     seed: int = setting(0, "of pictures, weights and noise")
     # Colours are learnt cheaply at half the size.
     vae_half_steps: int = setting(1500, "of the autoencoder at half the size with twice the batch")
-    vae_steps: int = setting(4000, "of the autoencoder at the whole size")
+    vae_steps: int = setting(16000, "of the autoencoder at the whole size")
     vae_batch: int = setting(16, "pictures a step")
     vae_lr: float = setting(6e-4, "learning rate")
     vae_kl_weight: float = setting(0.02, "of the divergence from a normal distribution, beside the reconstruction")
@@ -62,6 +62,7 @@ class Settings:
     unet_precision: str = setting("32-true", "or bf16-mixed, 16-mixed")
     empty_prompts: float = setting(0.1, "share of prompts replaced by the empty one, for guidance")
     save_every: int = setting(500, "steps between checkpoints")
+    compile: bool = setting(False, "the networks with torch.compile: a third faster where a C++ compiler is installed")
     threads: int = setting(0, "of torch; 0 leaves its choice")
 
 
@@ -169,6 +170,9 @@ def train_autoencoder(config: dict, settings: Settings) -> AutoencoderKL:
     model = instantiate_from_config({"target": config["target"], "params": params})
     model.learning_rate = settings.vae_lr
     model.adam_betas = (0.9, 0.99)
+    if settings.compile:
+        model.encoder.compile()
+        model.decoder.compile()
     # The pictures are counted from a million on, far from all data sets, and none comes twice.
     for name, size, batch, steps, start in (
         ("autoencoder_half", settings.size // 2, settings.vae_batch * 2, settings.vae_half_steps, 1_000_000),
@@ -236,6 +240,8 @@ def train_diffusion(
     )
     model.model_ema.decay.fill_(0.999)
     model.learning_rate = settings.unet_lr
+    if settings.compile:
+        model.model.diffusion_model.compile()
     data = Latents(mean * scale, std * scale, prompts, settings.seed)
     folder = Path(settings.work) / "diffusion"
     fit(model, data, settings.unet_batch, settings.unet_steps, settings.unet_precision, folder, settings)
