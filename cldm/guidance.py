@@ -186,6 +186,10 @@ class _EncodedControl:
             second_half,
         )
 
+    def forget(self) -> None:
+        """Encode the hints again at the next step that needs them."""
+        self._hints.clear()
+
     def _hint(self, rows: str, device: torch.device) -> Tensor:
         """The hint for these rows, encoded if the network takes it so."""
         uncond_hint = self.control.uncond_hint
@@ -235,6 +239,10 @@ class ControlGuidance:
         batch = len(self.contexts["cond"])
         self.equal_halves = can_repeat_latents(model.model.diffusion_model)
         self.controls = [_EncodedControl(control, model, batch, self.equal_halves) for control in controls]
+
+    def start(self) -> None:
+        for control in self.controls:
+            control.forget()
 
     def __call__(self, x: Tensor, t: Tensor, step: int = 0, steps: int = 1) -> Tensor:
         acting = [c for c in self.controls if c.control.acts(step, steps)]

@@ -88,7 +88,12 @@ class ImageLogger(Instrument):
         with aside(trainer, pl_module), self.encoders(pl_module):
             for part in _parts(batch, self.max_images, self.at_once):
                 options = {"N": self.at_once} | self.log_images_kwargs
-                for kind, pictures in log_images(part, split=split, **options).items():
+                try:
+                    made = log_images(part, split=split, **options)
+                except FloatingPointError as error:  # no reason to end a training
+                    logger.warning("no pictures of step %d: %s", pl_module.global_step, error)
+                    return
+                for kind, pictures in made.items():
                     if isinstance(pictures, Tensor):
                         # Rows of steps are one picture, (3, H, W).
                         pictures = pictures if pictures.dim() == 4 else pictures[None]

@@ -17,24 +17,44 @@ def is_finite(x: Tensor) -> bool:
     return getattr(x, "fake_mode", None) is not None or bool(torch.isfinite(x).all())
 
 
+def half_precision(model: nn.Module, device: torch.device) -> str | None:
+    """The type of half precision in which `model` works, if it does: that of autocast, else of any weights."""
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    else:
+        dtype = next((p.dtype for p in model.parameters() if p.dtype in HALF), torch.float32)
+    return str(dtype).removeprefix("torch.") if dtype in HALF else None
+
+
+class _Found(Exception):
+    """The broken module, which ends the search for it."""
+
+
 def first_broken_module(model: nn.Module, run: Callable[[], object]) -> str:
-    """The name of the first module inside `model` whose output is not finite while `run` calls it, and the kind of that module."""
-    found: list[str] = []
+    """The name of the first module inside `model` whose output is not finite while `run` calls it, and the kind of that module.
+
+    `run` is left there. Where an input of that module is not finite already, as after attention, which is no module, it says so.
+    """
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: object, output: object) -> None:
-            if not found and isinstance(output, Tensor) and not is_finite(output):
-                found.append(f"{name or 'the whole'} ({type(module).__name__})")
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            if isinstance(output, Tensor) and not is_finite(output):
+                given = all(is_finite(x) for x in inputs if isinstance(x, Tensor))
+                raise _Found(f"{'' if given else 'the input of '}{name or 'the whole'} ({type(module).__name__})")
 
         return hook
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    stance = getattr(torch.compiler, "set_stance", None)  # compiled networks do not look at new hooks
     try:
-        run()
+        with stance("force_eager") if stance else nullcontext():
+            run()
+    except _Found as found:
+        return str(found)
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else "no single module"
+    return "no single module"
 
 
 @contextmanager

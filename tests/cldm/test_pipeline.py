@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 import annotator
+from cldm.ddim_hacked import DDIMSampler
 from cldm.guidance import strength_scales
 from cldm.hack import enable_sliced_attention, hack_everything
 from cldm.pipeline import ControlPipeline
@@ -464,8 +465,64 @@ def test_nan_is_never_a_black_picture(caplog):
     assert "decoder.up.1.block.0.conv2" in caplog.text and got.std() > 0 and abs(got.astype(int) - want).mean() < 30
     with torch.no_grad():
         own.model.diffusion_model.out[-1].bias.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="NaN or infinite latents in float16"):
-        ControlPipeline(own)(hint(), "a", steps=1)
+    for model in (own, own.float()):
+        with pytest.raises(FloatingPointError, match=r"in float32, from model\.diffusion_model\.out\.2 \(Conv2d\) on"):
+            ControlPipeline(model)(hint(), "a", steps=1)
+
+
+OVERFLOWS = {
+    "control_model.input_blocks.1.0.in_layers.2": "ddim",
+    "model.diffusion_model.input_blocks.4.0.in_layers.2": "euler_a",
+    "control_model.input_hint_block.14": "plms",
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_sampling_that_overflows_is_named_and_repeated(name, caplog):
+    own = small_model().half()
+    with torch.no_grad():
+        own.get_submodule(name).weight.mul_(1e6).clamp_(-6e4, 6e4)
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    settings = {"sampler": OVERFLOWS[name], "steps": 2, "seed": 0, "guidance_scale": 2.0}
+    steps = []
+    got = ControlPipeline(own)(hint(), "a", **settings, callback=steps.append)
+    assert f"sampling in float16 is not finite from {name} (Conv2d) on; it is repeated in float32" in caplog.text
+    assert steps == list(range(len(steps) // 2)) * 2
+    assert all(
+        value.dtype == before[key].dtype and torch.equal(value, before[key]) for key, value in own.state_dict().items()
+    )
+    want = ControlPipeline(own.float())(hint(), "a", **settings).astype(int)
+    assert got.std() > 0 and abs(got - want).mean() < 3
+    assert caplog.text.count("not finite") == 1
+
+
+def test_the_published_sampler_repeats_the_same_noise(caplog):
+    own, inputs = tiny_model("sd1").half(), Inputs("sd1")
+    with torch.no_grad():
+        own.control_model.input_blocks[1][0].in_layers[2].weight.mul_(1e6).clamp_(-6e4, 6e4)
+
+    def run():
+        sampler = DDIMSampler(own)
+        torch.manual_seed(5)
+        latents, _ = sampler.sample(
+            2, inputs.batch, inputs.shape, inputs.cond, verbose=False, eta=1.0,
+            unconditional_guidance_scale=2.0, unconditional_conditioning=inputs.uncond,
+        )  # fmt: skip
+        decoded = sampler.decode(inputs.x_T, inputs.cond, 1, verbose=False)
+        return latents, decoded, torch.rand(3)
+
+    with caplog.at_level("WARNING"):
+        got = run()
+    assert caplog.text.count("control_model.input_blocks.1.0.in_layers.2 (Conv2d)") == 2
+    own.float()
+    for a, b in zip(got, run(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3 * float(b.abs().max()), rtol=0)
+    with torch.autocast("cpu", dtype=torch.float16):
+        autocast = run()
+    torch.testing.assert_close(autocast[0], got[0], atol=1e-3 * float(got[0].abs().max()), rtol=0)
+    inputs.cond["c_crossattn"][0][0, 3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"from the input of control_model\.input_blocks.*to_k \(Linear\) on"):
+        run()
 
 
 def test_a_model_without_weights_is_reported(caplog):

@@ -88,6 +88,25 @@ def test_dpm_solver_equals_that_of_diffusers(steps, parameterization):
     torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "steps", [1, 2, 4, 20, 50]
+)  # eps alone: diffusers extrapolates what the network predicts, here it is eps
+def test_plms_equals_that_of_diffusers(steps):
+    from diffusers import PNDMScheduler
+
+    x0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    model = Curved("eps", x0)
+    got, _ = PLMSSampler(model).sample(steps, 2, (4, 8, 8), x_T=noise, verbose=False)
+    theirs = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    theirs.set_timesteps(steps)
+    x = noise
+    for t in theirs.timesteps:
+        x = theirs.step(model.apply_model(x, t.expand(2), None), t, x).prev_sample
+    torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-4)
+
+
 def test_dpm_solver_is_of_second_order_also_between_timesteps():
     class Gaussian(Exact):
         """Data of standard deviation 2, for which the probability-flow equation has a known solution."""

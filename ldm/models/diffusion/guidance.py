@@ -33,7 +33,7 @@ class DiffusionModel(Protocol):
 
 
 class Guidance(Protocol):
-    """What samplers call."""
+    """What samplers call. One that remembers something of a run also has `start()`, which is called before each run."""
 
     def __call__(self, x: Tensor, t: Tensor, step: int = 0, steps: int = 1) -> Tensor:
         """The network's guided output (B, C, h, w) for x (B, C, h, w) at t (B,), in number `step` of a run's `steps`."""
@@ -43,6 +43,13 @@ class ScoreCorrector(Protocol):
     """Changes a predicted eps."""
 
     def modify_score(self, model: Any, eps: Tensor, x: Tensor, t: Tensor, c: Any, **kwargs: Any) -> Tensor: ...
+
+
+def start_guidance(guidance: Guidance) -> None:
+    """Let a guidance forget the run before, if it has anything to forget."""
+    start = getattr(guidance, "start", None)
+    if start is not None:
+        start()
 
 
 def combine(uncond: Tensor, cond: Tensor, scale: float) -> Tensor:
@@ -125,6 +132,9 @@ class CorrectedGuidance:
         self.cond = cond
         self.corrector = corrector
         self.options = dict(options or {})
+
+    def start(self) -> None:
+        start_guidance(self.guidance)
 
     def __call__(self, x: Tensor, t: Tensor, step: int = 0, steps: int = 1) -> Tensor:
         eps = self.guidance(x, t, step, steps)

@@ -36,6 +36,11 @@ def picture_generators(
     return [torch.Generator(device).manual_seed(number) for number in seeds]
 
 
+def _number(device: torch.device) -> tuple[torch.device, ...]:
+    """What functions of `torch.cuda` and `torch.xpu` take to know which device is meant; there is only one with `torch.mps`."""
+    return () if device.type == "mps" else (device,)
+
+
 class Noise:
     """The noise of one run.
 
@@ -65,6 +70,24 @@ class Noise:
             raise ValueError(f"{len(self.generators)} generators for a batch of {shape[0]}")
         drawn = [torch.randn((1, *shape[1:]), generator=g, device=g.device).to(device) for g in self.generators]
         return torch.cat(drawn)
+
+    def state(self, device: torch.device) -> list[Tensor]:
+        """Where the generators are, for `restore`; of the global ones, that of `device`."""
+        if self.generators is not None:
+            return [generator.get_state() for generator in self.generators]
+        if device.type == "cpu":
+            return [torch.get_rng_state()]
+        return [getattr(torch, device.type).get_rng_state(*_number(device))]
+
+    def restore(self, state: Sequence[Tensor], device: torch.device) -> None:
+        """Draw from now on what was drawn after `state`."""
+        if self.generators is not None:
+            for generator, own in zip(self.generators, state, strict=True):
+                generator.set_state(own)
+        elif device.type == "cpu":
+            torch.set_rng_state(state[0])
+        else:
+            getattr(torch, device.type).set_rng_state(state[0], *_number(device))
 
     def of_step(self, x: Tensor, sigma: float, repeat: bool = False) -> Tensor | None:
         """What a step adds to x (B, C, h, w), of standard deviation `sigma`; None for nothing.

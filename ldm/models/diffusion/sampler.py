@@ -10,12 +10,12 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.models.diffusion.guidance import (
@@ -27,9 +27,11 @@ from ldm.models.diffusion.guidance import (
     ScoreCorrector,
     check_batch,
     make_guidance,
+    start_guidance,
 )
 from ldm.models.diffusion.noise import Noise
 from ldm.models.diffusion.process import add_noise, eps_and_x0
+from ldm.modules.precision import first_broken_module, half_precision, in_float32, is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -288,6 +290,7 @@ class Sampler:
 
         Raises:
             ValueError, TypeError: options that do not fit, or that this sampler does not have.
+            FloatingPointError: NaN in float32; in half precision the run is repeated in float32, with a warning.
         """
         given = [number for number in (S, ddim_steps) if number is not None]
         if len(given) != 1:
@@ -342,7 +345,44 @@ class Sampler:
                 img_callback(pred_x0, at.number)
 
         denoiser = Denoiser(self.model, guidance, noise, quantize_x0, conditionings)
-        return self.loop(x, denoiser, self.table, count, mask, x0, on_step, log_every_t, verbose)
+        run = partial(self.loop, x, denoiser, self.table, count, mask, x0, log_every_t=log_every_t)
+        return self._finite(run, noise, on_step=on_step, verbose=verbose)
+
+    def _finite(
+        self, run: Callable[..., tuple[Tensor, Intermediates]], noise: Noise, **shown: Any
+    ) -> tuple[Tensor, Intermediates]:
+        """run(**shown); if that gives NaN in half precision, once more in float32, with a warning.
+
+        Latents are looked at once, at the end: to do it in each step would let the processor wait for the accelerator. The module
+        where NaN begins is found in a second run.
+
+        Raises:
+            FloatingPointError: NaN or infinity in float32.
+        """
+        begin = noise.state(self.device)
+        result = run(**shown)
+        if is_finite(result[0]):
+            return result
+        model = self.model if isinstance(self.model, nn.Module) else nn.Module()
+        noise.restore(begin, self.device)
+        began = first_broken_module(model, partial(run, verbose=False))
+        half = half_precision(model, self.device)
+        if half is not None:
+            logger.warning(
+                "sampling in %s is not finite from %s on; it is repeated in float32, which takes longer. bfloat16 has a wider range "
+                "than float16, and a lower guidance scale asks for less",
+                half,
+                began,
+            )
+            noise.restore(begin, self.device)
+            with in_float32(model, self.device):
+                result = run(**shown)
+            if is_finite(result[0]):
+                return result
+        raise FloatingPointError(
+            f"sampling gives NaN or infinite latents in float32, from {began} on: weights, prompts or latents given are not finite, or "
+            "too large; check the weights, or lower the guidance scale"
+        )
 
     def _check_options(self, **given: float) -> None:
         """Raise ValueError for an option of `sample` that is out of range, or that this sampler does not have."""
@@ -412,6 +452,7 @@ class Sampler:
         keep = None if mask is None else self._mask(mask, x0, x)
         kept: Intermediates = {"x_inter": [x], "pred_x0": [x]}
         self.start(count)
+        start_guidance(denoiser.guidance)
         for number in tqdm(range(count), desc=type(self).__name__, disable=not verbose):
             at = table.step(number, count, len(x), x.device)
             if keep is not None and self.mask_before_step:
@@ -482,7 +523,8 @@ class Sampler:
         denoiser = Denoiser(self.model, guidance, Noise(), conditionings=conditionings)
         x = self._fitted(x_latent, x_latent.shape, "x_latent")
         on_step = None if callback is None else lambda at, x, pred_x0: callback(at.number)
-        return self.loop(x, denoiser, table, t_start, on_step=on_step, verbose=verbose)[0]
+        run = partial(self.loop, x, denoiser, table, t_start)
+        return self._finite(run, denoiser.noise, on_step=on_step, verbose=verbose)[0]
 
     def original_table(self) -> StepTable:
         """Every timestep of the model as a step.

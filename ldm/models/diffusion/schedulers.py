@@ -120,6 +120,7 @@ class SchedulerSampler(Sampler):
         if not 1 <= ddim_num_steps <= self.ddpm_num_timesteps:
             raise ValueError(f"the number of steps must be 1 to {self.ddpm_num_timesteps}, found {ddim_num_steps}")
         # On the CPU, where looking up an index needs no synchronisation with an accelerator.
+        self._steps = ddim_num_steps
         self.scheduler.set_timesteps(ddim_num_steps)
         self._timesteps = self.scheduler.timesteps.cpu()  # descending
         times = self._timesteps.flip(0).numpy()
@@ -134,6 +135,7 @@ class SchedulerSampler(Sampler):
         self.use_table(StepTable.of(times, alphas, previous, np.zeros(len(times))))
 
     def start(self, count: int) -> None:
+        self.scheduler.set_timesteps(self._steps)  # it forgets a run before
         begin = len(self.table) - count
         if begin and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(begin)
