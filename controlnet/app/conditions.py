@@ -113,6 +113,12 @@ def for_editor(map: np.ndarray) -> np.ndarray:
     return HWC3(map).repeat(times, axis=0).repeat(times, axis=1)
 
 
+def from_editor(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture of `size` (height, width) that was enlarged for the editor as it was before; any other one as it is."""
+    small = picture[:: max(1, picture.shape[0] // size[0]), :: max(1, picture.shape[1] // size[1])]
+    return small if np.array_equal(for_editor(small), picture) else picture
+
+
 def digest(picture: np.ndarray) -> str:
     """By which a picture is recognised."""
     return hashlib.sha256(f"{picture.shape} ".encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()

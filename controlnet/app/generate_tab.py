@@ -156,7 +156,9 @@ class GenerateTab:
         )  # fmt: skip
         # A run that waits for its turn is not known to `stops`: the queue itself has to let it go.
         listen(self.stop.click, self._stop, None, self.status, cancels=[generated], **quick)
-        listen(generated.failure, lambda: _status("Stopped."), None, self.status, **quick)  # cancelled, or failed with a message
+        listen(
+            generated.failure, lambda: _status("Stopped."), None, self.status, **quick
+        )  # cancelled, or failed with a message
         listen(self.gallery.select, self._select, [self.files, self.visitor], [self.selected, self.details], **quick)
         inputs = [self.files, self.selected, self.visitor]
         restored = [component for component in self._settings() if component not in self._pictures()]
@@ -251,6 +253,7 @@ class GenerateTab:
             "seed": None if seed in (None, _RANDOM) else int(seed), "size": tuple(map(int, size)),
         }  # fmt: skip
         if image is not None:
+            image = image if mask is not None else conditions.from_editor(image, size)
             arguments |= {"image": image, "denoise": data[self.denoise]} | ({} if mask is None else {"mask": mask})
         hints = [control.hint for control in controls]
         arguments["hint"] = hints if len(hints) > 1 else hints[0] if hints else None

@@ -13,7 +13,6 @@ from cldm.pipeline import ControlPipeline
 from cldm.results import Pictures
 from controlnet.app.models import untrained_controls
 
-
 _POLL = 0.2  # seconds between looks at the wish to stop
 
 

@@ -9,7 +9,6 @@ import pytest
 from cldm.results import read_png_text
 from controlnet.app import main
 from controlnet.app.command import build_parser
-from controlnet.app.models import OWN
 from tests.controlnet.app.conftest import site_in
 from tests.controlnet.app.test_http import call, filled, listener
 
@@ -51,7 +50,10 @@ def test_a_port_that_is_taken(tmp_path, capfd, monkeypatch):
 
 
 def test_a_password_is_asked_for_and_low_memory_makes_pictures(folder):
-    with site_in(folder, "--password", "open sesame", "--low-memory") as site, httpx.Client(base_url=site.url, timeout=60) as client:
+    with (
+        site_in(folder, "--password", "open sesame", "--low-memory") as site,
+        httpx.Client(base_url=site.url, timeout=60) as client,
+    ):
         picture = {"files": ("photo.png", (folder / "data" / "photos" / "0.png").read_bytes(), "image/png")}
 
         def refused() -> set[int]:
@@ -68,13 +70,15 @@ def test_a_password_is_asked_for_and_low_memory_makes_pictures(folder):
         (path,) = client.post("/gradio_api/upload", files=picture).json()
         generate = listener(config, "generate")
         sent = {
-            "Base model": "models/steered.safetensors", "ControlNet": OWN, "Steps": 2, "browserstate": key,
+            "Steps": 2,
+            "browserstate": key,
             "Picture": {"path": path, "meta": {"_type": "gradio.FileData"}},
-        }  # fmt: skip
+        }
         told = call(client, generate["id"], filled(config, generate["inputs"], sent))
-        assert "1 picture in " in told
+        assert "1 picture in " in told, told
         (file,) = (site.outputs / key).glob("*.png")
-        assert read_png_text(file)["page"]["controls"][0]["condition"] == "canny"
+        (control,) = read_png_text(file)["page"]["controls"]
+        assert (control["network"], control["condition"]) == ("models/steered.safetensors", "canny")
 
 
 def test_help_shows_examples(capsys):

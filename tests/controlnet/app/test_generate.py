@@ -161,16 +161,26 @@ def test_what_people_have_drawn_stays(tab, data, photo):
 
 def test_image_to_image(tab, data, photo):
     stroke = np.full(photo.shape[:2], 255, np.uint8)
-    data |= {tab.units[0].on: False, tab.start_editor: editor(photo, stroke), tab.use: IMAGE_TO_IMAGE, tab.denoise: 0.5}
+    data |= {
+        tab.units[0].on: False,
+        tab.start_editor: editor(photo, stroke),
+        tab.use: IMAGE_TO_IMAGE,
+        tab.denoise: 0.5,
+        tab.steps: 8,
+    }
     text = run(tab, data)[1]
     assert text["settings"]["denoise"] == 0.5 and "mask" not in text["inputs"]  # a brush mask is for inpainting
     assert text["inputs"]["image"] == inputs.fingerprint(inputs.picture_tensor(photo, (64, 64)))
     with tab.context.models.use(STEERED) as pipeline:
-        expected = pipeline(None, "", image=photo, denoise=0.5, steps=2, seed=4, size=(64, 64), guidance_scale=data[tab.guidance])
+        expected = pipeline(
+            None, "", image=photo, denoise=0.5, steps=8, seed=4, size=(64, 64), guidance_scale=data[tab.guidance]
+        )
     result = newest(tab, data)
     assert np.array_equal(np.asarray(Image.open(result)), expected[0])
     assert run(tab, data | {tab.denoise: 1.0})[1]["inputs"]["image"] == text["inputs"]["image"]
     assert not np.array_equal(np.asarray(Image.open(newest(tab, data))), expected[0])
+    with pytest.raises(ValueError, match="denoise 0.05 leaves none of 8 steps"):
+        run(tab, data | {tab.denoise: 0.05})
     # "Start from it": the selected picture itself, to the last pixel, is what the next one is made of.
     files = [result.name]
     image, use, denoise = tab._start_from(files, 0, data[tab.visitor])
