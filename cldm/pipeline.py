@@ -382,7 +382,10 @@ class ControlPipeline:
         if begin is not None and begin.keep is not None:
             options |= {"mask": begin.keep, "x0": begin.latents}
         if begin is not None and (begin.keep is None or denoise not in (None, 1.0)):
-            options |= {"init_latents": begin.latents, "strength": 0.75 if denoise is None else denoise}
+            part = 0.75 if denoise is None else denoise
+            if int(steps * part) < 1:
+                raise ValueError(f"denoise {part:g} leaves none of {steps} steps; take more steps, or a higher denoise")
+            options |= {"init_latents": begin.latents, "strength": part}
         if preview is not None:
             show = self._previewer()
             options["img_callback"] = lambda x0, step: preview(step, show(x0))

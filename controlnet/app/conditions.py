@@ -1,7 +1,8 @@
 """Conditions on the page: their names, their parameters as controls that the registry's records fill, and the detectors in memory."""
 
+import hashlib
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ READY = "ready"  # no condition: the map is drawn, or uploaded as it is
 _MOST_DETECTORS = 2
 _NEWER = VERSIONS[1]
 _SMALLEST_EDITOR = 512  # pixels of the longer side of a map in an editor; smaller ones are enlarged
+_REMEMBERED = 1000  # maps
 
 
 def choices(ready: bool = False) -> list[tuple[str, str]]:
@@ -111,12 +113,56 @@ def for_editor(map: np.ndarray) -> np.ndarray:
     return HWC3(map).repeat(times, axis=0).repeat(times, axis=1)
 
 
+def from_editor(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture of `size` (height, width) that was enlarged for the editor as it was before; any other one as it is."""
+    small = picture[:: max(1, picture.shape[0] // size[0]), :: max(1, picture.shape[1] // size[1])]
+    return small if np.array_equal(for_editor(small), picture) else picture
+
+
+def digest(picture: np.ndarray) -> str:
+    """By which a picture is recognised."""
+    return hashlib.sha256(f"{picture.shape} ".encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a map was made of: the condition with its parameters, the digest of the picture, and the resolution."""
+
+    chosen: Chosen
+    picture: str
+    resolution: int
+
+
+class MapOrigins:
+    """The origins of the newest maps, found by the map's pixels.
+
+    A page may still show the map of the settings before when its visitor is quick, or get it late. Pixels are all that comes back
+    from a browser, and by them such a map is told from the right one, and from a drawing, whose pixels are not known here.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: deque[tuple[str, Origin]] = deque(maxlen=_REMEMBERED)
+
+    def add(self, map: np.ndarray, origin: Origin) -> None:
+        with self._lock:
+            self._known.append((digest(map), origin))
+
+    def of(self, map: np.ndarray) -> list[Origin]:
+        """What a map can have been made of; nothing for a drawing."""
+        found = digest(map)
+        with self._lock:
+            return [origin for known, origin in self._known if known == found]
+
+
 class ParameterControls:
     """Controls for the parameters of any condition: as many of each kind as one condition needs, shown and named as it wants."""
 
     def __init__(self, name: str) -> None:
         most = {kind: max(len(_of_kind(info, kind)) for info in CONDITIONS) for kind in _KINDS}
-        version, detect, *slots = self._settings(name, None, {}, most)
+        condition, version, detect, *slots = self._settings(name, None, {}, most)
+        # Whose values the other components hold: the list of conditions in the browser may be ahead of them.
+        self.condition = gr.Textbox(**condition, visible="hidden")
         self.version = gr.Radio(
             **{"choices": list(VERSIONS), **version}, label="ControlNet version", info="whose conventions hold"
         )
@@ -130,8 +176,9 @@ class ParameterControls:
 
     @property
     def components(self) -> list[Any]:
-        """Sliders, lists and boxes, each with the event `input`."""
-        return [self.version, self.detect_resolution, *(slot for slots in self.slots.values() for slot in slots)]
+        """Sliders, lists and boxes, each with the event `input`, after the name of the condition that they are set for."""
+        slots = [slot for slots in self.slots.values() for slot in slots]
+        return [self.condition, self.version, self.detect_resolution, *slots]
 
     def show(self, name: str, version: str | None, values: Mapping[str, Any] | None = None) -> list[Any]:
         """Updates of all components for a condition; `values` before defaults."""
@@ -145,11 +192,12 @@ class ParameterControls:
         """What each of the components is set to."""
         hidden: dict[str, Any] = {"visible": False}
         if name == READY:
-            return [hidden] * (2 + sum(counts.values()))
+            return [{"value": READY}, *[hidden] * (2 + sum(counts.values()))]
         info, known = record(name, version), versions(name)
         found = {**info.defaults, **values}
         detect_resolution = found.get("detect_resolution") or info.detect_resolution or 512
         settings: list[dict[str, Any]] = [
+            {"value": name},
             {"choices": known, "value": info.version, "visible": len(known) > 1},
             {"value": detect_resolution, "visible": info.works_at == "detect"},
         ]
@@ -160,9 +208,12 @@ class ParameterControls:
         return settings
 
     def read(self, name: str, data: Mapping[Any, Any]) -> Chosen:
-        """What the components hold, for a condition; `data` is the values by component."""
+        """What the components hold, for a condition; `data` is the values by component. Values of another condition are not used."""
         if name == READY:
             return Chosen(READY)
+        if data[self.condition] != name:
+            info = record(name)
+            return Chosen(name, info.version, info.detect_resolution, info.defaults)
         info = record(name, data[self.version])
         parameters = {
             parameter.name: _typed(parameter, data[slot])

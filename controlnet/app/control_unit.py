@@ -1,7 +1,7 @@
 """One control of the Generate tab: a ControlNet, the condition it takes, the picture or drawing that this is made of, and when it acts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from annotator.pictures import HWC3
 from annotator.registry import list_annotators
 from controlnet.app import conditions
-from controlnet.app.conditions import READY, Chosen, ParameterControls
+from controlnet.app.conditions import READY, Chosen, MapOrigins, Origin, ParameterControls
 from controlnet.app.context import Context
 from controlnet.app.models import OWN, UNTRAINED
 from controlnet.app.uploads import guard_editor, guard_picture
@@ -27,13 +27,18 @@ UNTRAINED_TEXT = (
 
 @dataclass(frozen=True)
 class Control:
-    """What a unit was set to. `hint` is what the ControlNet takes, or None where the pipeline makes it with `annotator`."""
+    """What a unit was set to.
+
+    Attributes:
+        hint: what the ControlNet takes, or None where the pipeline makes it with `annotator`.
+        made: the map for the editor if it has just been made of the picture, None if it came from the editor.
+    """
 
     network: str
     chosen: Chosen
     hint: np.ndarray | None
     annotator: Any
-    map: np.ndarray | None
+    made: np.ndarray | None
     strength: float
     start: float
     end: float
@@ -44,7 +49,7 @@ class ControlUnit:
     """The components of control number `number`, from 1."""
 
     def __init__(self, context: Context, number: int) -> None:
-        self.context, self.number = context, number
+        self.context, self.number, self.origins = context, number, MapOrigins()
         base = context.catalogue.bases()[context.catalogue.default_base()]
         networks = self.networks(base)
         with gr.Row(equal_height=True):
@@ -142,12 +147,12 @@ class ControlUnit:
         listen(self.parameters.version.input, on_version, watched, outputs, **quick)
         listen(self.network.input, on_network, watched, [*outputs, self.condition], **quick)
         for component in shown:
-            if component is not self.parameters.version:
+            if component not in (self.parameters.condition, self.parameters.version):
                 listen(component.input, self._without_stale_map, {self.picture}, [self.map], **quick)
         listen(self.picture.upload, lambda: None, None, self.map, **quick)
         listen(self.blank.click, draw, self.network, [*outputs, self.picture, self.condition], **quick)
         listen(
-            self.make.click, lambda data: {self.map: conditions.for_editor(self._map(data, resolution, start_editor))},
+            self.make.click, lambda data: {self.map: self.make_map(data, resolution, start_editor)},
             {*self.components, resolution, start_editor}, [self.map], concurrency_id="detect", concurrency_limit=2,
         )  # fmt: skip
 
@@ -156,7 +161,7 @@ class ControlUnit:
         return {self.map: None} if data[self.picture] is not None else {}
 
     def read(self, data: Mapping[Any, Any], resolution: gr.Slider, start_editor: gr.ImageEditor) -> Control:
-        """What the components hold; the map is made where there is none yet.
+        """What the components hold; the map is made where there is none yet, or one of other settings.
 
         Raises:
             ValueError: neither a picture nor a map was given.
@@ -170,14 +175,42 @@ class ControlUnit:
         if chosen.name == "inpaint":
             annotator = self.context.detectors.get(conditions.record("inpaint"))
             return Control(data[self.network], chosen, None, annotator, None, *acts)
-        map = drawn(data[self.map])
-        if map is None:
-            map = self._map(data, resolution, start_editor)
+        map, made = drawn(data[self.map]), None
+        if map is None or self._is_stale(data, resolution):
+            map = made = self.make_map(data, resolution, start_editor)
         hint = chosen.hint_of(map, int(data[resolution]))
-        return Control(data[self.network], chosen, hint, None, map, *acts)
+        return Control(data[self.network], chosen, hint, None, made, *acts)
+
+    def _origin(self, data: Mapping[Any, Any], resolution: gr.Slider) -> Origin:
+        """What a map would be made of now."""
+        chosen = self.parameters.read(data[self.condition], data)
+        return Origin(chosen, conditions.digest(data[self.picture]), int(data[resolution]))
+
+    def _is_stale(self, data: Mapping[Any, Any], resolution: gr.Slider) -> bool:
+        """Whether the map was made of a picture, but of another one, or by other settings.
+
+        One that people have drawn on stays when only the resolution has changed.
+        """
+        ground = drawn({"composite": data[self.map]["background"]})
+        if data[self.picture] is None or ground is None:
+            return False
+        known, now = self.origins.of(ground), self._origin(data, resolution)
+        if _painted(data[self.map], ground.shape[:2]).any():
+            known = [replace(origin, resolution=now.resolution) for origin in known]
+        return bool(known) and now not in known
+
+    def make_map(self, data: Mapping[Any, Any], resolution: gr.Slider, start_editor: gr.ImageEditor) -> np.ndarray:
+        """The map of the picture at the resolution of the result, for the editor.
+
+        Raises:
+            ValueError: there is no picture, or no hole where the condition needs one.
+        """
+        map = conditions.for_editor(self._map(data, resolution, start_editor))
+        if data[self.condition] != "inpaint":
+            self.origins.add(map, self._origin(data, resolution))
+        return map
 
     def _map(self, data: Mapping[Any, Any], resolution: gr.Slider, start_editor: gr.ImageEditor) -> np.ndarray:
-        """The map of the picture at the resolution of the result."""
         chosen, picture, mask = self.parameters.read(data[self.condition], data), data[self.picture], None
         if chosen.name == "inpaint":
             picture, mask = start_of(data[start_editor])
@@ -214,11 +247,17 @@ def start_of(value: Mapping[str, Any] | None) -> tuple[np.ndarray | None, np.nda
     ):
         return None, None
     picture = HWC3(background)
-    mask = np.zeros(picture.shape[:2], np.uint8)
+    mask = _painted(value, picture.shape[:2])
+    return picture, mask if mask.any() else None
+
+
+def _painted(value: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Where people have painted in an editor, uint8 (H, W), 255 there and else 0."""
+    mask = np.zeros(size, np.uint8)
     for layer in value.get("layers", ()):
         if layer.ndim == 3 and layer.shape[2] == 4 and layer.shape[:2] == mask.shape:
             mask[layer[:, :, 3] > 0] = 255
-    return picture, mask if mask.any() else None
+    return mask
 
 
 def _condition_in(name: str | None) -> str | None:

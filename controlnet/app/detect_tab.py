@@ -2,6 +2,7 @@
 
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,11 +96,12 @@ class DetectTab:
         inputs = {self.condition, self.picture, self.resolution, *shown}
         listen(self.detect.click, self._detect, inputs, self.map, concurrency_id="detect", concurrency_limit=2)
         inputs = {self.condition, self.folder, self.target, self.what, self.size, self.prompt, *shown}
-        listen(
+        made = listen(
             self.run.click, self._run, inputs, [self.progress, self.examples], concurrency_id="folder", concurrency_limit=1,
             show_progress="hidden",
         )  # fmt: skip
-        listen(self.stop.click, self._stop, None, None, **quick)
+        listen(self.stop.click, self._stop, None, None, cancels=[made], **quick)  # one that still waits, too
+        listen(made.failure, lambda: "Stopped.", None, self.progress, **quick)  # cancelled, or failed with a message
 
     def connect_page(self, page: gr.Blocks) -> None:
         """Show the folders as they are when the page opens."""
@@ -141,10 +143,13 @@ class DetectTab:
                 while process.poll() is None and not stop.is_set():
                     yield {self.progress: f"{_count(made)} of {total} pictures"}
                     time.sleep(_POLL)
-            finally:
-                if process.poll() is None:
+                if stop.is_set():
                     process.terminate()
                 process.wait()
+            finally:
+                if process.poll() is None:  # nobody looks any more; the server must not wait here
+                    process.terminate()
+                    threading.Thread(target=process.wait, daemon=True).start()
                 self.stops.done(request.session_hash or "", stop)
             log.seek(0)
             complaints = [

@@ -149,12 +149,16 @@ class GenerateTab:
         listen(self.use.input, _DENOISE.__getitem__, self.use, self.denoise, **quick)
         chosen = [self.resolution, self.guidance, *(part for unit in self.units for part in (unit.network, unit.note))]
         listen(self.base.input, self._on_base, {self.base, *(unit.condition for unit in self.units)}, chosen, **quick)
-        listen(
+        generated = listen(
             self.generate.click, self._generate, {*self._settings(), self.visitor},
             [self.status, self.result, self.gallery, self.files, *(unit.map for unit in self.units)],
             show_progress_on=self.status, show_progress="minimal", concurrency_id=MODEL_QUEUE, concurrency_limit=1,
         )  # fmt: skip
-        listen(self.stop.click, self._stop, None, self.status, **quick)
+        # A run that waits for its turn is not known to `stops`: the queue itself has to let it go.
+        listen(self.stop.click, self._stop, None, self.status, cancels=[generated], **quick)
+        listen(
+            generated.failure, lambda: _status("Stopped."), None, self.status, **quick
+        )  # cancelled, or failed with a message
         listen(self.gallery.select, self._select, [self.files, self.visitor], [self.selected, self.details], **quick)
         inputs = [self.files, self.selected, self.visitor]
         restored = [component for component in self._settings() if component not in self._pictures()]
@@ -249,6 +253,7 @@ class GenerateTab:
             "seed": None if seed in (None, _RANDOM) else int(seed), "size": tuple(map(int, size)),
         }  # fmt: skip
         if image is not None:
+            image = image if mask is not None else conditions.from_editor(image, size)
             arguments |= {"image": image, "denoise": data[self.denoise]} | ({} if mask is None else {"mask": mask})
         hints = [control.hint for control in controls]
         arguments["hint"] = hints if len(hints) > 1 else hints[0] if hints else None
@@ -267,13 +272,11 @@ class GenerateTab:
         arguments, controls = self._arguments(data)
         steps, base = arguments["steps"], data[self.base]
         used = [unit for unit in self.units if data[unit.on]]
-        maps = {
-            unit.map: conditions.for_editor(control.map)
-            for unit, control in zip(used, controls, strict=True)
-            if control.map is not None and data[unit.picture] is not None
+        made = {
+            unit.map: control.made for unit, control in zip(used, controls, strict=True) if control.made is not None
         }
         loading = "" if base in self.context.models.loaded else f"Loading {html.escape(base)} ..."
-        yield {self.status: _status(loading or "Starting ..."), **maps}
+        yield {self.status: _status(loading or "Starting ..."), **made}
         networks = [control.network for control in controls]
         session = request.session_hash or ""
         stop = self.context.stops.new(session)

@@ -13,6 +13,8 @@ from cldm.pipeline import ControlPipeline
 from cldm.results import Pictures
 from controlnet.app.models import untrained_controls
 
+_POLL = 0.2  # seconds between looks at the wish to stop
+
 
 class Stopped(Exception):
     """The run was stopped before its end."""
@@ -65,7 +67,12 @@ def sample(
     threading.Thread(target=work, name="sampling", daemon=True).start()
     try:
         while True:
-            event = events.get()
+            try:
+                event = events.get(timeout=_POLL)
+            except queue.Empty:
+                if stop.is_set():
+                    raise Stopped from None  # the thread ends after the step at hand; nobody has to wait for that
+                continue
             if isinstance(event, BaseException):
                 raise event
             yield event

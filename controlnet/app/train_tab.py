@@ -2,7 +2,7 @@
 
 import html
 import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ from cldm.data.checking import abbreviate, check_dataset
 from cldm.training.memory import limit_of
 from cldm.training.presets import PRESETS
 from cldm.training.settings import TINY_DATA, Settings, parse_settings
+from controlnet.app import lifeline
 from controlnet.app.context import Context
 from controlnet.app.files import TINY, choose
 from controlnet.app.training import RunState, describe, settings_of
@@ -222,11 +223,21 @@ class TrainTab:
         arguments = [f"{name}={getattr(settings, name)}" for name in names]
         arguments += [f"config={settings.config}", f"frozen_precision={settings.frozen_precision or 'fp32'}"]
         arguments += ["size=64"] if settings.config == "cldm_tiny" else []
-        command = [sys.executable, "-m", "cldm.training.memory", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_MEMORY_SECONDS)
-        if done.returncode == 2:
-            raise ValueError(done.stderr.strip().splitlines()[-1])
-        return done.stdout
+        with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as complaints:
+            process = lifeline.start("cldm.training.memory", arguments, stdout=told, stderr=complaints)
+            try:
+                process.wait(_MEMORY_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise ValueError(f"this takes longer than {_MEMORY_SECONDS // 60} minutes here") from None
+            finally:
+                process.kill()
+                process.wait()
+            told.seek(0)
+            complaints.seek(0)
+            if process.returncode != 0:
+                lines = complaints.read().strip().splitlines()
+                raise ValueError(lines[-1] if lines else "the memory could not be computed")
+            return told.read()
 
     def _start(self, data: Mapping[Any, Any]) -> tuple[Any, tuple[()]]:
         settings = self.context.runs.begin(data[self.name], self._arguments(data))

@@ -78,8 +78,8 @@ def site(folder) -> Iterator[Site]:
 
 
 @contextmanager
-def site_in(folder: Path) -> Iterator[Site]:
-    """The page's own command as a process, as people start it, with the folders below `folder`."""
+def site_in(folder: Path, *more: str) -> Iterator[Site]:
+    """The page's own command as a process, as people start it, with the folders below `folder` and perhaps more options."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -96,6 +96,7 @@ def site_in(folder: Path) -> Iterator[Site]:
         "-m",
         "controlnet.app",
         *(part for key, value in options.items() for part in (f"--{key}", value)),
+        *more,
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ANNOTATOR_VERSION": "1.0"}
     with open(folder / "server.log", "wb") as log:

@@ -18,6 +18,7 @@ from cldm.training.metrics import read_metrics
 from tests.controlnet.app.conftest import wait_until
 
 STEERED = "models/steered.safetensors"
+UNDO = 'button[aria-label="Undo"]'  # of an editor
 
 
 class Page:
@@ -60,7 +61,19 @@ class Page:
         self.tab.locator(f'button:has-text("{name}"):visible').first.click()
 
     def upload(self, where: str, file: Path) -> None:
+        """Choose a file, and wait until it is there."""
         self.tab.locator(f"{where} input[type=file]").first.set_input_files(str(file))
+        if self.tab.locator(f"{where} {UNDO}").count():
+            self.wait_filled(where)
+        else:
+            self.tab.wait_for_selector(f'{where} img[src*="{file.name}"]', state="attached")
+
+    def wait_filled(self, where: str) -> None:
+        """Wait until an editor shows a picture: that can be undone."""
+        self.tab.wait_for_selector(f"{where} {UNDO}:not([disabled])")
+
+    def wait_empty(self, where: str) -> None:
+        self.tab.wait_for_selector(f"{where} {UNDO}[disabled]")
 
     def text(self, where: str) -> str:
         return self.tab.inner_text(where)
@@ -83,7 +96,8 @@ class Page:
         return self.messages()
 
     def stroke(self, where: str, *points: tuple[float, float]) -> None:
-        """Draw a line in an editor; points are parts of its canvas."""
+        """Draw a line in an editor that shows something; points are parts of its canvas."""
+        self.wait_filled(where)
         canvas = self.tab.locator(f"{where} canvas").first
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
@@ -93,12 +107,23 @@ class Page:
         for place in places[1:]:
             self.tab.mouse.move(*place, steps=8)
         self.tab.mouse.up()
-        self.tab.wait_for_timeout(400)  # the editor takes the line in after the mouse is up
+        # The editor has taken the line in when it has drawn what follows.
+        self.tab.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def generate(self, seconds: float = 60) -> None:
         self.tab.evaluate("document.querySelector('#status span').innerText = ''")
         self.tab.click("#generate")
         self.wait("#status", " seconds.", seconds)
+
+    def press_again(self) -> None:
+        """Press Generate until it begins: Gradio takes no second press before it knows that the first one's run has ended."""
+
+        def begins() -> bool:
+            self.tab.click("#generate")
+            self.tab.wait_for_timeout(100)
+            return "Stopped." not in self.text("#status")
+
+        wait_until(begins)
 
     def upload_by(self, button: str, file: Path) -> None:
         with self.tab.expect_file_chooser() as chooser:
@@ -161,15 +186,31 @@ def test_several_conditions_make_maps_that_can_be_seen_before_sampling(page, sit
     before = made(site)
     for condition in ("threshold", "tile", "canny"):
         page.choose("Condition", condition)
+        page.wait_empty("#map-1")  # that of another condition has gone
         page.click("Make the map")
-        page.tab.wait_for_timeout(300)
+        page.wait_filled("#map-1")
         page.generate()
+    # A visitor who is quicker than the page: the map of canny is still there when the next condition is generated with.
+    held = []
+    page.tab.route("**/run/predict*", lambda route: held.append(route))
+    page.choose("Condition", "threshold")
+    page.generate()
+    assert held
+    for route in held:
+        route.continue_()
+    page.tab.unroute("**/run/predict*")
+    page.click("How the map is made")
+    page.slide("threshold", 40)
+    page.generate()
     found = [read_png_text(file) for file in made(site, before)]
-    assert [text["page"]["controls"][0]["condition"] for text in found] == ["threshold", "tile", "canny"]
+    told = [text["page"]["controls"][0] for text in found]
+    assert [one["condition"] for one in told] == ["threshold", "tile", "canny", "threshold", "threshold"]
+    assert told[4]["parameters"] == {"threshold": 40} != told[3]["parameters"] == told[0]["parameters"]
     # What the browser has shown and sent back is the map itself, to the last pixel, by the usual conventions of its condition.
     photo = np.asarray(Image.open(picture))
-    expected = annotator.load("canny").make_hint(photo, resolution=64).hint
-    assert found[2]["inputs"]["hint"] == [inputs.fingerprint(inputs.hint_tensor(expected))]
+    for text, one in zip(found, told, strict=True):
+        expected = annotator.load(one["condition"]).make_hint(photo, resolution=64, **one["parameters"]).hint
+        assert text["inputs"]["hint"] == [inputs.fingerprint(inputs.hint_tensor(expected))], one
     assert "untrained" not in page.text("#status")
 
 
@@ -177,7 +218,7 @@ def test_a_drawn_scribble_steers(page, site):
     set_up(page)
     before = made(site)
     page.click("Empty drawing")
-    page.tab.wait_for_timeout(800)
+    page.wait_filled("#map-1")
     page.generate()
     page.stroke("#map-1", (0.3, 0.3), (0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3))
     page.generate()
@@ -187,7 +228,7 @@ def test_a_drawn_scribble_steers(page, site):
     assert not np.array_equal(np.asarray(Image.open(empty)), np.asarray(Image.open(drawn)))
 
 
-def test_what_is_painted_over_becomes_new_and_the_rest_stays(page, site, tmp_path):
+def test_a_picture_is_made_anew_or_what_is_painted_over_while_the_rest_stays(page, site, tmp_path):
     start = draw_fill(3, 512, 5).target
     cv2.imwrite(str(tmp_path / "start.png"), start[:, :, ::-1])
     set_up(page)
@@ -195,8 +236,13 @@ def test_what_is_painted_over_becomes_new_and_the_rest_stays(page, site, tmp_pat
     page.tab.get_by_label("Use it", exact=True).first.uncheck()  # without a control
     page.click("Start from a picture")
     page.upload("#start-editor", tmp_path / "start.png")
+    page.generate()
+    (file,) = made(site, before)
+    text = read_png_text(file)
+    assert text["settings"]["denoise"] == 0.75 and "mask" not in text["inputs"]
+    assert text["inputs"]["image"] == inputs.fingerprint(inputs.picture_tensor(start, (64, 64)))
+    before = made(site)
     page.tab.get_by_role("radio", name="inpainting").check()
-    page.tab.wait_for_timeout(800)
     page.tab.click("#generate")
     page.wait_message("Paint over what shall be new")
     page.stroke("#start-editor", (0.45, 0.5), (0.55, 0.5))
@@ -243,8 +289,7 @@ def test_stop_and_reload_while_sampling_leave_a_page_that_works(page, site, pict
     page.wait("#status", "Step 2")
     page.tab.click("#stop")
     page.wait("#status", "Stopped.")
-    page.tab.wait_for_timeout(1000)  # Gradio takes no second press of a button before the first one's run has ended
-    page.tab.click("#generate")
+    page.press_again()
     page.wait("#status", "Step 2")
     page.tab.reload()
     page.ready()
@@ -260,6 +305,30 @@ def test_stop_and_reload_while_sampling_leave_a_page_that_works(page, site, pict
     wait_until(lambda: page.tab.locator("#gallery img").count() >= 1)  # the visitor's pictures are still there
 
 
+def test_stop_takes_a_run_out_of_the_queue(page, browser, site):
+    context = browser.new_context(viewport={"width": 1440, "height": 1000})
+    other = Page(context, site.url)
+    before = made(site)
+    for visitor, seed in ((page, 303), (other, 404)):
+        set_up(visitor, steps=150 if visitor is other else 2, seed=seed)
+        visitor.click("Empty drawing")
+        visitor.wait_filled("#map-1")
+    other.slide("Pictures", 8)
+    other.tab.click("#generate")
+    other.wait("#status", "Step 2")
+    page.tab.click("#generate")
+    page.wait("#status", "queue: 1/1")
+    page.tab.click("#stop")
+    page.wait("#status", "Stopped.")
+    assert "Step" in other.text("#status")  # other visitors' runs go on
+    other.tab.click("#stop")
+    other.wait("#status", "Stopped.")
+    page.generate()
+    (file,) = made(site, before)  # and no second one: what was taken out has never begun
+    assert read_png_text(file)["settings"]["seed"] == 303
+    context.close()
+
+
 def test_two_visitors_at_once_get_their_own_pictures(page, browser, site):
     context = browser.new_context(viewport={"width": 1440, "height": 1000})
     other = Page(context, site.url)
@@ -267,6 +336,7 @@ def test_two_visitors_at_once_get_their_own_pictures(page, browser, site):
     for visitor, seed in ((page, 101), (other, 202)):
         set_up(visitor, steps=10, seed=seed)
         visitor.click("Empty drawing")
+        visitor.wait_filled("#map-1")
     for visitor in (page, other):
         visitor.tab.click("#generate")
     for visitor in (page, other):
@@ -289,7 +359,6 @@ def test_broken_and_absurd_uploads_are_messages(page, site, tmp_path):
     Image.new("1", (4200, 4200)).save(huge)
     for file, message in ((broken, "broken, or no picture"), (huge, "4200 x 4200 pixels")):
         page.upload("#picture-1", file)
-        page.tab.wait_for_timeout(500)
         page.tab.click("#generate")
         said = page.wait_message(message)
         assert "Traceback" not in said and "/" not in said.replace("PNG, JPEG", "")

@@ -3,10 +3,14 @@
 import re
 import socket
 
+import httpx
 import pytest
 
+from cldm.results import read_png_text
 from controlnet.app import main
 from controlnet.app.command import build_parser
+from tests.controlnet.app.conftest import site_in
+from tests.controlnet.app.test_http import call, filled, listener
 
 
 @pytest.mark.parametrize(
@@ -43,6 +47,38 @@ def test_a_port_that_is_taken(tmp_path, capfd, monkeypatch):
         taken.listen()
         assert main(["--port", str(taken.getsockname()[1]), "--device", "cpu"]) == 2
     assert "cannot listen on 127.0.0.1" in capfd.readouterr().err
+
+
+def test_a_password_is_asked_for_and_low_memory_makes_pictures(folder):
+    with (
+        site_in(folder, "--password", "open sesame", "--low-memory") as site,
+        httpx.Client(base_url=site.url, timeout=60) as client,
+    ):
+        picture = {"files": ("photo.png", (folder / "data" / "photos" / "0.png").read_bytes(), "image/png")}
+
+        def refused() -> set[int]:
+            joined = client.post("/gradio_api/queue/join", json={"data": [], "fn_index": 0, "session_hash": "x"})
+            uploaded = client.post("/gradio_api/upload", files=picture)
+            return {client.get("/config").status_code, joined.status_code, uploaded.status_code}
+
+        assert refused() == {401} and "Base model" not in client.get("/").text
+        for wrong in ("", "open", "open sesame ", "öffne"):
+            assert client.post("/login", data={"username": "anyone", "password": wrong}).status_code in (400, 422)
+        assert refused() == {401}
+        assert client.post("/login", data={"username": "anyone", "password": "open sesame"}).status_code == 200
+        config, key = client.get("/config").json(), "0" * 32
+        (path,) = client.post("/gradio_api/upload", files=picture).json()
+        generate = listener(config, "generate")
+        sent = {
+            "Steps": 2,
+            "browserstate": key,
+            "Picture": {"path": path, "meta": {"_type": "gradio.FileData"}},
+        }
+        told = call(client, generate["id"], filled(config, generate["inputs"], sent))
+        assert "1 picture in " in told, told
+        (file,) = (site.outputs / key).glob("*.png")
+        (control,) = read_png_text(file)["page"]["controls"]
+        assert (control["network"], control["condition"]) == ("models/steered.safetensors", "canny")
 
 
 def test_help_shows_examples(capsys):

@@ -8,7 +8,7 @@ from annotator.pictures import resize
 from annotator.registry import CONDITIONS
 from cldm.data.fill import draw_fill
 from controlnet.app import conditions
-from controlnet.app.conditions import READY, Chosen, Detectors, ParameterControls, for_editor
+from controlnet.app.conditions import READY, Chosen, Detectors, ParameterControls, for_editor, from_editor
 
 
 @pytest.mark.parametrize("info", CONDITIONS, ids=lambda info: f"{info.name} {info.version}")
@@ -48,6 +48,7 @@ def test_a_map_that_goes_through_an_editor_is_the_same_hint(name):
     made = detectors.make_hint(chosen, picture, 64)
     shown = for_editor(made.map)
     assert min(shown.shape[:2]) == 512 and shown.shape[2] == 3
+    assert np.array_equal(from_editor(shown, (64, 64)), for_editor(made.map)[::8, ::8])
     assert np.array_equal(chosen.hint_of(shown, 64), made.hint)
 
 
@@ -57,6 +58,8 @@ def test_a_drawing_becomes_a_hint_of_the_size_of_the_result():
     hint = Chosen(READY).hint_of(drawing, 64)
     assert hint.shape == (64, 128, 3) and hint.dtype == np.float32 and hint[:32].min() == 1 and hint[32:].max() == 0
     assert resize(drawing, (64, 128)).shape == hint.shape
+    drawing[0, 0] = 9  # nothing of it is lost
+    assert all(np.array_equal(from_editor(drawing, size), drawing) for size in ((64, 128), (1024, 2048)))
 
 
 def test_what_a_condition_needs_is_said(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import annotator
 from cldm import inputs
@@ -16,7 +17,7 @@ from controlnet.app.conditions import READY, Detectors
 from controlnet.app.context import Context
 from controlnet.app.files import TINY, Folders
 from controlnet.app.gallery import visitor_key
-from controlnet.app.generate_tab import AUTOMATIC, DEFAULT, EMPTY, INPAINTING, GenerateTab
+from controlnet.app.generate_tab import AUTOMATIC, DEFAULT, EMPTY, IMAGE_TO_IMAGE, INPAINTING, GenerateTab
 from controlnet.app.models import OWN, Catalogue, Models
 from controlnet.app.training import Runs
 
@@ -57,8 +58,24 @@ def photo():
 def run(tab, data):
     """The last state of the page, and the text of the newest picture's file."""
     *_, last = tab._generate(data, SESSION)
-    newest = (tab.context.folders.outputs / data[tab.visitor]) / last[tab.files][0]
-    return last, read_png_text(newest)
+    return last, read_png_text(newest(tab, data))
+
+
+def newest(tab, data):
+    """The file of the newest picture."""
+    return max((tab.context.folders.outputs / data[tab.visitor]).glob("[!.]*.png"))
+
+
+def chosen(unit, name, **parameters):
+    """What a page sends of a condition and its parameters."""
+    updates = unit.settings_for(name, OWN, None, parameters)
+    return {unit.condition: name} | {part: updates[part].get("value") for part in unit.parameters.components}
+
+
+def hint_of(name, picture, resolution=64, **parameters):
+    """The hint of a picture without the page, as a picture's file tells of it."""
+    made, size = annotator.load(name).make_hint(picture, resolution, **parameters), (resolution, resolution)
+    return [inputs.fingerprint(inputs.hint_tensor(made.hint, size=size))]
 
 
 def editor(background, *strokes):
@@ -69,9 +86,7 @@ def editor(background, *strokes):
 @pytest.mark.parametrize("name", PIXEL_CONDITIONS)
 def test_each_condition_of_the_pixel_kind_from_a_picture_to_a_picture(tab, data, photo, name):
     unit = tab.units[0]
-    updates = unit.settings_for(name, OWN)
-    data |= {component: updates[component].get("value") for component in unit.parameters.components}
-    data |= {unit.condition: name, unit.picture: photo}
+    data |= chosen(unit, name) | {unit.picture: photo}
     if name == "inpaint":
         hole = np.zeros(photo.shape[:2], np.uint8)
         hole[40:90, 30:100] = 255
@@ -85,8 +100,93 @@ def test_each_condition_of_the_pixel_kind_from_a_picture_to_a_picture(tab, data,
         "inpaint",
         "shuffle",
     ):  # what the pipeline itself makes of the picture is what came through the page
-        expected = annotator.load(name).make_hint(photo, 64).hint
-        assert text["inputs"]["hint"] == [inputs.fingerprint(inputs.hint_tensor(expected, size=(64, 64)))]
+        assert text["inputs"]["hint"] == hint_of(name, photo)
+
+
+def test_the_map_is_of_the_settings_that_are_chosen(tab, data, photo):
+    """Whatever map a browser sends: it may be ahead of what it shows, or be given a map late."""
+    unit, size = tab.units[0], (tab.resolution, tab.start_editor)
+    data |= chosen(unit, "threshold") | {unit.picture: photo}
+    data[unit.map] = editor(unit.make_map(data, *size))
+
+    def made(**changes):
+        states = list(tab._generate(data | changes.pop("sent", {}), SESSION))
+        text = read_png_text(newest(tab, data))
+        told = text["page"]["controls"][0]
+        anew = [state[unit.map] for state in states if unit.map in state]
+        return text["inputs"]["hint"], told["condition"], told["parameters"], bool(anew)
+
+    defaults = annotator.describe("threshold").defaults
+    (slider,) = (name for name in defaults)
+    other = {slider: 60}
+    assert hint_of("threshold", photo) != hint_of("threshold", photo, **other) != hint_of("canny", photo)
+    assert made() == (hint_of("threshold", photo), "threshold", defaults, False)
+    sent = chosen(unit, "threshold", **other)  # a slider was moved
+    assert made(sent=sent) == (hint_of("threshold", photo, **other), "threshold", other, True)
+    turned = np.ascontiguousarray(photo[::-1])
+    assert made(sent={unit.picture: turned}) == (hint_of("threshold", turned), "threshold", defaults, True)
+    assert made(sent={tab.resolution: 128})[3]
+    sent = chosen(unit, "canny")
+    assert made(sent=sent) == (hint_of("canny", photo), "canny", annotator.describe("canny").defaults, True)
+    # The list of conditions alone has changed so far: its sliders are still those of the one before.
+    sent = {unit.condition: "canny"}
+    assert made(sent=sent) == (hint_of("canny", photo), "canny", annotator.describe("canny").defaults, True)
+    assert made() == (hint_of("threshold", photo), "threshold", defaults, False)
+
+
+def test_what_people_have_drawn_stays(tab, data, photo):
+    unit, size = tab.units[0], (tab.resolution, tab.start_editor)
+    data |= chosen(unit, "threshold") | {unit.picture: photo}
+    ground = unit.make_map(data, *size)
+    stroke = np.zeros(ground.shape[:2], np.uint8)
+    stroke[100:200, 50:90] = 255
+    drawn_on = {**editor(ground, stroke), "composite": np.maximum(ground, stroke[:, :, None])}
+
+    def made(**changes):
+        sent = data | {getattr(unit, name): value for name, value in changes.items() if name != "resolution"}
+        sent[tab.resolution] = changes.get("resolution", 64)
+        return run(tab, sent)[1]["inputs"]["hint"]
+
+    def scaled(map, name, resolution=64):
+        hint = conditions.Chosen(name).hint_of(map, resolution)
+        return [inputs.fingerprint(inputs.hint_tensor(hint, size=(resolution, resolution)))]
+
+    composite = drawn_on["composite"]
+    assert made(map=drawn_on) == scaled(composite, "threshold") != hint_of("threshold", photo)
+    assert made(map=drawn_on, resolution=128) == scaled(composite, "threshold", 128)
+    assert made(map=drawn_on, condition="canny") == hint_of("canny", photo)  # a map of something else does not
+    assert made(map=editor(255 - ground)) == scaled(255 - ground, "threshold")  # uploaded into the editor
+    assert made(map=editor(ground), picture=None, condition="canny") == scaled(ground, "canny")
+
+
+def test_image_to_image(tab, data, photo):
+    stroke = np.full(photo.shape[:2], 255, np.uint8)
+    data |= {
+        tab.units[0].on: False,
+        tab.start_editor: editor(photo, stroke),
+        tab.use: IMAGE_TO_IMAGE,
+        tab.denoise: 0.5,
+        tab.steps: 8,
+    }
+    text = run(tab, data)[1]
+    assert text["settings"]["denoise"] == 0.5 and "mask" not in text["inputs"]  # a brush mask is for inpainting
+    assert text["inputs"]["image"] == inputs.fingerprint(inputs.picture_tensor(photo, (64, 64)))
+    with tab.context.models.use(STEERED) as pipeline:
+        expected = pipeline(
+            None, "", image=photo, denoise=0.5, steps=8, seed=4, size=(64, 64), guidance_scale=data[tab.guidance]
+        )
+    result = newest(tab, data)
+    assert np.array_equal(np.asarray(Image.open(result)), expected[0])
+    assert run(tab, data | {tab.denoise: 1.0})[1]["inputs"]["image"] == text["inputs"]["image"]
+    assert not np.array_equal(np.asarray(Image.open(newest(tab, data))), expected[0])
+    with pytest.raises(ValueError, match="denoise 0.05 leaves none of 8 steps"):
+        run(tab, data | {tab.denoise: 0.05})
+    # "Start from it": the selected picture itself, to the last pixel, is what the next one is made of.
+    files = [result.name]
+    image, use, denoise = tab._start_from(files, 0, data[tab.visitor])
+    assert (use, denoise) == (IMAGE_TO_IMAGE, 0.75)
+    again = run(tab, data | {tab.start_editor: editor(image), tab.use: use, tab.denoise: denoise})[1]
+    assert again["inputs"]["image"] == inputs.fingerprint(inputs.picture_tensor(expected[0]))
 
 
 def test_an_untrained_control_is_named(tab, data, photo):
@@ -149,18 +249,14 @@ def test_what_cannot_work_is_a_message(tab, data, photo, changes, message):
     for name, value in changes.items():
         owner = tab.units[0] if name.startswith("units.0.") else tab
         data[getattr(owner, name.split(".")[-1])] = value
-    if data[tab.units[0].condition] == "inpaint":
-        updates = tab.units[0].settings_for("inpaint", OWN)
-        data |= {component: updates[component].get("value") for component in tab.units[0].parameters.components}
     with pytest.raises(ValueError, match=message):
         run(tab, data)
 
 
 def test_settings_of_a_picture_set_the_page_up_again(tab, data, photo):
     unit = tab.units[1]
-    shown = unit.settings_for("threshold", OWN)
-    data |= {component: shown[component].get("value") for component in unit.parameters.components}
-    data |= {unit.on: True, unit.network: OWN, unit.condition: "threshold", unit.picture: photo, unit.strength: 0.3}
+    data |= chosen(unit, "threshold")
+    data |= {unit.on: True, unit.network: OWN, unit.picture: photo, unit.strength: 0.3}
     data |= {
         tab.units[0].on: False,
         tab.prompt: "text",

@@ -1,6 +1,7 @@
 """Which models can be chosen, which are in memory, and who uses them."""
 
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -102,6 +103,35 @@ def test_a_run_tells_its_steps_and_can_be_stopped(models):
                 stop.set()
     with pytest.raises(ValueError, match="steps must be"):
         list(sample(models.use(STEERED, [OWN]), {**arguments, "steps": 0}, threading.Event()))
+
+
+def test_stop_does_not_wait_for_a_model_that_is_being_loaded():
+    loaded, stop = threading.Event(), threading.Event()
+
+    @contextmanager
+    def loading():
+        loaded.wait(60)
+        yield None
+
+    timer = threading.Timer(0.1, stop.set)
+    timer.start()
+    try:
+        with pytest.raises(Stopped):
+            next(sample(loading(), {}, stop))
+        assert not loaded.is_set()
+    finally:
+        loaded.set()
+        timer.join()
+
+
+def test_low_memory_gives_the_same_picture(models, folder):
+    careful = Models(models.catalogue, torch.device("cpu"), low_memory=True)
+    hint = np.kron(np.eye(8, dtype=np.uint8)[:, :, None] * 255, np.ones((8, 8, 3), np.uint8))
+    pictures = []
+    for one in (models, careful):
+        with one.use(STEERED, [OWN, OWN]) as pipeline:
+            pictures.append(pipeline([hint, hint], "a circle", steps=2, seed=3)[0].astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_a_run_that_nobody_looks_at_any_more_frees_the_model(models):

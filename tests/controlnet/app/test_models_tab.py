@@ -1,0 +1,44 @@
+"""The Models tab without a browser: a model is loaded before it is needed."""
+
+import gradio as gr
+import pytest
+import torch
+
+from controlnet.app.conditions import Detectors
+from controlnet.app.context import Context
+from controlnet.app.files import TINY, Folders
+from controlnet.app.models import OWN, Catalogue, Models
+from controlnet.app.models_tab import ModelsTab
+from controlnet.app.training import Runs
+
+STEERED = "models/steered.safetensors"
+
+
+@pytest.fixture
+def tab(folder):
+    folders = Folders((folder / "models",), (folder / "data",), folder / "runs", folder / "outputs")
+    catalogue = Catalogue(folders)
+    context = Context(folders, catalogue, Models(catalogue, torch.device("cpu")), Detectors("cpu"), Runs(folders.runs))
+    with gr.Blocks():
+        return ModelsTab(context)
+
+
+def test_load_it_loads_what_generate_then_uses(tab, monkeypatch):
+    models = tab.context.models
+    told = tab._load(STEERED)
+    with models.use(STEERED, [OWN]) as pipeline:
+        size = sum(parameter.nbytes for parameter in pipeline.model.parameters())
+    assert f"**{STEERED}** is loaded on `cpu` with the ControlNet {OWN}: {size / 1e9:.2f} GB" in told
+    assert models.loaded == [STEERED]
+    assert f"with the ControlNet {STEERED}" in tab._load(TINY) and models.loaded == [TINY]
+    monkeypatch.setattr(models, "_load", lambda *files: pytest.fail("the model was loaded again"))
+    with models.use(TINY, [STEERED]):  # the first of the list in Generate
+        pass
+    assert f"**{TINY}** is loaded" in tab._load(TINY)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "models", None, ""])
+def test_what_is_no_model_is_not_loaded(tab, name):
+    with pytest.raises(ValueError, match="choose a base model"):
+        tab._load(name)
+    assert tab.context.models.loaded == []
