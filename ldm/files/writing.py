@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.files.errors import CheckpointError, about
-from ldm.files.locating import SUFFIXES, is_weights_name, locate
+from ldm.files.locating import SUFFIXES, choose_weights, locate
 from ldm.files.opening import read_json
 from ldm.files.safetensors_files import MAX_HEADER, METADATA
 from ldm.files.tensors import SAFETENSORS_NAMES, STORAGE_NAMES, LazyTensor, Tensors, cast
@@ -87,12 +87,11 @@ def write_folder(
     check_output(path, overwrite, files=files)
     contents: dict[str, Tensors | bytes] = {}
     for name, content in files.items():
-        if isinstance(content, str):
-            contents[name] = content.encode("utf-8")
-        elif name.endswith(SUFFIXES):
+        if name.endswith(SUFFIXES) and not isinstance(content, str):
             contents[name] = cast(content, dtype, keep)
         else:
-            contents[name] = (json.dumps(content, indent=2) + "\n").encode("utf-8")
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            contents[name] = text.encode("utf-8")
     _write(Path(path), contents, {}, overwrite, progress)
     return Path(path)
 
@@ -190,7 +189,7 @@ def _check_folder(folder: Path, files: set[str]) -> None:
     for parent in {(folder / name).parent for name in files if name.endswith(SUFFIXES)}:
         for other in parent.iterdir() if parent.is_dir() else ():
             name = other.relative_to(folder).as_posix()
-            if is_weights_name(other.name) and name not in files:
+            if name not in files and choose_weights([other.name]):
                 raise CheckpointError(f"also holds {name!r}, which might be read instead; name a new one")
 
 
