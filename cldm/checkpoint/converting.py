@@ -13,15 +13,7 @@ import torch
 
 from cldm.checkpoint.diffusers_config import component_config, model_index, tokenizer_files
 from cldm.checkpoint.expected import check_fits, model_params
-from cldm.checkpoint.names import (
-    COMPONENTS,
-    CONTROL_PREFIX,
-    UNET_PREFIX,
-    is_open_clip,
-    part,
-    to_diffusers,
-    with_prefix,
-)
+from cldm.checkpoint.names import COMPONENTS, CONTROL_PREFIX, UNET_PREFIX, is_open_clip, part, to_diffusers, with_prefix
 from cldm.checkpoint.opening import ModelWeights, combined, open_model, take_parts
 from cldm.checkpoint.recognising import DIFFERENCE, POOLING, PREDICTION_METADATA, SCHEDULE_KEYS
 from cldm.checkpoint.schedule import PREDICTIONS, completed, scheduler_config
@@ -34,8 +26,7 @@ from ldm.files.writing import TORCH_SUFFIXES
 _UNET_FILE, _TEXT_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 # Metadata that another file must not inherit: about the bytes of the file they were in, or said anew.
 _OUTDATED = re.compile(
-    r"sshs_.*|modelspec\.hash.*|(model_)?hash|sha256|md5|format|"
-    + "|".join(map(re.escape, (*PREDICTION_METADATA, POOLING)))
+    rf"sshs_.*|modelspec\.hash.*|(model_)?hash|sha256|md5|format|{'|'.join((*PREDICTION_METADATA, POOLING))}"
 )
 
 
@@ -74,8 +65,7 @@ def convert(
         output: where to write; the suffix of a file chooses its format.
         to: a key of `TARGETS`.
         base: the model that the ControlNet belongs to. It supplies what `source` lacks, and a difference is taken to it.
-            Where a ControlNet is taken out of a full checkpoint whose base is not this one any more (trained with
-            `sd_locked=False`), the changed base is written beside `output`.
+            Where `source` leaves its base out and that is another by now (`sd_locked=False`), it is written beside `output`.
         with_base: write the base beside `output` in any case.
         config: name or path of the configuration, for models of no known family.
         ema: give the weights their EMA values.
@@ -106,7 +96,7 @@ def convert(
     with ExitStack() as opened:
         base_model = opened.enter_context(open_model(base)) if base is not None else None
         model = opened.enter_context(open_model(source, base_model.tensors if base_model else None, ema))
-        models = [each for each in (model, base_model) if each is not None]
+        models = [model, base_model] if base_model else [model]
         if to in _CONTROL_ALONE and not model.has(CONTROL_PREFIX):
             advice = "add one with controlnet add-control"
             raise CheckpointError(f"holds no ControlNet, which {to!r} is made of; {advice}", model.path)
@@ -206,9 +196,8 @@ class _Conversion:
         tensors, params = self._whole(), self.params
         prediction = self.prediction or params.get("parameterization", "eps")
         if self.prediction is None and self.unet_source.report.family == "sd2":
-            self.model.notes.append(
-                f"SD 2.x weights do not tell what they predict: {prediction} is assumed (--prediction v for 768 pixels)"
-            )
+            assumed = f"{prediction} is assumed (--prediction v for 768 pixels)"
+            self.model.notes.append(f"SD 2.x weights do not tell what they predict: {assumed}")
         parts = {name: network for name, prefix in COMPONENTS.items() if (network := part(tensors, prefix))}
         open_clip = is_open_clip(parts["text_encoder"])
         schedule = scheduler_config(params, self.unet_source, prediction)
@@ -219,9 +208,8 @@ class _Conversion:
             files[f"{name}/config.json"] = config
             files[f"{name}/{_TEXT_FILE if name == 'text_encoder' else _UNET_FILE}"] = converted
             if unknown:
-                first = ", ".join(unknown[:3])
-                note = f"{self.model.path}: {len(unknown)} entries of {name} have no counterpart: {first}"
-                self.model.notes.append(note)
+                problem = f"{len(unknown)} entries of {name} have no counterpart: {', '.join(unknown[:3])}"
+                self.model.notes.append(f"{self.model.path}: {problem}")
         return files | with_prefix(tokenizer_files(open_clip), "tokenizer/")
 
 
@@ -239,10 +227,8 @@ def _base_is_wanted(model: ModelWeights, base: ModelWeights | None, with_base: b
     if ours.keys() != theirs.keys():
         raise CheckpointError(f"its UNet has other entries than that of {model.path}; it is not its base", base.path)
     changed = sum(not _same_values(ours[key], theirs[key]) for key in ours)
-    if changed:
-        model.notes.append(f"{changed} entries of the UNet differ from {base.path}: exported to {path}")
-    else:
-        model.notes.append(f"the UNet in {model.path} is that of {base.path}")
+    note = f"{changed} entries of the UNet differ from {base.path}: exported to {path}"
+    model.notes.append(note if changed else f"the UNet in {model.path} is that of {base.path}")
     return changed > 0
 
 
@@ -256,9 +242,6 @@ def _same_values(a: LazyTensor, b: LazyTensor) -> bool:
         return torch.equal(x, y)
     # bfloat16 against float16: each has rounded the same number once, to its own digits or smallest step
     return torch.allclose(x.float(), y.float(), torch.finfo(coarse).eps, torch.finfo(fine).smallest_normal)
-
-
-# What a file tells of its model beside the weights: what the UNet predicts, and whether the ControlNet's outputs are averaged.
 
 
 def prediction_of(source: ModelWeights, config: str | Path | None = None) -> str | None:

@@ -103,11 +103,11 @@ def open_model(
                 raise CheckpointError(f"no layout known here. {'; '.join(report.suggestions)}")
             if layout == DIFFERENCE:
                 if base is None:
-                    advice = (
-                        "controlnet convert takes that base with --base, and cldm.model.load_control(model, path) adds it "
-                        "to the model's own"
+                    loading = "cldm.model.load_control(model, path) adds it to the model's own"
+                    converting = "controlnet convert takes that base with --base"
+                    raise CheckpointError(
+                        f"a ControlNet stored as the difference to its base: {converting}, and {loading}"
                     )
-                    raise CheckpointError(f"a ControlNet stored as the difference to its base: {advice}")
                 if not (unet := part(base, UNET_PREFIX)):
                     raise CheckpointError("stored as the difference to a base model, and no UNet was given as that")
                 tensors = with_prefix(combined(torch.add, part(tensors, CONTROL_PREFIX), unet), CONTROL_PREFIX)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cldm.checkpoint.expected import differing, expected_entries
+from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.names import BASE_PARTS, COMPONENTS, CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, text_key
 from ldm.files import WeightsFile
 from ldm.files.tensors import Tensors
@@ -175,11 +175,9 @@ def _compare(
     """Missing, extra and differently shaped keys against the family's own model."""
     if config is None or layout == "unknown":
         return [], [], []
-    if layout in CONTROL_LAYOUTS:
-        wanted = {"control"}
-    else:
-        wanted = {"unet"} if layout == "diffusers-unet" else {"unet", "vae", "text"}
-        wanted |= {"control"} if counts["control"] else set()
+    wanted = {"control"} if counts["control"] else set()
+    if layout not in CONTROL_LAYOUTS:
+        wanted |= {"unet"} if layout == "diffusers-unet" else {"unet", "vae", "text"}
     expected = {key: tensor for key, tensor in expected_entries(config).items() if part_of(key) in wanted}
     optional = _UNUSED_LAYER if layout == "diffusers-pipeline" else ()
 
@@ -188,7 +186,8 @@ def _compare(
 
     missing = [key for key in expected if key not in tensors and not is_optional(key)]
     extra = [key for key in tensors if key not in expected and key not in _FLAGS and not is_optional(key)]
-    return missing, extra, differing(tensors, expected)
+    mismatched = [key for key in expected if key in tensors and tensors[key].shape != expected[key].shape]
+    return missing, extra, mismatched
 
 
 _UNSUPPORTED: tuple[tuple[Callable[[str], bool], str], ...] = (

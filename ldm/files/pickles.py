@@ -225,18 +225,9 @@ class Unpickler:
 
     # The functions that have a meaning.
 
-    def _tensor(
-        self,
-        storage: Any,
-        offset: Any,
-        shape: Any,
-        stride: Any,
-        _grad: Any = None,
-        _hooks: Any = None,
-        bits: Any = None,
-    ) -> LazyTensor:
-        dtype = getattr(storage, "dtype", None)
-        return self._typed_tensor(storage, offset, shape, stride, _grad, _hooks, dtype, bits)
+    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> LazyTensor:
+        grad, hooks, bits = (*rest, None, None, None)[:3]
+        return self._typed_tensor(storage, offset, shape, stride, grad, hooks, getattr(storage, "dtype", None), bits)
 
     def _typed_tensor(
         self, storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, bits: Any = None

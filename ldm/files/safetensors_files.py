@@ -25,10 +25,8 @@ def read_safetensors(file: OpenFile) -> WeightsFile:
     """
     length = int.from_bytes(file.read(0, 8), "little")
     if file.size < 8 or length > MAX_HEADER or 8 + length > file.size:
-        raise CheckpointError(
-            f"the safetensors header says it is {length:,} bytes long in a file of {file.size:,}; "
-            "the file is damaged or its download was cut short"
-        )
+        sizes = f"{length:,} bytes long in a file of {file.size:,}"
+        raise CheckpointError(f"the safetensors header says it is {sizes}; it is damaged or its download was cut short")
     header = _parse(file.read(8, length))
     metadata = header.pop(METADATA, {})
     if type(metadata) is not dict or not all(type(text) is str for text in metadata.values()):
@@ -48,9 +46,8 @@ def read_safetensors(file: OpenFile) -> WeightsFile:
     described = 8 + length + position
     if described != file.size:
         cause = "its download was cut short" if described > file.size else "something was appended to it"
-        raise CheckpointError(
-            f"the safetensors header describes {described:,} bytes, but the file has {file.size:,}; {cause}"
-        )
+        sizes = f"{described:,} bytes, but the file has {file.size:,}"
+        raise CheckpointError(f"the safetensors header describes {sizes}; {cause}")
     if not tensors:
         raise CheckpointError("holds no tensors")
     return WeightsFile(file.path, "safetensors", tensors, metadata)

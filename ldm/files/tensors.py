@@ -34,9 +34,9 @@ STORAGE_NAMES = {
 }  # fmt: skip
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*SAFETENSORS_NAMES, torch.complex128)}
 FLOAT_DTYPES = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
+_DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 MAX_DIMENSIONS = 64
 _MAX_NUMBER = 2**62
-_DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,8 +1,7 @@
 """Writing weights files, one tensor at a time.
 
-Everything is written under another name beside its target and renamed when it is complete and on the disk. An error, Ctrl-C
-or, in the commands, SIGTERM removes what was begun; a killed process leaves `.NAME.xxxxxxxx.partial`, which nothing takes
-for weights.
+Everything is written under another name beside its target and renamed when it is complete and on the disk. What ends the
+process in order removes what was begun; a kill leaves `.NAME.xxxxxxxx.partial`, which nothing takes for weights.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def write_weights(
 
     Args:
         path: its suffix chooses the format: `.safetensors`, or torch's zip format for `.ckpt`, `.pth`, `.pt`, `.bin`.
-            Of a link, the file that it leads to is written, and the link stays.
+            Of a link, the file that it leads to is written.
         tensors: by key; lazy ones are read as they are written.
         metadata: texts to keep in a safetensors file; torch's format has no place for them.
         dtype: of floating-point tensors, e.g. `torch.float16` or "bfloat16"; as they are by default.
@@ -109,10 +108,8 @@ def _write(
                 total += sum(tensor.nbytes for tensor in content.values())
         needed, free = total + _SPARE * len(contents), shutil.disk_usage(place.parent).free
         if needed > free:
-            raise CheckpointError(
-                f"needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; "
-                "choose another disk, or half precision with --dtype float16"
-            )
+            sizes = f"needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free"
+            raise CheckpointError(f"{sizes}; choose another disk, or half precision with --dtype float16")
         shown = "".join(character if character.isprintable() else "?" for character in path.name)
         options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "disable": None if progress else True}
         with _temporary(place) as temporary, tqdm(desc=shown, total=total, **options) as bar:
