@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ def add_control(
         else:  # a fresh one is what the configuration makes
             pooling = model_params(used).get(POOLING) is True
         told = replace(base, metadata={**base.metadata, **(control.metadata if control else {})})
-        options = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
+        options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
         added.notes.extend(write_model(output, added.tensors, told, prediction_of(base, config), pooling, **options))
     return added
 
@@ -221,7 +222,7 @@ def transfer_control(
         notes += taken + [f"none of the files has a {name}, nor has the output" for name in lacking]
         tensors, more = completed(tensors, new, new.report.config or control.report.config)
         told = replace(new, metadata=control.metadata)
-        options = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
+        options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
         more += write_model(output, tensors, told, prediction_of(new), pooling_of(control), **options)
         return [
             *notes,

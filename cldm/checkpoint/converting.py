@@ -28,8 +28,6 @@ _UNET_FILE, _TEXT_FILE = "diffusion_pytorch_model.safetensors", "model.safetenso
 _OUTDATED = re.compile(
     rf"sshs_.*|modelspec\.hash.*|(model_)?hash|sha256|md5|format|{'|'.join((*PREDICTION_METADATA, POOLING))}"
 )
-
-
 # What can be written, and what it is, for people.
 TARGETS = {
     "full": "one file with base and ControlNet, for training and the scripts here",
@@ -114,7 +112,7 @@ def convert(
             check_output(beside, overwrite, () if folder else None, inputs)
             job = job.without_control()
             outputs.append((beside, job, job.content("diffusers-pipeline" if folder else "base", folder)))
-        options = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
+        options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
         for path, job, content in outputs:
             pooling = job.pooling and to != "base"
             model.notes += write_model(path, content, model, job.prediction, pooling, folder, **options)

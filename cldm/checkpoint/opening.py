@@ -65,11 +65,7 @@ class ModelWeights:
 
     def check_same_kind(self, other: ModelWeights) -> None:
         """Raise unless the UNets of both, or a ControlNet's copy of an encoder where there is no UNet, are of one kind."""
-        first, second = (
-            model.part(UNET_PREFIX)
-            or {key: t for key, t in model.part(CONTROL_PREFIX).items() if not key.startswith(CONTROL_LAYERS)}
-            for model in (self, other)
-        )
+        first, second = (model.part(UNET_PREFIX) or model.part(CONTROL_PREFIX) for model in (self, other))
         shared = [key for key in first if key in second]
         differing = [key for key in shared if first[key].shape != second[key].shape]
         if self.has(UNET_PREFIX) and other.has(UNET_PREFIX):
@@ -103,11 +99,8 @@ def open_model(
                 raise CheckpointError(f"no layout known here. {'; '.join(report.suggestions)}")
             if layout == DIFFERENCE:
                 if base is None:
-                    loading = "cldm.model.load_control(model, path) adds it to the model's own"
-                    converting = "controlnet convert takes that base with --base"
-                    raise CheckpointError(
-                        f"a ControlNet stored as the difference to its base: {converting}, and {loading}"
-                    )
+                    ways = "controlnet convert takes that base with --base, and cldm.model.load_control the model's own"
+                    raise CheckpointError(f"a ControlNet stored as the difference to its base: {ways}")
                 if not (unet := part(base, UNET_PREFIX)):
                     raise CheckpointError("stored as the difference to a base model, and no UNet was given as that")
                 tensors = with_prefix(combined(torch.add, part(tensors, CONTROL_PREFIX), unet), CONTROL_PREFIX)

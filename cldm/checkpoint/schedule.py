@@ -1,8 +1,5 @@
-"""What a checkpoint holds beside the networks' weights, where a file of another layout leaves it out.
-
-Above all it is the noise schedule of a file's model, as a list of betas: stored, told by a scheduler of diffusers, or the
-configuration's.
-"""
+"""What a checkpoint holds beside the networks' weights, where a file of another layout leaves it out: above all the noise
+schedule, as a list of betas."""
 
 from __future__ import annotations
 
@@ -92,8 +89,7 @@ def scheduler_config(params: Mapping[str, Any], source: ModelWeights, prediction
 
 
 def model_betas(params: Mapping[str, Any], source: ModelWeights | None) -> np.ndarray:
-    """The betas that a file stores or whose scheduler it tells, float64 (T,); those of `params` where these are the same, or
-    where it tells none.
+    """The betas that a file stores or tells by its scheduler, float64 (T,); else, or where these are the same, those of `params`.
 
     Raises:
         CheckpointError: what it tells makes no sense, or cannot be expressed here.

@@ -93,10 +93,9 @@ def _other_content(file: OpenFile) -> str | None:
 def _open_folder(folder: Path) -> WeightsFile:
     """A folder of diffusers: the files of its parts as one mapping."""
     made = WeightsFile(folder, "folder", {})
+    foreign: set[str] = set()
     with ExitStack() as opened:
-        parts = _read_configs(folder, made.configs)
-        foreign: set[str] = set()
-        for part in parts:
+        for part in _read_configs(folder, made.configs):
             prefix = f"{part}/" if part else ""
             for path, wanted in _weight_files(folder / part).items():
                 file = opened.enter_context(_open_file(path))

@@ -75,7 +75,7 @@ def is_size(number: Any) -> bool:
     return type(number) is int and 0 <= number < _MAX_NUMBER
 
 
-def is_shape(numbers: Any, kind: type, product: bool = True) -> bool:
+def is_shape(numbers: Any, kind: type[list] | type[tuple], product: bool = True) -> bool:
     """Whether what a file gives as a shape, a list or tuple, may be one; strides are no `product`."""
     sizes = type(numbers) is kind and len(numbers) <= MAX_DIMENSIONS and all(map(is_size, numbers))
     return sizes and (not product or math.prod(max(number, 1) for number in numbers) < _MAX_NUMBER)

@@ -86,9 +86,7 @@ def _zip_members(file: OpenFile) -> dict[str, zipfile.ZipInfo]:
         with zipfile.ZipFile(file.stream) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, RuntimeError, ValueError, LookupError, OSError, OverflowError, struct.error) as error:
-        problem = (
-            "the directory at the end of the zip archive is missing or damaged; the download was probably cut short"
-        )
+        problem = "the directory at the end of the zip archive is missing or damaged; the download was cut short"
         raise CheckpointError(problem) from error
     named = {member.filename: member for member in members}
     if len(named) != len(members):

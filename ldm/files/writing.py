@@ -282,19 +282,16 @@ def _write_torch(file: IO[bytes], tensors: Tensors, advance: Callable[[int], Any
     _Pickler(pickled, protocol=2).dump({key: replace(tensor) for key, tensor in tensors.items()})
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
-        def member(name: str, size: int) -> IO[bytes]:
+        def member(name: str) -> IO[bytes]:
             info = zipfile.ZipInfo(f"archive/{name}")
-            info.file_size = size
-            start = file.tell() + 30 + len(info.filename) + 4  # the fixed part, the name, this field's own head
-            if size * 1.05 > zipfile.ZIP64_LIMIT:
-                start += 20  # the field of long sizes, which is added to it
-            padding = -start % _ALIGNMENT
+            # Before the data stand a head of 30 bytes, the name, 20 bytes for long sizes, and the padding with its own head.
+            padding = -(file.tell() + 30 + len(info.filename) + 20 + 4) % _ALIGNMENT
             info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
-            return archive.open(info, "w")
+            return archive.open(info, "w", force_zip64=True)
 
         for name, content in {"data.pkl": pickled.getvalue(), "byteorder": b"little", "version": b"3\n"}.items():
-            with member(name, len(content)) as stream:
+            with member(name) as stream:
                 stream.write(content)
         for number, (key, tensor) in enumerate(tensors.items()):
-            with member(f"data/{number}", tensor.nbytes) as stream:
+            with member(f"data/{number}") as stream:
                 _write_tensor(stream, key, tensor, advance)

@@ -198,7 +198,7 @@ def test_packaged_weights_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     add_control("cldm_tiny.safetensors", "ini.safetensors", progress=False)
     made = create_model("cldm_tiny", weights="ini.safetensors")
-    with pytest.raises(CheckpointError, match="holds no ControlNet: add one with tool_add_control.py"):
+    with pytest.raises(CheckpointError, match="holds no ControlNet: add one with controlnet add-control"):
         create_model("cldm_tiny", weights="cldm_tiny.safetensors")
     tiny = load_state_dict("cldm_tiny.safetensors")["model.diffusion_model.out.2.bias"]
     assert torch.equal(made.state_dict()["model.diffusion_model.out.2.bias"], tiny.float())
