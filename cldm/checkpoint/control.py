@@ -64,9 +64,7 @@ def add_control(
         output: the file to write; its suffix chooses the format.
         config: name or path of the configuration; recognised from the weights by default.
         control_from: any file with a ControlNet, to be used instead of a fresh one.
-        dtype: of floating-point tensors; as they are by default.
-        overwrite: replace an existing file; never one of the inputs.
-        progress: show a bar on stderr.
+        dtype, overwrite, progress: as of `convert`.
 
     Raises:
         CheckpointError: a file cannot be read or does not fit the configuration, or the output cannot be written.

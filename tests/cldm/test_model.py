@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     no_control = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
     write_weights(tmp_path / "plain.safetensors", no_control, progress=False)
-    with pytest.raises(CheckpointError, match="tool_add_control"):
+    with pytest.raises(CheckpointError, match="controlnet add-control"):
         create_model(folder / "small.yaml", weights=tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="nowhere"):
         load_state_dict(tmp_path / "nowhere.ckpt")
