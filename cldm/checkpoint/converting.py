@@ -15,7 +15,7 @@ from cldm.checkpoint.diffusers_config import component_config, model_index, toke
 from cldm.checkpoint.expected import check_fits, model_params
 from cldm.checkpoint.names import COMPONENTS, CONTROL_PREFIX, UNET_PREFIX, is_open_clip, part, to_diffusers, with_prefix
 from cldm.checkpoint.opening import ModelWeights, combined, open_model, take_parts
-from cldm.checkpoint.recognising import DIFFERENCE, POOLING, PREDICTION_METADATA, SCHEDULE_KEYS
+from cldm.checkpoint.recognising import DIFFERENCE, LAYOUTS, POOLING, PREDICTION_METADATA, SCHEDULE_KEYS
 from cldm.checkpoint.schedule import PREDICTIONS, completed, scheduler_config
 from ldm.files import CheckpointError, LazyTensor, check_output, write_folder, write_weights
 from ldm.files.errors import about
@@ -29,12 +29,7 @@ _OUTDATED = re.compile(
     rf"sshs_.*|modelspec\.hash.*|(model_)?hash|sha256|md5|format|{'|'.join((*PREDICTION_METADATA, POOLING))}"
 )
 # What can be written, and what it is, for people.
-TARGETS = {
-    "full": "one file with base and ControlNet, for training and the scripts here",
-    "base": "one file with the base model alone",
-    "control": "the ControlNet alone, keys with the prefix control_model.",
-    "control-plain": "the ControlNet alone, keys without a prefix, for web UIs",
-    "difference": "the ControlNet less its base's encoder (rounded, not exact)",
+TARGETS = {name: LAYOUTS[name] for name in ("full", "base", "control", "control-plain", DIFFERENCE)} | {
     "diffusers": "the ControlNet for ControlNetModel.from_pretrained; one file if OUTPUT ends in .safetensors or .bin",
     "diffusers-pipeline": "a pipeline folder of diffusers, ControlNet included",
 }

@@ -16,6 +16,17 @@ from ldm.files.tensors import Tensors
 
 EMA_PREFIX = "model_ema."
 DIFFERENCE = "difference"
+LAYOUTS = {
+    "full": "base model and ControlNet in one file",
+    "base": "base model without a ControlNet",
+    "control": "ControlNet alone, keys with the prefix control_model.",
+    "control-plain": "ControlNet alone, keys without a prefix, as web UIs take it",
+    DIFFERENCE: "ControlNet as the difference to its base (rounded, not exact)",
+    "diffusers-controlnet": "ControlNet of diffusers",
+    "diffusers-unet": "UNet of diffusers",
+    "diffusers-pipeline": "pipeline folder of diffusers",
+    "unknown": "unknown",
+}
 CONTROL_LAYOUTS = ("control", "control-plain", DIFFERENCE, "diffusers-controlnet")
 SCHEDULE_KEYS = frozenset(
     ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
@@ -43,9 +54,8 @@ class Report:
 
     Attributes:
         path, format, wrapping, foreign: as of `WeightsFile`.
-        layout: "full" (base and ControlNet), "base", "control" (keys begin with `control_model.`), "control-plain"
-            (they do not), "difference" (a ControlNet less its base), "diffusers-controlnet", "diffusers-unet",
-            "diffusers-pipeline", or "unknown".
+        layout: "full", "base", "control", "control-plain", "difference", "diffusers-controlnet", "diffusers-unet",
+            "diffusers-pipeline" or "unknown"; `LAYOUTS` says what they are.
         lightning: whether a Lightning trainer wrote it.
         family: "sd1", "sd2", "tiny" (the packaged small model) or "unknown", by the widths of network and text.
         config: the packaged configuration of the family, e.g. "cldm_v15", or None.
