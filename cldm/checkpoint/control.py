@@ -21,6 +21,7 @@ from ldm.files.tensors import Tensors
 from ldm.modules.diffusionmodules.util import conv_nd, zero_module
 
 _HINT_ENCODER = CONTROL_PREFIX + "input_hint_block."
+_ENCODER = ("time_embed.", "input_blocks.", "middle_block.")  # what a ControlNet has a copy of
 _ZEROS = (CONTROL_PREFIX + "zero_convs.", CONTROL_PREFIX + "middle_block_out.")
 _POSITION_IDS = TEXT_PREFIX + "transformer.text_model.embeddings.position_ids"
 _SEED = 0  # of a fresh hint encoder: the same input always gives the same output
@@ -216,6 +217,11 @@ def transfer_control(
             for prefix in (UNET_PREFIX, CONTROL_PREFIX):
                 moved = combined(lambda tensor, n, o: tensor + (n - o), control.part(prefix), *unets)
                 tensors |= with_prefix(moved, prefix)
+        copies = (CONTROL_PREFIX + key for key in unets[1] if key.startswith(_ENCODER))
+        if missing := [
+            key for key in copies if key not in tensors
+        ]:  # of an unknown family, whose entries nothing else tells
+            raise CheckpointError(f"its ControlNet is incomplete: {missing[0]!r} is missing", control.path)
         tensors, taken, lacking = take_parts(tensors, (new, control, old))
         notes += taken + [f"none of the files has a {name}, nor has the output" for name in lacking]
         tensors, more = completed(tensors, new, new.report.config or control.report.config)

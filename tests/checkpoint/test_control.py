@@ -304,6 +304,15 @@ def test_transfer_refuses_what_is_incomplete(
         transfer_control(**files, output=tmp_path / "out.pt", **QUIET)
 
 
+def test_transfer_refuses_what_is_incomplete_in_an_unknown_family(full: dict[str, Tensor], tmp_path: Path) -> None:
+    wide = {key: tensor.repeat(1, 2) if key.endswith("attn2.to_k.weight") else tensor for key, tensor in full.items()}
+    base = saved(tmp_path / "base.pt", without(wide, CONTROL))
+    control = saved(tmp_path / "c.pt", without(only(wide, CONTROL), CONTROL + "input_blocks.1.0.in_layers.2.weight"))
+    assert identify(base).family == identify(control).family == "unknown"
+    with pytest.raises(CheckpointError, match="c.pt: its ControlNet is incomplete: .*in_layers.2.weight"):
+        transfer_control(base, control, base, tmp_path / "out.pt", **QUIET)
+
+
 def test_what_is_incomplete_is_noted(full: dict[str, Tensor], base: Path, tmp_path: Path) -> None:
     lacking = (VAE + "decoder.conv_in.weight", TEXT + "transformer.text_model.final_layer_norm.bias")
     partial = without(full, CONTROL, *lacking) | {
