@@ -21,7 +21,7 @@ PROGRAM = "tool_convert_control.py"
 
 
 def build_parser(program: str = PROGRAM) -> Parser:
-    layouts = "\n".join(f"  {name:<20}{target.help}" for name, target in TARGETS.items())
+    layouts = "\n".join(f"  {name:<20}{what}" for name, what in TARGETS.items())
     text = help_text(__doc__, PROGRAM, program)
     parser = Parser(prog=program, description=text, epilog=f"layouts:\n{layouts}")
     parser.add_argument("input", metavar="INPUT", help="weights file, or folder of diffusers")

@@ -3,7 +3,7 @@
     python -m cldm.evaluate runs/tutorial/model.safetensors training/fill_tiny --condition fill --guidance-scale 3
     python -m cldm.evaluate models/control_sd15_canny.pth training/photos-canny --condition canny --parameter low_threshold=80
 
-Pictures are made for the hints of pairs at the end of the folder, which `tutorial_train.py` holds out; the condition's own
+Pictures are made for the hints of pairs at the end of the folder, which training holds out; the condition's own
 detector is run on them, and what it finds is compared with the hints. Beside the score stand two others that tell how to read it:
 that of the target pictures, which a perfect model would reach, and that of pictures made for other hints, which is chance.
 """

@@ -303,7 +303,7 @@ def _misfit(
         lines.append(f"{len(missing)} entries are missing ({abbreviate(missing)});")
     without_control = any(key.startswith(CONTROL_PREFIX) for key in missing)
     if without_control and all(key.startswith(CONTROL_PREFIX) or key in SCHEDULE_KEYS for key in missing):
-        lines.append("it holds no ControlNet: add one with tool_add_control.py")
+        lines.append("it holds no ControlNet: add one with controlnet add-control")
     else:
         lines.append(
             f"it holds {len(tensors)} entries ({abbreviate(tensors, 2)}): choose the configuration that belongs to it"

@@ -13,23 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from cldm.checkpoint.opening import identify
-from cldm.checkpoint.recognising import Report
+from cldm.checkpoint.recognising import LAYOUTS, Report
 from cldm.command import Parser, help_text
 from cldm.terminal import fail, show
 from ldm.files import CheckpointError
 
 PROGRAM = "python -m cldm.checkpoint"
-_LAYOUTS = {
-    "full": "full: base model and ControlNet",
-    "base": "base model without a ControlNet",
-    "control": "ControlNet alone, keys with the prefix control_model.",
-    "control-plain": "ControlNet alone, keys without a prefix",
-    "difference": "ControlNet as the difference to its base",
-    "diffusers-controlnet": "ControlNet of diffusers",
-    "diffusers-unet": "UNet of diffusers",
-    "diffusers-pipeline": "pipeline of diffusers",
-    "unknown": "unknown",
-}
 _FAMILIES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "tiny": "tiny", "unknown": "unknown"}
 _SHOWN = 3  # keys of a long list
 
@@ -59,7 +48,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 def table(report: Report) -> list[str]:
     """The report for people, a few lines of name and value."""
-    layout = _LAYOUTS[report.layout] + (", in a Lightning checkpoint" if report.lightning else "")
+    layout = LAYOUTS[report.layout] + (", in a Lightning checkpoint" if report.lightning else "")
     family = _FAMILIES[report.family] + (f" (configuration {report.config})" if report.config else "")
     rows = [
         ("file", str(report.path)),

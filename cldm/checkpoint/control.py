@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cldm.checkpoint.converting import pooling_of, prediction_of, write_with_facts
+from cldm.checkpoint.converting import pooling_of, prediction_of, write_model
 from cldm.checkpoint.expected import check_fits, expected_entries, model_params, zeros
-from cldm.checkpoint.names import BASE_PARTS, CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, with_prefix
-from cldm.checkpoint.opening import ModelWeights, combined, open_model
-from cldm.checkpoint.recognising import POOLING, SCHEDULE_KEYS, part_of
-from cldm.checkpoint.schedule import completed, schedule_params, schedule_tensors
+from cldm.checkpoint.names import CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, with_prefix
+from cldm.checkpoint.opening import ModelWeights, combined, open_model, take_parts
+from cldm.checkpoint.recognising import POOLING, part_of
+from cldm.checkpoint.schedule import completed
 from ldm.files import CheckpointError, LazyTensor, check_output
 from ldm.files.errors import about
 from ldm.files.tensors import Tensors
@@ -34,9 +33,8 @@ class AddedControl:
 
     Attributes:
         tensors: of the whole model, in its order.
-        copied: keys of the ControlNet that are copies of the base's.
-        kept: keys of the ControlNet that were there already.
-        new: keys that have their initial values.
+        copied, kept, new: keys whose values are copies of the UNet's, keys of the ControlNet that were there already, and
+            keys that have their initial values.
         dropped: keys that the model does not have.
         notes: what else deserves notice, a line each.
     """
@@ -46,7 +44,7 @@ class AddedControl:
     kept: list[str]
     new: list[str]
     dropped: list[str]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def add_control(
@@ -67,9 +65,7 @@ def add_control(
         output: the file to write; its suffix chooses the format.
         config: name or path of the configuration; recognised from the weights by default.
         control_from: any file with a ControlNet, to be used instead of a fresh one.
-        dtype: of floating-point tensors; as they are by default.
-        overwrite: replace an existing file; never one of the inputs.
-        progress: show a bar on stderr.
+        dtype, overwrite, progress: as of `convert`.
 
     Raises:
         CheckpointError: a file cannot be read or does not fit the configuration, or the output cannot be written.
@@ -78,10 +74,8 @@ def add_control(
     with ExitStack() as opened:
         base = opened.enter_context(open_model(source))
         if not base.has(UNET_PREFIX):
-            raise CheckpointError(
-                f"holds no base model ({base.report.layout}); give one as INPUT, and this with --control-from",
-                base.path,
-            )
+            advice = "give one as INPUT, and this with --control-from"
+            raise CheckpointError(f"holds no base model ({base.report.layout}); {advice}", base.path)
         control = opened.enter_context(open_model(control_from, base.tensors)) if control_from is not None else None
         used = config if config is not None else base.report.config
         if used is None:
@@ -91,9 +85,9 @@ def add_control(
             pooling = pooling_of(control or base, config)
         else:  # a fresh one is what the configuration makes
             pooling = model_params(used).get(POOLING) is True
-        metadata = {**base.metadata, **(control.metadata if control else {})}
-        facts = (metadata, prediction_of(base, config), pooling, base.report.family)
-        added.notes.extend(write_with_facts(output, added.tensors, *facts, dtype, overwrite, progress))
+        told = replace(base, metadata={**base.metadata, **(control.metadata if control else {})})
+        options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
+        added.notes.extend(write_model(output, added.tensors, told, prediction_of(base, config), pooling, **options))
     return added
 
 
@@ -118,38 +112,36 @@ def join_control(base: ModelWeights, control: ModelWeights | None, config: str |
         given = {key: tensor for key, tensor in given.items() if not key.startswith(CONTROL_PREFIX)}
         given |= with_prefix(control.part(CONTROL_PREFIX), CONTROL_PREFIX)
         notes += control.notes
-    lacking = [key for key in expected if key not in given]
-    if control is not None and (key := next((k for k in lacking if k.startswith(CONTROL_PREFIX)), None)):
-        raise CheckpointError(f"its ControlNet is incomplete: {key!r} is missing", control.path)
-    originals = {k: UNET_PREFIX + k.removeprefix(CONTROL_PREFIX) for k in lacking if k.startswith(CONTROL_PREFIX)}
+    lacking = [key for key in expected if key.startswith(CONTROL_PREFIX) and key not in given]
+    if control is not None and lacking:
+        raise CheckpointError(f"its ControlNet is incomplete: {lacking[0]!r} is missing", control.path)
+    originals = {key: UNET_PREFIX + key.removeprefix(CONTROL_PREFIX) for key in lacking}
     copied = {key: given[original] for key, original in originals.items() if original in given}
-    params = model_params(config)
-    if SCHEDULE_KEYS.intersection(lacking) - {"logvar"}:  # logvar does not depend on the betas
-        params = schedule_params(params, base)
-    new = initial_values(params, {key: expected[key] for key in lacking if key not in copied})
-    every = {**given, **copied, **new}
+    every, more = completed({**given, **copied}, base, config)
+    every |= initial_values({key: expected[key] for key in expected if key not in every})
     if missing := [key for key in expected if key not in every]:
         problem = f"{len(missing)} of {len(expected)} entries are missing, first {missing[0]!r}"
         raise CheckpointError(f"does not fit {config}: {problem}; another --config may be the right one", base.path)
     check_fits(every, config, base.path)
-    kept = [key for key in expected if key.startswith(CONTROL_PREFIX) and key in given]
-    dropped = [key for key in given if key not in expected]
-    return AddedControl({key: every[key] for key in expected}, list(copied), kept, list(new), dropped, notes)
+    return AddedControl(
+        tensors={key: every[key] for key in expected},
+        copied=list(copied),
+        kept=[key for key in expected if key.startswith(CONTROL_PREFIX) and key in given],
+        new=[key for key in expected if key not in given and key not in copied],
+        dropped=[key for key in given if key not in expected],
+        notes=notes + more,
+    )
 
 
-def initial_values(params: Mapping[str, Any], wanted: Tensors) -> Tensors:
+def initial_values(wanted: Tensors) -> Tensors:
     """The values that entries have in a model that was just made, where those can be had without making the model.
 
-    They are the noise schedule, position numbers, zero convolutions, and the hint encoder, whose random values are
-    always the same. Other entries of `wanted` are left out. `params` are those of the model's configuration.
+    They are position numbers, zero convolutions, and the hint encoder, whose random values are always the same. Other
+    entries of `wanted` are left out.
     """
-    schedule = schedule_tensors(params)
-    hint = _fresh_hint_encoder({k: tensor.shape for k, tensor in wanted.items() if k.startswith(_HINT_ENCODER)})
-    made = {}
+    made = _fresh_hint_encoder({k: tensor.shape for k, tensor in wanted.items() if k.startswith(_HINT_ENCODER)})
     for key, tensor in wanted.items():
-        if key in schedule or key in hint:
-            made[key] = schedule[key] if key in schedule else hint[key]
-        elif key.startswith(_ZEROS):
+        if key.startswith(_ZEROS):
             made[key] = zeros(tensor.shape, tensor.dtype)
         elif key == _POSITION_IDS:
             made[key] = LazyTensor.of(torch.arange(tensor.shape[-1], dtype=tensor.dtype).expand(tensor.shape))
@@ -190,7 +182,7 @@ def transfer_control(
         controlled: the model with the ControlNet, or the ControlNet alone.
         target: the model that it shall control.
         output: the full checkpoint to write.
-        dtype: of floating-point tensors; the widest of the three files' by default.
+        dtype: of floating-point tensors; by default that of the files, or float32 where theirs differ.
         overwrite, progress: as of `add_control`.
 
     Returns:
@@ -201,54 +193,43 @@ def transfer_control(
     """
     check_output(output, overwrite, inputs=(base, controlled, target))
     with ExitStack() as opened:
-        old = opened.enter_context(open_model(base))
-        new = opened.enter_context(open_model(target))
+        old, new = opened.enter_context(open_model(base)), opened.enter_context(open_model(target))
         for model in (old, new):
             if not model.has(UNET_PREFIX):
                 raise CheckpointError(f"holds no base model, only {model.report.layout}", model.path)
         control = opened.enter_context(open_model(controlled, old.tensors))
         if not control.has(CONTROL_PREFIX):
             raise CheckpointError("holds no ControlNet", control.path)
-        for model, part_name, name in (
-            (old, "unet", "UNet"),
-            (control, "control", "ControlNet"),
-            (new, "unet", "UNet"),
-        ):
-            missing = [key for key in model.report.missing if part_of(key) == part_name]
-            if missing:
+        for model, kind, name in ((old, "unet", "UNet"), (control, "control", "ControlNet"), (new, "unet", "UNet")):
+            if missing := [key for key in model.report.missing if part_of(key) == kind]:
                 problem = f"its {name} is incomplete: {len(missing)} entries are missing, first {missing[0]!r}"
                 raise CheckpointError(problem, model.path)
             model.note_gaps()  # shapes may be another family's, as long as the three files agree
         old.check_same_kind(new)
-        moved = _moved(control, CONTROL_PREFIX, old, new)
-        if lacking := sorted(key for key in old.part(UNET_PREFIX) if key.startswith(_ENCODER) and key not in moved):
-            raise CheckpointError(f"its ControlNet is incomplete: {lacking[0]!r} is missing", control.path)
         notes = [*old.notes, *new.notes, *control.notes]
-        unet = new.part(UNET_PREFIX)
+        unets = new.part(UNET_PREFIX), old.part(UNET_PREFIX)
+        tensors = with_prefix(unets[0], UNET_PREFIX)
         if control.has(UNET_PREFIX):
             control.check_same_kind(old)
-            unet = _moved(control, UNET_PREFIX, old, new)
         else:
             notes.append(f"{controlled} is a ControlNet alone: the UNet is that of {target}")
-        tensors = {**with_prefix(unet, UNET_PREFIX), **with_prefix(moved, CONTROL_PREFIX)}
-        for name in ("VAE", "text encoder"):
-            prefix = BASE_PARTS[name]
-            giver = next((model for model in (new, control, old) if model.has(prefix)), None)
-            if giver is None:
-                notes.append(f"none of the files has a {name}, nor has the output")
-                continue
-            if giver is not new:
-                notes.append(f"{target} has no {name}: it is taken from {giver.path}")
-            tensors |= with_prefix(giver.part(prefix), prefix)
+        with about(control.path):
+            for prefix in (UNET_PREFIX, CONTROL_PREFIX):
+                moved = combined(lambda tensor, n, o: tensor + (n - o), control.part(prefix), *unets)
+                tensors |= with_prefix(moved, prefix)
+        copies = (CONTROL_PREFIX + key for key in unets[1] if key.startswith(_ENCODER))
+        if missing := [
+            key for key in copies if key not in tensors
+        ]:  # of an unknown family, whose entries nothing else tells
+            raise CheckpointError(f"its ControlNet is incomplete: {missing[0]!r} is missing", control.path)
+        tensors, taken, lacking = take_parts(tensors, (new, control, old))
+        notes += taken + [f"none of the files has a {name}, nor has the output" for name in lacking]
         tensors, more = completed(tensors, new, new.report.config or control.report.config)
-        facts = (control.metadata, prediction_of(new), pooling_of(control), new.report.family)
-        told = write_with_facts(output, tensors, *facts, dtype, overwrite, progress)
-        done = f"wrote {output}: {len(moved)} entries of the ControlNet, {len(tensors)} in all"
-        return [*notes, *more, *told, done]
-
-
-def _moved(model: ModelWeights, prefix: str, old: ModelWeights, new: ModelWeights) -> Tensors:
-    """`tensor + (new - old)` for the tensors of a model below a prefix."""
-    with about(model.path):
-        unets = new.part(UNET_PREFIX), old.part(UNET_PREFIX)
-        return combined(lambda tensor, n, o: tensor + (n - o), model.part(prefix), *unets)
+        told = replace(new, metadata=control.metadata)
+        options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
+        more += write_model(output, tensors, told, prediction_of(new), pooling_of(control), **options)
+        return [
+            *notes,
+            *more,
+            f"wrote {output}: {len(control.part(CONTROL_PREFIX))} entries of the ControlNet, {len(tensors)} in all",
+        ]

@@ -13,19 +13,10 @@ import torch
 
 from cldm.checkpoint.diffusers_config import component_config, model_index, tokenizer_files
 from cldm.checkpoint.expected import check_fits, model_params
-from cldm.checkpoint.names import (
-    BASE_PARTS,
-    COMPONENTS,
-    CONTROL_PREFIX,
-    UNET_PREFIX,
-    is_open_clip,
-    part,
-    to_diffusers,
-    with_prefix,
-)
-from cldm.checkpoint.opening import ModelWeights, combined, open_model
-from cldm.checkpoint.recognising import DIFFERENCE, POOLING, PREDICTION_METADATA, SCHEDULE_KEYS
-from cldm.checkpoint.schedule import PREDICTIONS, completed, schedule_params, scheduler_config
+from cldm.checkpoint.names import COMPONENTS, CONTROL_PREFIX, UNET_PREFIX, is_open_clip, part, to_diffusers, with_prefix
+from cldm.checkpoint.opening import ModelWeights, combined, open_model, take_parts
+from cldm.checkpoint.recognising import DIFFERENCE, LAYOUTS, POOLING, PREDICTION_METADATA, SCHEDULE_KEYS
+from cldm.checkpoint.schedule import PREDICTIONS, completed, scheduler_config
 from ldm.files import CheckpointError, LazyTensor, check_output, write_folder, write_weights
 from ldm.files.errors import about
 from ldm.files.locating import SUFFIXES
@@ -35,31 +26,14 @@ from ldm.files.writing import TORCH_SUFFIXES
 _UNET_FILE, _TEXT_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 # Metadata that another file must not inherit: about the bytes of the file they were in, or said anew.
 _OUTDATED = re.compile(
-    r"sshs_.*|modelspec\.hash.*|(model_)?hash|sha256|md5|format|"
-    + "|".join(map(re.escape, (*PREDICTION_METADATA, POOLING)))
+    rf"sshs_.*|modelspec\.hash.*|(model_)?hash|sha256|md5|format|{'|'.join((*PREDICTION_METADATA, POOLING))}"
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layout that can be written: what it is, for people, and whether it is made of the ControlNet and leaves the base out."""
-
-    help: str
-    control_alone: bool = False
-
-
-TARGETS = {
-    "full": Target("one file with base and ControlNet, for training and the scripts here"),
-    "base": Target("one file with the base model alone"),
-    "control": Target("the ControlNet alone, keys with the prefix control_model.", control_alone=True),
-    "control-plain": Target("the ControlNet alone, keys without a prefix, for web UIs", control_alone=True),
-    "difference": Target("the ControlNet less its base's encoder (rounded, not exact)", control_alone=True),
-    "diffusers": Target(
-        "the ControlNet for ControlNetModel.from_pretrained; one file if OUTPUT ends in .safetensors or .bin",
-        control_alone=True,
-    ),
-    "diffusers-pipeline": Target("a pipeline folder of diffusers, ControlNet included"),
+# What can be written, and what it is, for people.
+TARGETS = {name: LAYOUTS[name] for name in ("full", "base", "control", "control-plain", DIFFERENCE)} | {
+    "diffusers": "the ControlNet for ControlNetModel.from_pretrained; one file if OUTPUT ends in .safetensors or .bin",
+    "diffusers-pipeline": "a pipeline folder of diffusers, ControlNet included",
 }
+_CONTROL_ALONE = ("control", "control-plain", "difference", "diffusers")  # these leave the base out
 
 
 def convert(
@@ -84,8 +58,7 @@ def convert(
         output: where to write; the suffix of a file chooses its format.
         to: a key of `TARGETS`.
         base: the model that the ControlNet belongs to. It supplies what `source` lacks, and a difference is taken to it.
-            Where a ControlNet is taken out of a full checkpoint whose base is not this one any more (trained with
-            `sd_locked=False`), the changed base is written beside `output`.
+            Where `source` leaves its base out and that is another by now (`sd_locked=False`), it is written beside `output`.
         with_base: write the base beside `output` in any case.
         config: name or path of the configuration, for models of no known family.
         ema: give the weights their EMA values.
@@ -105,8 +78,7 @@ def convert(
     output = Path(output)
     if to not in TARGETS:
         raise CheckpointError(f"unknown layout {to!r}; known are {', '.join(TARGETS)}")
-    control_alone = TARGETS[to].control_alone
-    if with_base and not control_alone:
+    if with_base and to not in _CONTROL_ALONE:
         raise CheckpointError(f"--with-base is for layouts that leave the base out, which {to!r} does not")
     if prediction not in (None, *PREDICTIONS):
         raise CheckpointError(f"unknown prediction {prediction!r}; known are {', '.join(PREDICTIONS)}")
@@ -117,10 +89,10 @@ def convert(
     with ExitStack() as opened:
         base_model = opened.enter_context(open_model(base)) if base is not None else None
         model = opened.enter_context(open_model(source, base_model.tensors if base_model else None, ema))
-        models = [each for each in (model, base_model) if each is not None]
-        if control_alone and not model.has(CONTROL_PREFIX):
-            problem = f"holds no ControlNet, which {to!r} is made of; add one with tool_add_control.py"
-            raise CheckpointError(problem, model.path)
+        models = [model, base_model] if base_model else [model]
+        if to in _CONTROL_ALONE and not model.has(CONTROL_PREFIX):
+            advice = "add one with controlnet add-control"
+            raise CheckpointError(f"holds no ControlNet, which {to!r} is made of; {advice}", model.path)
         if config is not None:
             check_fits(model.tensors, config, model.path)
         for each in models:
@@ -131,29 +103,22 @@ def convert(
         job = replace(job, prediction=prediction or prediction_of(job.unet_source, config))
         with about(model.path):
             outputs = [(output, job, job.content(to, folder))]
-        if control_alone and model.has(UNET_PREFIX) and _base_is_wanted(model, base_model, with_base, beside):
+        if to in _CONTROL_ALONE and model.has(UNET_PREFIX) and _base_is_wanted(model, base_model, with_base, beside):
             check_output(beside, overwrite, () if folder else None, inputs)
             job = job.without_control()
             outputs.append((beside, job, job.content("diffusers-pipeline" if folder else "base", folder)))
+        options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
         for path, job, content in outputs:
             pooling = job.pooling and to != "base"
-            facts = (model.metadata, job.prediction, pooling, model.report.family)
-            model.notes += write_with_facts(path, content, *facts, dtype, overwrite, progress, folder)
+            model.notes += write_model(path, content, model, job.prediction, pooling, folder, **options)
             model.notes.append(f"wrote {path}")
         return [*(base_model.notes if base_model else ()), *model.notes]
 
 
 @dataclass(frozen=True)
 class _Conversion:
-    """What is converted, and what must be known beside its weights.
-
-    Attributes:
-        model: the source.
-        base: the model that the ControlNet belongs to, if it was named.
-        config: name or path of the configuration; None if the family is unknown and none was named.
-        pooling: whether the ControlNet's outputs are averaged over height and width.
-        prediction: "eps", "v" or "x0", where it was told.
-    """
+    """What is converted: the source, the model that its ControlNet belongs to (if it was named), the configuration (None for an
+    unknown family), whether the ControlNet's outputs are averaged, and what the UNet predicts (where that was told)."""
 
     model: ModelWeights
     base: ModelWeights | None
@@ -203,24 +168,20 @@ class _Conversion:
             case "base":
                 return self.without_control()._whole()
             case "full" if not control:
-                note = f"{model.path} holds no ControlNet, so this is a base model; tool_add_control.py adds one"
-                model.notes.append(note)
+                advice = "controlnet add-control adds one"
+                model.notes.append(f"{model.path} holds no ControlNet, so this is a base model; {advice}")
         return self._whole()
 
     def _whole(self) -> Tensors:
         """The model's tensors, with those that a checkpoint has and other layouts lack."""
-        model, made = self.model, dict(self.model.tensors)
-        for name, prefix in BASE_PARTS.items():
-            if model.has(prefix):
-                continue
-            if self.base is None or not self.base.has(prefix):
-                beside = f", nor has {self.base.path}" if self.base else ""
-                raise CheckpointError(f"has no {name}{beside}; name a base model that has one with --base")
-            model.check_same_kind(self.base)
-            made |= with_prefix(self.base.part(prefix), prefix)
-            model.notes.append(f"the {name} is that of {self.base.path}")
+        made, taken, lacking = take_parts(self.model.tensors, (self.model, self.base))
+        if lacking:
+            beside = f", nor has {self.base.path}" if self.base else ""
+            raise CheckpointError(f"has no {lacking[0]}{beside}; name a base model that has one with --base")
+        if taken and self.base:
+            self.model.check_same_kind(self.base)
         made, notes = completed(made, self.unet_source, self.config)
-        model.notes += notes
+        self.model.notes += taken + notes
         return made
 
     def _pipeline(self) -> dict[str, Any]:
@@ -228,12 +189,11 @@ class _Conversion:
         tensors, params = self._whole(), self.params
         prediction = self.prediction or params.get("parameterization", "eps")
         if self.prediction is None and self.unet_source.report.family == "sd2":
-            self.model.notes.append(
-                f"SD 2.x weights do not tell what they predict: {prediction} is assumed (--prediction v for 768 pixels)"
-            )
+            assumed = f"{prediction} is assumed (--prediction v for 768 pixels)"
+            self.model.notes.append(f"SD 2.x weights do not tell what they predict: {assumed}")
         parts = {name: network for name, prefix in COMPONENTS.items() if (network := part(tensors, prefix))}
         open_clip = is_open_clip(parts["text_encoder"])
-        schedule = scheduler_config(schedule_params(params, self.unet_source), prediction)
+        schedule = scheduler_config(params, self.unet_source, prediction)
         files = {"model_index.json": model_index(parts), "scheduler/scheduler_config.json": schedule}
         for name, network in parts.items():
             converted, unknown = to_diffusers(name, network)
@@ -241,9 +201,8 @@ class _Conversion:
             files[f"{name}/config.json"] = config
             files[f"{name}/{_TEXT_FILE if name == 'text_encoder' else _UNET_FILE}"] = converted
             if unknown:
-                first = ", ".join(unknown[:3])
-                note = f"{self.model.path}: {len(unknown)} entries of {name} have no counterpart: {first}"
-                self.model.notes.append(note)
+                problem = f"{len(unknown)} entries of {name} have no counterpart: {', '.join(unknown[:3])}"
+                self.model.notes.append(f"{self.model.path}: {problem}")
         return files | with_prefix(tokenizer_files(open_clip), "tokenizer/")
 
 
@@ -261,10 +220,8 @@ def _base_is_wanted(model: ModelWeights, base: ModelWeights | None, with_base: b
     if ours.keys() != theirs.keys():
         raise CheckpointError(f"its UNet has other entries than that of {model.path}; it is not its base", base.path)
     changed = sum(not _same_values(ours[key], theirs[key]) for key in ours)
-    if changed:
-        model.notes.append(f"{changed} entries of the UNet differ from {base.path}: exported to {path}")
-    else:
-        model.notes.append(f"the UNet in {model.path} is that of {base.path}")
+    note = f"{changed} entries of the UNet differ from {base.path}: exported to {path}"
+    model.notes.append(note if changed else f"the UNet in {model.path} is that of {base.path}")
     return changed > 0
 
 
@@ -280,9 +237,6 @@ def _same_values(a: LazyTensor, b: LazyTensor) -> bool:
     return torch.allclose(x.float(), y.float(), torch.finfo(coarse).eps, torch.finfo(fine).smallest_normal)
 
 
-# What a file tells of its model beside the weights: what the UNet predicts, and whether the ControlNet's outputs are averaged.
-
-
 def prediction_of(source: ModelWeights, config: str | Path | None = None) -> str | None:
     """What a UNet predicts, as a named configuration says, else its own file or family."""
     named = model_params(config).get("parameterization") if config is not None else None
@@ -295,19 +249,16 @@ def pooling_of(source: ModelWeights, config: str | Path | None = None) -> bool:
     return source.report.told.get(POOLING, named) is True
 
 
-def write_with_facts(
+def write_model(
     path: str | Path,
     content: dict[str, Any],
-    metadata: Mapping[str, str],
+    source: ModelWeights,
     prediction: str | None,
     pooling: bool,
-    family: str,
-    dtype: torch.dtype | str | None,
-    overwrite: bool,
-    progress: bool,
     folder: bool = False,
+    **options: Any,
 ) -> list[str]:
-    """Write a file or folder with what it tells of its model; `metadata` is that of the files that it is made of.
+    """Write a file or folder with what it tells of its model; `source` gives the metadata to carry along, and the family.
 
     Returns:
         what whoever loads it must know, a line each, above all where torch's format has no place for it.
@@ -315,13 +266,14 @@ def write_with_facts(
     averages = "the ControlNet averages its outputs"
     notes = [f"{averages}: set {POOLING}: true in the configuration that loads it"] if pooling else []
     if folder:
-        write_folder(path, content, dtype, SCHEDULE_KEYS, overwrite, progress)
+        write_folder(path, content, keep=SCHEDULE_KEYS, **options)
         return notes
-    kept = {key: text for key, text in metadata.items() if not _OUTDATED.fullmatch(key)}
-    kept |= {PREDICTION_METADATA[0]: prediction} if prediction else {}
-    kept |= {POOLING: "true"} if pooling else {}
-    write_weights(path, content, kept, dtype, SCHEDULE_KEYS, overwrite, progress)
-    lost = [f"that the model predicts {prediction}"] if prediction and (prediction != "eps" or family == "sd2") else []
+    metadata = {key: text for key, text in source.metadata.items() if not _OUTDATED.fullmatch(key)}
+    metadata |= {PREDICTION_METADATA[0]: prediction} if prediction else {}
+    metadata |= {POOLING: "true"} if pooling else {}
+    write_weights(path, content, metadata, keep=SCHEDULE_KEYS, **options)
+    unusual = prediction is not None and (prediction != "eps" or source.report.family == "sd2")
+    lost = [f"that the model predicts {prediction}"] if unusual else []
     lost += [f"that {averages}"] if pooling else []
     if lost and Path(path).suffix.lower() in TORCH_SUFFIXES:
         notes.append(f"{path} cannot say {' and '.join(lost)}, as a .safetensors file does")

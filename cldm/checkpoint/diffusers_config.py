@@ -15,6 +15,8 @@ from ldm.files import CheckpointError
 from ldm.files.tensors import Tensors
 
 _GROUPS = 32  # of every group normalisation
+_ENCODER = {"act_fn": "silu", "norm_eps": 1e-05, "norm_num_groups": _GROUPS, "only_cross_attention": False}
+_ENCODER |= {"downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0}
 _START_TOKEN, _END_TOKEN = 49406, 49407
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
@@ -42,11 +44,10 @@ def component_config(
         return _text_config(tensors, params, open_clip)
     if component == "unet":
         encoder = _encoder_config(tensors, _section(params, "unet_config"))
-        up = [name.replace("Down", "Up") for name in reversed(encoder["down_block_types"])]
         return {
             "_class_name": "UNet2DConditionModel",
             **encoder,
-            "up_block_types": up,
+            "up_block_types": [name.replace("Down", "Up") for name in reversed(encoder["down_block_types"])],
             "mid_block_type": "UNetMidBlock2DCrossAttn",
             "out_channels": _shape(tensors, "conv_out.weight", 4)[0],
             "sample_size": _image_size(params),
@@ -54,14 +55,12 @@ def component_config(
             "mid_block_scale_factor": 1,
             "upcast_attention": prediction == "v",  # as of SD 2.1: in half precision its attention overflows
         }
-    hint = "controlnet_cond_embedding."
+    hint = [f"controlnet_cond_embedding.{name}.weight" for name in ("conv_in", "blocks.1", "blocks.3", "blocks.5")]
     return {
         "_class_name": "ControlNetModel",
         **_encoder_config(tensors, _section(params, "control_stage_config")),
-        "conditioning_channels": _shape(tensors, f"{hint}conv_in.weight", 4)[1],
-        "conditioning_embedding_out_channels": [
-            _shape(tensors, f"{hint}{name}.weight", 4)[0] for name in ("conv_in", "blocks.1", "blocks.3", "blocks.5")
-        ],
+        "conditioning_channels": _shape(tensors, hint[0], 4)[1],
+        "conditioning_embedding_out_channels": [_shape(tensors, name, 4)[0] for name in hint],
         "controlnet_conditioning_channel_order": "rgb",
         "global_pool_conditions": pooling,
     }
@@ -74,27 +73,20 @@ def _encoder_config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, A
     if len(set(resnets.values())) != 1 or any(count != resnets[level] for level, count in attentions.items()):
         raise CheckpointError("levels or blocks that differ in depth or attention, which diffusers cannot express")
     channels = [_shape(tensors, f"down_blocks.{i}.resnets.0.conv2.weight", 4)[0] for i in range(len(resnets))]
+    depths = count_blocks(tensors, r"mid_block\.attentions\.0\.transformer_blocks\.(\d{1,4})\.")
     text_key = next((key for key in tensors if key.endswith("attn2.to_k.weight")), None)
     if text_key is None:
         raise CheckpointError("a UNet without attention to a text, which diffusers keeps in other classes")
     heads, width = options.get("num_heads", -1), options.get("num_head_channels", -1)
     return {
-        "act_fn": "silu",
+        **_ENCODER,
         "attention_head_dim": heads if width == -1 else [max(c // width, 1) for c in channels],  # a count of heads
         "block_out_channels": channels,
         "cross_attention_dim": _shape(tensors, text_key, 2)[1],
         "down_block_types": ["CrossAttnDownBlock2D" if attentions[i] else "DownBlock2D" for i in range(len(resnets))],
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
         "in_channels": _shape(tensors, "conv_in.weight", 4)[1],
         "layers_per_block": resnets[0],
-        "norm_eps": 1e-05,
-        "norm_num_groups": _GROUPS,
-        "only_cross_attention": False,
-        "transformer_layers_per_block": len(
-            count_blocks(tensors, r"mid_block\.attentions\.0\.transformer_blocks\.(\d{1,4})\.")
-        ),
+        "transformer_layers_per_block": len(depths),
         "use_linear_projection": len(_shape(tensors, "mid_block.attentions.0.proj_in.weight", 2, 4)) == 2,
     }
 
@@ -102,13 +94,12 @@ def _encoder_config(tensors: Tensors, options: Mapping[str, Any]) -> dict[str, A
 def _vae_config(tensors: Tensors, params: Mapping[str, Any]) -> dict[str, Any]:
     resnets = count_blocks(tensors, r"encoder\.down_blocks\.(\d{1,4})\.resnets\.\d+\.conv1\.weight")
     levels = len(resnets)
+    firsts = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(levels)]
     options = _section(params, "first_stage_config").get("ddconfig")  # narrow autoencoders have fewer groups
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "block_out_channels": [
-            _shape(tensors, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 4)[0] for i in range(levels)
-        ],
+        "block_out_channels": [_shape(tensors, key, 4)[0] for key in firsts],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "in_channels": _shape(tensors, "encoder.conv_in.weight", 4)[1],
@@ -177,20 +168,14 @@ def tokenizer_files(open_clip: bool) -> dict[str, Any]:
     tokenizer = SimpleTokenizer()
     special = {_START_TOKEN: _START, _END_TOKEN: _END}
     merges = sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.__getitem__)
-    tokens = {
-        "bos_token": _START,
-        "eos_token": _END,
-        "pad_token": "!" if open_clip else _END,
-        "unk_token": _END,
-    }
+    tokens = {"bos_token": _START, "eos_token": _END, "pad_token": "!" if open_clip else _END, "unk_token": _END}
+    options = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": 77}
     return {
         "vocab.json": {special.get(number, token): number for token, number in tokenizer.encoder.items()},
         "merges.txt": "\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)]) + "\n",
         "special_tokens_map.json": tokens,
-        "tokenizer_config.json": {
-            "tokenizer_class": "CLIPTokenizer", **tokens, "do_lower_case": True, "model_max_length": 77
-        },
-    }  # fmt: skip
+        "tokenizer_config.json": {**options, **tokens},
+    }
 
 
 def _shape(tensors: Tensors, key: str, *dimensions: int) -> tuple[int, ...]:

@@ -1,10 +1,7 @@
-"""What a configuration says of its model: parameters, and its entries with shapes and dtypes as lazy tensors that are not read.
+"""What a configuration says of its model: parameters, and its entries with shapes and dtypes.
 
-For the packaged configurations the entries are kept in a table beside the YAML file, so that recognising or converting a file
-need not build a model. A configuration that has no table, or was changed since, is built without memory. After a change of
-the networks or of a packaged configuration:
-
-    python -m tests.checkpoint.test_expected
+Those of the packaged configurations are kept in tables beside the YAML files, so that recognising or converting a file need
+not build a model; others are built without memory. After a change: `python -m tests.checkpoint.test_expected`.
 """
 
 from __future__ import annotations
@@ -64,18 +61,14 @@ def build_entries(config: str | Path) -> Tensors:
     return {key: zeros(tuple(value.shape), value.dtype) for key, value in model.state_dict().items()}
 
 
-def differing(tensors: Tensors, expected: Tensors) -> list[str]:
-    """The keys whose shape is another than expected."""
-    return [key for key in expected if key in tensors and tensors[key].shape != expected[key].shape]
-
-
 def check_fits(tensors: Tensors, config: str | Path, path: Path) -> None:
     """Raise if a tensor of the file `path` has another shape than in the configuration's model."""
     expected = expected_entries(config)
-    for key in differing(tensors, expected):
-        shapes = f"{list(tensors[key].shape)}, expected {list(expected[key].shape)}"
-        advice = "another --config may be the right one"
-        raise CheckpointError(f"does not fit {config}: {key!r} has shape {shapes}; {advice}", path)
+    for key, tensor in tensors.items():
+        if key in expected and tensor.shape != expected[key].shape:
+            shapes = f"{list(tensor.shape)}, expected {list(expected[key].shape)}"
+            advice = "another --config may be the right one"
+            raise CheckpointError(f"does not fit {config}: {key!r} has shape {shapes}; {advice}", path)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:

@@ -48,46 +48,36 @@ def to_diffusers(component: str, tensors: Tensors) -> Converted:
     Raises:
         CheckpointError: a UNet or ControlNet has a layer that diffusers' have not, or blocks are missing.
     """
-    if component == "vae":
-        converted, unknown = _renamed(
-            tensors, _vae_pairs(tensors, r"encoder\.down\.(\d{1,4})\.block\.\d+\.conv1\.weight")
-        )
-        for key, tensor in converted.items():
-            if ".attentions." in key and tensor.shape[2:] == (1, 1):
-                converted[key] = tensor.then(lambda value: value.flatten(1), tensor.shape[:2])
-        return converted, unknown
-    if component == "text_encoder":
-        return _text_to_diffusers(tensors)
-    return _check_all_known(_renamed(tensors, _unet_pairs(encoder_levels(tensors), tensors)))
+    return _text_to_diffusers(tensors) if component == "text_encoder" else _network(component, tensors, reverse=False)
 
 
 def from_diffusers(component: str, tensors: Tensors, open_clip: bool = False) -> Converted:
-    """The tensors of a component of diffusers under our names; a text encoder's become OpenCLIP's or CLIP's.
-
-    Raises:
-        CheckpointError: a UNet or ControlNet has a layer that those here have not, or blocks are missing.
-    """
-    if component == "vae":
-        tensors = {_OLD_VAE_ATTENTION.sub(lambda m: f".to_{_NEW_NAMES[m[1]]}.", key): t for key, t in tensors.items()}
-        pairs = _vae_pairs(tensors, r"encoder\.down_blocks\.(\d{1,4})\.resnets\.\d+\.conv1\.weight")
-        converted, unknown = _renamed(tensors, pairs, reverse=True)
-        for key, tensor in converted.items():
-            if ".attn_1." in key and len(tensor.shape) == 2:
-                converted[key] = tensor.then(lambda value: value[:, :, None, None], (*tensor.shape, 1, 1))
-        return converted, unknown
+    """The contrary; a text encoder's names become OpenCLIP's or CLIP's."""
     if component == "text_encoder":
         return _text_from_diffusers(tensors, open_clip)
-    found = count_blocks(tensors, r"down_blocks\.(\d{1,4})\.resnets\.\d+\.conv1\.weight")
-    pairs = _unet_pairs([found[level] for level in range(len(found))], tensors)
-    return _check_all_known(_renamed(tensors, pairs, reverse=True))
+    return _network(component, tensors, reverse=True)
 
 
-def _check_all_known(converted: Converted) -> Converted:
-    if unknown := converted[1]:
-        classes = unknown[0].startswith(("label_emb.", "class_embedding.", "id_predictor.", "add_embedding."))
-        hint = "class-conditional networks are not converted" if classes else "another architecture"
-        raise CheckpointError(f"{unknown[0]!r} has no counterpart on the other side: {hint}")
-    return converted
+def _network(component: str, tensors: Tensors, reverse: bool) -> Converted:
+    """A UNet, ControlNet or VAE under the names of the other side."""
+    if component == "vae":
+        tensors = {_OLD_VAE_ATTENTION.sub(lambda m: f".to_{_NEW_NAMES[m[1]]}.", k): t for k, t in tensors.items()}
+        converted, unknown = _renamed(tensors, _vae_pairs(tensors), reverse)
+        for key, tensor in converted.items():  # 1x1 convolutions here are linear layers there
+            if ".attentions." in key and tensor.shape[2:] == (1, 1):
+                converted[key] = tensor.then(lambda value: value.flatten(1), tensor.shape[:2])
+            elif ".attn_1." in key and len(tensor.shape) == 2:
+                converted[key] = tensor.then(lambda value: value[:, :, None, None], (*tensor.shape, 1, 1))
+        return converted, unknown
+    if reverse:
+        found = count_blocks(tensors, r"down_blocks\.(\d{1,4})\.resnets\.\d+\.conv1\.weight")
+        levels = [found[level] for level in range(len(found))]
+    else:
+        levels = _encoder_levels(tensors)
+    converted, unknown = _renamed(tensors, _unet_pairs(levels, tensors), reverse)
+    if unknown:
+        raise CheckpointError(f"{unknown[0]!r} has no counterpart on the other side: it is of another architecture")
+    return converted, []
 
 
 def _pairs(table: str) -> Pairs:
@@ -167,7 +157,7 @@ def _unet_pairs(resnets: list[int], keys: Container[str]) -> Pairs:
     return pairs
 
 
-def encoder_levels(keys: Iterable[str]) -> list[int]:
+def _encoder_levels(keys: Iterable[str]) -> list[int]:
     """How many residual blocks each level of an encoder has, told from the keys of its `input_blocks`."""
     matches = (re.match(r"input_blocks\.(\d{1,4})\.0\.(op|in_layers)\.", key) for key in keys)
     kinds = {int(match[1]): match[2] for match in matches if match}
@@ -179,7 +169,7 @@ def encoder_levels(keys: Iterable[str]) -> list[int]:
             levels[-1] += 1
     if len(kinds) < 2 or sorted(kinds) != list(range(1, len(kinds) + 1)) or 0 in levels:
         raise CheckpointError(
-            "its UNet encoder is incomplete or of another kind; only convolutional downsampling converts"
+            "its UNet encoder is incomplete, or of another kind than those with convolutions between levels"
         )
     return levels
 
@@ -196,9 +186,9 @@ _OLD_VAE_ATTENTION = re.compile(r"\.(query|key|value|proj_attn)\.(?=\w+$)")  # o
 _NEW_NAMES = {"query": "q", "key": "k", "value": "v", "proj_attn": "out.0"}
 
 
-def _vae_pairs(keys: Iterable[str], pattern: str) -> Pairs:
-    """Names of a VAE, whose encoder's residual blocks match a pattern; the decoder has one more a level."""
-    counts = count_blocks(keys, pattern)
+def _vae_pairs(keys: Iterable[str]) -> Pairs:
+    """Names of a VAE with these keys, of either side; its decoder has one residual block more a level than its encoder."""
+    counts = count_blocks(keys, r"encoder\.down(?:_blocks)?\.(\d{1,4})\.(?:block|resnets)\.\d+\.conv1\.weight")
     if not counts or len(set(counts.values())) != 1:
         raise CheckpointError("its VAE is incomplete or of another kind: the levels of its encoder differ in depth")
     last, resnets = len(counts) - 1, counts[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cldm.checkpoint.names import (
+    BASE_PARTS,
     COMPONENTS,
     CONTROL_LAYERS,
     CONTROL_PREFIX,
@@ -59,16 +60,12 @@ class ModelWeights:
 
     def note_gaps(self) -> None:
         """Note what the model lacks, or has in another shape than its family, in the parts of which it has something."""
-        lines = gap_lines(self.report.missing, self.report.mismatched, self.report.parts)
-        self.notes += [f"{self.path}: {line}" for line in lines]
+        report = self.report
+        self.notes += [f"{self.path}: {line}" for line in gap_lines(report.missing, report.mismatched, report.parts)]
 
     def check_same_kind(self, other: ModelWeights) -> None:
         """Raise unless the UNets of both, or a ControlNet's copy of an encoder where there is no UNet, are of one kind."""
-        first, second = (
-            model.part(UNET_PREFIX)
-            or {key: t for key, t in model.part(CONTROL_PREFIX).items() if not key.startswith(CONTROL_LAYERS)}
-            for model in (self, other)
-        )
+        first, second = (model.part(UNET_PREFIX) or model.part(CONTROL_PREFIX) for model in (self, other))
         shared = [key for key in first if key in second]
         differing = [key for key in shared if first[key].shape != second[key].shape]
         if self.has(UNET_PREFIX) and other.has(UNET_PREFIX):
@@ -101,7 +98,12 @@ def open_model(
             if layout == "unknown" and not any_layout:
                 raise CheckpointError(f"no layout known here. {'; '.join(report.suggestions)}")
             if layout == DIFFERENCE:
-                tensors = with_prefix(_added_to_base(part(tensors, CONTROL_PREFIX), base), CONTROL_PREFIX)
+                if base is None:
+                    ways = "controlnet convert takes that base with --base, and cldm.model.load_control the model's own"
+                    raise CheckpointError(f"a ControlNet stored as the difference to its base: {ways}")
+                if not (unet := part(base, UNET_PREFIX)):
+                    raise CheckpointError("stored as the difference to a base model, and no UNet was given as that")
+                tensors = with_prefix(combined(torch.add, part(tensors, CONTROL_PREFIX), unet), CONTROL_PREFIX)
             averages = {key: tensor for key, tensor in tensors.items() if key.startswith(EMA_PREFIX)}
             tensors = {key: tensor for key, tensor in tensors.items() if key not in averages}
             model = ModelWeights(file.path, report, tensors, averages, file.metadata, file.configs, left_out)
@@ -135,7 +137,7 @@ def _renamed(file: WeightsFile, layout: str) -> tuple[Tensors, list[str]]:
     """The file's tensors under the keys of a full checkpoint, and the keys that have no place there."""
     if layout in ("control", "control-plain", DIFFERENCE):
         prefix = CONTROL_PREFIX if any(key.startswith(CONTROL_PREFIX) for key in file) else ""
-        control = {key: tensor for key, tensor in part(file.tensors, prefix).items() if key != DIFFERENCE}
+        control = {key: tensor for key, tensor in part(file.data, prefix).items() if key != DIFFERENCE}
         outside = [key for key in file if not key.startswith(prefix) and key != DIFFERENCE]
         return with_prefix(control, CONTROL_PREFIX), outside
     if not layout.startswith("diffusers-"):
@@ -144,7 +146,7 @@ def _renamed(file: WeightsFile, layout: str) -> tuple[Tensors, list[str]]:
     left_out: list[str] = []
     for component, prefix in COMPONENTS.items():
         whole = layout == f"diffusers-{component}"
-        tensors = file.tensors if whole else part(file.tensors, f"{component}/")
+        tensors = file.data if whole else part(file.data, f"{component}/")
         if tensors and (whole or layout == "diffusers-pipeline"):
             activation = file.configs.get(component, {}).get("hidden_act")
             wide = any(tensor.shape[-1:] == (1024,) for tensor in tensors.values())  # where no configuration tells
@@ -154,22 +156,10 @@ def _renamed(file: WeightsFile, layout: str) -> tuple[Tensors, list[str]]:
     return made, left_out
 
 
-def _added_to_base(difference: Tensors, base: Tensors | None) -> Tensors:
-    if base is None:
-        raise CheckpointError(
-            "a ControlNet stored as the difference to its base: tool_convert_control.py takes that base with --base, "
-            "and cldm.model.load_control(model, path) adds it to the model's own"
-        )
-    unet = part(base, UNET_PREFIX)
-    if not unet:
-        raise CheckpointError("stored as the difference to a base model, and no UNet was given as that")
-    return combined(torch.add, difference, unet)
-
-
 def combined(formula: Callable[..., Tensor], tensors: Tensors, *unets: Tensors) -> Tensors:
     """A formula of the tensors of a ControlNet (or UNet) and those of the same keys in UNets; its own layers stay.
 
-    It is computed in float32 at least; the result has the widest of the tensors' dtypes.
+    It is computed in float32; the result has the dtype of the tensors, or float32 where theirs differ.
 
     Raises:
         CheckpointError: a key is missing or of another shape in a UNet, so that these are not of one kind.
@@ -179,30 +169,41 @@ def combined(formula: Callable[..., Tensor], tensors: Tensors, *unets: Tensors) 
         if key.startswith(CONTROL_LAYERS):
             made[key] = tensor
             continue
-        operands, dtype = [tensor], _common_dtype(tensor.dtype, tensor.dtype)
         for unet in unets:
             if key not in unet:
                 raise CheckpointError(f"{key!r} is not in the base model: it is incomplete or of another kind")
             if unet[key].shape != tensor.shape:
-                raise CheckpointError(
-                    f"{key!r} has shape {list(tensor.shape)}, in the base {list(unet[key].shape)}: "
-                    "these do not belong to one kind of model"
-                )
-            operands.append(unet[key])
-            dtype = _common_dtype(dtype, unet[key].dtype)
+                shapes = f"{list(tensor.shape)}, in the base {list(unet[key].shape)}"
+                raise CheckpointError(f"{key!r} has shape {shapes}: these do not belong to one kind of model")
+        operands = [tensor, *(unet[key] for unet in unets)]
+        dtype = tensor.dtype if len({operand.dtype for operand in operands}) == 1 else torch.float32
 
         def read(operands: list[LazyTensor] = operands, dtype: torch.dtype = dtype) -> Tensor:
-            wide = torch.promote_types(dtype, torch.float32)
-            return formula(*(operand.read().to(wide) for operand in operands)).to(dtype)
+            return formula(*(operand.read().float() for operand in operands)).to(dtype)
 
         made[key] = LazyTensor(tensor.shape, dtype, read)
     return made
 
 
-def _common_dtype(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    """The wider of two dtypes; float32 for floats of one byte, which torch combines with no other."""
-    small = (torch.float32 if t.is_floating_point and t.itemsize == 1 else t for t in (one, other))
-    return torch.promote_types(*small)
+def take_parts(tensors: Tensors, givers: Iterable[ModelWeights | None]) -> tuple[Tensors, list[str], list[str]]:
+    """A model's tensors with the parts of a base that it lacks from the first of `givers` that has them.
+
+    Returns:
+        the tensors, a note on each part that was taken from another than the first, and the names of parts that none has.
+    """
+    made, notes, lacking = dict(tensors), list[str](), list[str]()
+    first, *others = (giver for giver in givers if giver is not None)
+    for name, prefix in BASE_PARTS.items():
+        if any(key.startswith(prefix) for key in tensors):
+            continue
+        giver = next((giver for giver in (first, *others) if giver.has(prefix)), None)
+        if giver is None:
+            lacking.append(name)
+            continue
+        made |= with_prefix(giver.part(prefix), prefix)
+        if giver is not first:
+            notes.append(f"{first.path} has no {name}: it is taken from {giver.path}")
+    return made, notes, lacking
 
 
 def _apply_ema(model: ModelWeights) -> None:
@@ -214,10 +215,8 @@ def _apply_ema(model: ModelWeights) -> None:
         raise CheckpointError(f"holds no EMA weights ({EMA_PREFIX}* of its UNet or ControlNet); leave out --ema")
     for key, tensor in replaced.items():
         if tensor.shape != model.tensors[key].shape:
-            raise CheckpointError(
-                f"the EMA of {key!r} has shape {list(tensor.shape)}, the entry itself "
-                f"{list(model.tensors[key].shape)}; leave out --ema"
-            )
+            shapes = f"{list(tensor.shape)}, the entry itself {list(model.tensors[key].shape)}"
+            raise CheckpointError(f"the EMA of {key!r} has shape {shapes}; leave out --ema")
     model.tensors |= replaced
     model.ema = {}
     model.notes.append(f"{len(replaced)} of {len(names)} weights of UNet and ControlNet are their EMA")

@@ -9,13 +9,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cldm.checkpoint.expected import differing, expected_entries
+from cldm.checkpoint.expected import expected_entries
 from cldm.checkpoint.names import BASE_PARTS, COMPONENTS, CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, text_key
 from ldm.files import WeightsFile
 from ldm.files.tensors import Tensors
 
 EMA_PREFIX = "model_ema."
 DIFFERENCE = "difference"
+LAYOUTS = {
+    "full": "base model and ControlNet in one file",
+    "base": "base model without a ControlNet",
+    "control": "ControlNet alone, keys with the prefix control_model.",
+    "control-plain": "ControlNet alone, keys without a prefix, as web UIs take it",
+    DIFFERENCE: "ControlNet as the difference to its base (rounded, not exact)",
+    "diffusers-controlnet": "ControlNet of diffusers",
+    "diffusers-unet": "UNet of diffusers",
+    "diffusers-pipeline": "pipeline folder of diffusers",
+    "unknown": "unknown",
+}
 CONTROL_LAYOUTS = ("control", "control-plain", DIFFERENCE, "diffusers-controlnet")
 SCHEDULE_KEYS = frozenset(
     ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
@@ -30,11 +41,11 @@ _PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "
 _PREDICTIONS |= {"true": "v", "false": "eps"}  # of `ss_v_parameterization`
 _PREFIXES = {UNET_PREFIX: "unet", CONTROL_PREFIX: "control", VAE_PREFIX: "vae", TEXT_PREFIX: "text", EMA_PREFIX: "ema"}
 PARTS = (*_PREFIXES.values(), "schedule", "other")
-_FAMILIES = {(320, 768): "sd1", (320, 1024): "sd2"}  # by width of the first convolution and of the text
+# By width of the first convolution and of the text which cross-attention takes.
+_FAMILIES = {(320, 768): "sd1", (320, 1024): "sd2", (64, 40): "tiny"}
 _OPTIONAL_ENDINGS = ("position_ids", "logit_scale", "attn_mask", "text_projection")
 _UNUSED_LAYER = TEXT_PREFIX + "model.transformer.resblocks.23."  # of SD 2.x, which reads the layer before
-_V_FLAG = "v_pred"
-_FLAGS = (DIFFERENCE, _V_FLAG, "ztsnr")  # entries that say something about the others
+_FLAGS = (DIFFERENCE, "v_pred", "ztsnr")  # entries that say something about the others
 
 
 @dataclass(frozen=True)
@@ -43,21 +54,18 @@ class Report:
 
     Attributes:
         path, format, wrapping, foreign: as of `WeightsFile`.
-        layout: "full" (base and ControlNet), "base", "control" (keys begin with `control_model.`), "control-plain"
-            (they do not), "difference" (a ControlNet less its base), "diffusers-controlnet", "diffusers-unet",
-            "diffusers-pipeline", or "unknown".
+        layout: "full", "base", "control", "control-plain", "difference", "diffusers-controlnet", "diffusers-unet",
+            "diffusers-pipeline" or "unknown"; `LAYOUTS` says what they are.
         lightning: whether a Lightning trainer wrote it.
         family: "sd1", "sd2", "tiny" (the packaged small model) or "unknown", by the widths of network and text.
-        config: the packaged configuration of the family, e.g. "cldm_v15"; None for an unknown family.
-        told: what the file itself says of its model: `prediction` ("eps", "v" or "x0"), `global_average_pooling`,
-            `scale_factor`.
+        config: the packaged configuration of the family, e.g. "cldm_v15", or None.
+        told: what the file itself says: `prediction` ("eps", "v" or "x0"), `global_average_pooling`, `scale_factor`.
         prediction: the same where it is told or all of the family are alike; SD 2.x weights alone do not tell.
         ema: whether EMA weights are in it.
         parts, dtypes: entries by part (one of `PARTS`) and by dtype.
         parameters, bytes: sums over all entries.
-        missing: keys that the layout should have in this family; schedule buffers and `position_ids` are never missed.
-        extra: keys that it should not have.
-        mismatched: keys whose shape is another than the family's.
+        missing, extra, mismatched: keys that the layout should have in this family, that it should not have, and whose
+            shape is another. Schedule buffers and `position_ids` are never missed.
         suggestions: what can be done with it or about it, a line each.
     """
 
@@ -145,28 +153,20 @@ def layout_of(file: WeightsFile) -> str:
 
 
 def _family(tensors: Tensors) -> str:
-    """From the width of the first convolution and that of the text which cross-attention takes."""
-    widths = _widths(tensors)
-    if widths is None:
-        return "unknown"
-    return _FAMILIES.get(widths) or ("tiny" if widths == _widths(expected_entries(CONFIGS["tiny"])) else "unknown")
-
-
-def _widths(tensors: Tensors) -> tuple[int, int] | None:
     for prefix in (UNET_PREFIX, CONTROL_PREFIX):
         first = tensors.get(f"{prefix}input_blocks.0.0.weight")
         keys = (key for key in tensors if key.startswith(prefix) and key.endswith("attn2.to_k.weight"))
         context = tensors.get(next(keys, ""))
         if first is not None and context is not None and len(first.shape) == 4 and len(context.shape) == 2:
-            return first.shape[0], context.shape[1]
-    return None
+            return _FAMILIES.get((first.shape[0], context.shape[1]), "unknown")
+    return "unknown"
 
 
 def _told(file: WeightsFile) -> dict[str, Any]:
     """What the file says of its model, in its metadata, its configurations or by a flag among its entries."""
     told: dict[str, Any] = {}
     says = [file.configs.get("scheduler", {}).get("prediction_type"), *map(file.metadata.get, PREDICTION_METADATA)]
-    for text in (*says, "v" if _V_FLAG in file else None):
+    for text in (*says, "v" if "v_pred" in file else None):
         if isinstance(text, str) and text.lower() in _PREDICTIONS:
             told.setdefault("prediction", _PREDICTIONS[text.lower()])
     pooling = file.configs.get("controlnet", file.configs.get("", {})).get("global_pool_conditions")
@@ -185,11 +185,9 @@ def _compare(
     """Missing, extra and differently shaped keys against the family's own model."""
     if config is None or layout == "unknown":
         return [], [], []
-    if layout in CONTROL_LAYOUTS:
-        wanted = {"control"}
-    else:
-        wanted = {"unet"} if layout == "diffusers-unet" else {"unet", "vae", "text"}
-        wanted |= {"control"} if counts["control"] else set()
+    wanted = {"control"} if counts["control"] else set()
+    if layout not in CONTROL_LAYOUTS:
+        wanted |= {"unet"} if layout == "diffusers-unet" else {"unet", "vae", "text"}
     expected = {key: tensor for key, tensor in expected_entries(config).items() if part_of(key) in wanted}
     optional = _UNUSED_LAYER if layout == "diffusers-pipeline" else ()
 
@@ -198,14 +196,14 @@ def _compare(
 
     missing = [key for key in expected if key not in tensors and not is_optional(key)]
     extra = [key for key in tensors if key not in expected and key not in _FLAGS and not is_optional(key)]
-    return missing, extra, differing(tensors, expected)
+    mismatched = [key for key in expected if key in tensors and tensors[key].shape != expected[key].shape]
+    return missing, extra, mismatched
 
 
 _UNSUPPORTED: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda key: "lora_" in key or ".lora_A." in key, "a LoRA: a patch for a model, not a model"),
     (lambda key: key.startswith("conditioner.embedders.") or "add_embedding." in key, "Stable Diffusion XL"),
     (lambda key: key.removeprefix(UNET_PREFIX).startswith(("joint_blocks.", "double_blocks.")), "a transformer"),
-    (lambda key: key in ("emb_params", "string_to_param"), "a textual-inversion embedding"),
     (lambda key: key.startswith(("adapter.", "body.0.")), "a T2I-Adapter"),
     (lambda key: key.startswith("output_blocks."), f"a bare UNet without the prefix {UNET_PREFIX!r}"),
     (lambda key: key.startswith("decoder.up"), "a bare VAE"),
@@ -221,12 +219,12 @@ def _suggestions(
     load_control = f"load it onto a base: cldm.model.load_control(model, {path!r})"
     by_layout = {
         "full": f"load it whole: model.load_state_dict(load_state_dict({path!r}))",
-        "base": f"start training from it: python tool_add_control.py {quoted} OUTPUT",
+        "base": f"start training from it: controlnet add-control {quoted} OUTPUT",
         "control": load_control,
         "control-plain": load_control,
         DIFFERENCE: f"{load_control}, with the base that it was subtracted from",
-        "diffusers-controlnet": f"{load_control}, or: python tool_convert_control.py {quoted} OUTPUT --to control",
-        "diffusers-pipeline": f"convert it to one file: python tool_convert_control.py {quoted} OUTPUT --to full",
+        "diffusers-controlnet": f"{load_control}, or: controlnet convert {quoted} OUTPUT --to control",
+        "diffusers-pipeline": f"convert it to one file: controlnet convert {quoted} OUTPUT --to full",
         "diffusers-unet": "only its UNet is here; name the folder of the whole pipeline",
     }
     if layout in by_layout and not mismatched:  # what has other shapes cannot be loaded into a model of its family
@@ -249,10 +247,10 @@ def _suggestions(
 
 def gap_lines(missing: Iterable[str], mismatched: Iterable[str], parts: Container[str] = PARTS) -> Iterable[str]:
     """What a file lacks or has in another shape than its family, in some of the parts, a line each."""
-    for keys, problem, what in (
-        (missing, "incomplete", "entries are missing"),
-        (mismatched, "unfit", "entries have another shape than its family's"),
+    for problem, keys in (
+        ("incomplete: {} entries are missing", missing),
+        ("unfit: {} entries have another shape than its family's", mismatched),
     ):
         keys = [key for key in keys if part_of(key) in parts]
         if keys:
-            yield f"{problem}: {len(keys)} {what}, first {keys[0]!r}"
+            yield f"{problem.format(len(keys))}, first {keys[0]!r}"

@@ -1,11 +1,8 @@
-"""What a checkpoint holds beside the networks' weights, where a file of another layout leaves it out.
-
-Above all it is the noise schedule of a file's model: told by stored betas, a scheduler of diffusers or a configuration.
-"""
+"""What a checkpoint holds beside the networks' weights, where a file of another layout leaves it out: above all the noise
+schedule, as a list of betas."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cldm.checkpoint.expected import expected_entries, model_params, zeros
 from cldm.checkpoint.names import CONTROL_PREFIX, TEXT_PREFIX, is_open_clip, part
@@ -32,31 +28,24 @@ _MAX_STEPS = 100_000
 _PRECISION = 1e-5  # relative difference of betas that are the same, in float32
 
 
-def schedule_params(params: Mapping[str, Any], source: ModelWeights) -> Mapping[str, Any]:
-    """A model's parameters with the noise schedule that a file or folder tells: by its stored betas, or its scheduler.
-
-    Raises:
-        CheckpointError: what it tells makes no sense, or cannot be expressed here.
-    """
-    with about(source.path):
-        if "betas" in source.tensors:
-            return _with_stored(params, source.tensors["betas"].read())
-        scheduler = source.configs.get("scheduler")
-        return _with_scheduler(params, scheduler) if scheduler else params
-
-
 def completed(tensors: Tensors, source: ModelWeights, config: str | Path | None) -> tuple[Tensors, list[str]]:
     """The tensors of a model with what a checkpoint holds beside them, and notes on that.
 
     It is the noise schedule of `source`, whose UNet it is, and zeros for the weights of SD 2.x's text encoder that nothing
     reads: its last layer and its projection, which diffusers leaves out. `config` is None for an unknown family.
+
+    Raises:
+        CheckpointError: `source` tells a schedule that makes no sense, or cannot be expressed here.
     """
     schedule = {key: tensor for key, tensor in source.tensors.items() if key in SCHEDULE_KEYS}
     if config is None:
         return {**schedule, **tensors}, []
-    if not schedule.keys() >= SCHEDULE_KEYS:
-        schedule = {**schedule_tensors(schedule_params(model_params(config), source)), **schedule}
-    if not any(key.startswith(CONTROL_PREFIX) for key in tensors):
+    if not schedule.keys() >= SCHEDULE_KEYS - {"logvar"}:
+        schedule = schedule_tensors(model_params(config), source) | schedule
+    if any(key.startswith(CONTROL_PREFIX) for key in tensors):
+        logvar = torch.full(schedule["betas"].shape, float(model_params(config).get("logvar_init", 0.0)))
+        schedule.setdefault("logvar", LazyTensor.of(logvar))
+    else:
         schedule.pop("logvar", None)  # as published base models
     unused: Tensors = {}
     if is_open_clip(part(tensors, TEXT_PREFIX)):
@@ -69,42 +58,76 @@ def completed(tensors: Tensors, source: ModelWeights, config: str | Path | None)
     return {**schedule, **tensors, **unused}, notes
 
 
-def _with_scheduler(params: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's parameters with the noise schedule of a diffusers scheduler, as far as its configuration tells.
+def schedule_tensors(params: Mapping[str, Any], source: ModelWeights | None = None) -> Tensors:
+    """The noise schedule's entries but for `logvar`, as a model with these parameters has them, or that of `source`."""
+    from ldm.models.diffusion.schedule import diffusion_quantities
+
+    betas = model_betas(params, source)
+    with np.errstate(over="ignore", invalid="ignore"):  # where nothing of the image is left, reciprocals are infinite
+        quantities = diffusion_quantities(betas, params.get("v_posterior", 0.0))
+        return {key: LazyTensor.of(torch.from_numpy(values.astype(np.float32))) for key, values in quantities.items()}
+
+
+def scheduler_config(params: Mapping[str, Any], source: ModelWeights, prediction: str) -> dict[str, Any]:
+    """`scheduler_config.json` of a `DDIMScheduler` that steps with the schedule of `source` as the sampler here does."""
+    betas = model_betas(params, source)
+    named = params.get("given_betas") is None and params.get("beta_schedule", "linear") == "linear"
+    if named and np.array_equal(betas, schedule_betas(params)):
+        ends = {"beta_start": params.get("linear_start", 1e-4), "beta_end": params.get("linear_end", 2e-2)}
+        schedule = {**ends, "beta_schedule": "scaled_linear"}
+    else:
+        schedule = {"trained_betas": betas.tolist()}
+    return {
+        "_class_name": "DDIMScheduler",
+        **schedule,
+        "clip_sample": False,
+        "num_train_timesteps": len(betas),
+        "prediction_type": PREDICTIONS[prediction],
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+
+
+def model_betas(params: Mapping[str, Any], source: ModelWeights | None) -> np.ndarray:
+    """The betas that a file stores or tells by its scheduler, float64 (T,); else, or where these are the same, those of `params`.
 
     Raises:
-        CheckpointError: the schedule is none that can be expressed here, or its numbers make no sense.
+        CheckpointError: what it tells makes no sense, or cannot be expressed here.
     """
-    made = dict(params) | {ours: config[theirs] for theirs, ours in _OPTIONS.items() if config.get(theirs) is not None}
+    own, precision = schedule_betas(params), _PRECISION
+    if source is None:
+        return own
+    with about(source.path):
+        if "betas" in source.tensors:
+            stored = source.tensors["betas"].read()
+            betas = schedule_betas({"given_betas": stored.tolist()})
+            precision = max(precision, 4 * torch.finfo(stored.dtype).eps if stored.dtype.is_floating_point else 0)
+        else:
+            betas = _scheduler_betas(params, source.configs.get("scheduler", {}))
+    same = own.shape == betas.shape and np.allclose(own, betas, rtol=precision, atol=0)
+    return own if same else betas
+
+
+def _scheduler_betas(params: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray:
+    """The betas of a diffusers scheduler; `params` supply what its configuration leaves out."""
+    told = {ours: config[theirs] for theirs, ours in _OPTIONS.items() if config.get(theirs) is not None}
     name = config.get("beta_schedule")
     try:
         if config.get("trained_betas") is not None:
-            made["given_betas"] = config["trained_betas"]
+            told["given_betas"] = config["trained_betas"]
         elif name is not None:
             if not isinstance(name, str) or name not in _BETA_SCHEDULES:
                 raise CheckpointError(f"beta_schedule must be one of {', '.join(_BETA_SCHEDULES)}, not {name!r}")
-            made |= {"given_betas": None, "beta_schedule": _BETA_SCHEDULES[name], "cosine_s": _COSINE_S}
-        betas = schedule_betas(made)
+            told |= {"given_betas": None, "beta_schedule": _BETA_SCHEDULES[name], "cosine_s": _COSINE_S}
+        betas = schedule_betas({**params, **told})
     except CheckpointError as error:
         raise CheckpointError(f"scheduler_config.json: {error.problem}") from error
     if config.get("rescale_betas_zero_snr") is True and len(betas) > 1:
         # alpha-bar, and with it the signal-to-noise ratio, then ends at zero (Lin et al. 2023, algorithm 1)
         roots = np.sqrt(np.cumprod(1 - betas))
         alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
-        made["given_betas"] = (1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])).tolist()
-    return made
-
-
-def _with_stored(params: Mapping[str, Any], stored: Tensor) -> Mapping[str, Any]:
-    """A model's parameters with the betas that a file stores; as they are where they give the same betas.
-
-    Raises:
-        CheckpointError: these cannot be betas.
-    """
-    precision = max(_PRECISION, 4 * torch.finfo(stored.dtype).eps if stored.dtype.is_floating_point else 0)
-    betas, own = schedule_betas({"given_betas": stored.tolist()}), schedule_betas(params)
-    same = own.shape == betas.shape and np.allclose(own, betas, rtol=precision, atol=0)
-    return params if same else {**params, "given_betas": betas.tolist()}
+        betas = schedule_betas({"given_betas": 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])})
+    return betas
 
 
 def schedule_betas(params: Mapping[str, Any]) -> np.ndarray:
@@ -122,7 +145,7 @@ def schedule_betas(params: Mapping[str, Any]) -> np.ndarray:
             betas = np.array(params["given_betas"], dtype=np.float64)
         elif type(steps) is not int or not 1 <= steps <= _MAX_STEPS:
             raise ValueError(f"the number of timesteps must be a whole number to {_MAX_STEPS}, not {steps!r}")
-        elif not all(type(beta) in (int, float) and math.isfinite(beta) and 0 < beta < 1 for beta in (start, end)):
+        elif not all(type(beta) in (int, float) and 0 < beta < 1 for beta in (start, end)):
             raise ValueError(f"the first and last beta must be numbers between 0 and 1, not {start!r} and {end!r}")
         else:
             name = params.get("beta_schedule", "linear")
@@ -134,38 +157,3 @@ def schedule_betas(params: Mapping[str, Any]) -> np.ndarray:
     if not plain or not ((betas > 0) & (betas <= 1)).all() or 1 in betas[:-1]:
         raise CheckpointError(f"the betas of the noise schedule must be a list of 1 to {_MAX_STEPS} numbers in (0, 1)")
     return betas
-
-
-def schedule_tensors(params: Mapping[str, Any]) -> Tensors:
-    """The noise schedule's entries, as a model with these parameters has them, `logvar` among them.
-
-    Raises:
-        CheckpointError: as `schedule_betas`.
-    """
-    from ldm.models.diffusion.schedule import diffusion_quantities
-
-    betas = schedule_betas(params)
-    with np.errstate(over="ignore", invalid="ignore"):  # where nothing of the image is left, reciprocals are infinite
-        quantities = diffusion_quantities(betas, params.get("v_posterior", 0.0))
-        quantities["logvar"] = np.full(len(betas), params.get("logvar_init", 0.0))
-        return {key: LazyTensor.of(torch.from_numpy(values.astype(np.float32))) for key, values in quantities.items()}
-
-
-def scheduler_config(params: Mapping[str, Any], prediction: str) -> dict[str, Any]:
-    """`scheduler_config.json` of a `DDIMScheduler` that steps as the sampler here does.
-
-    Raises:
-        CheckpointError: as `schedule_betas`.
-    """
-    betas = schedule_betas(params)
-    published = params.get("given_betas") is None and params.get("beta_schedule", "linear") == "linear"
-    ends = {"beta_start": params.get("linear_start", 1e-4), "beta_end": params.get("linear_end", 2e-2)}
-    return {
-        "_class_name": "DDIMScheduler",
-        **({**ends, "beta_schedule": "scaled_linear"} if published else {"trained_betas": betas.tolist()}),
-        "clip_sample": False,
-        "num_train_timesteps": len(betas),
-        "prediction_type": PREDICTIONS[prediction],
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    }

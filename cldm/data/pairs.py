@@ -57,9 +57,7 @@ def find_pairs(root: str | Path, prompts: str = LISTING) -> tuple[list[Pair], li
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(
-            f"there is no data folder {str(root)!r}; `python tutorial_dataset.py --out {root}` makes a Fill set there"
-        )
+        raise DataError(f"there is no data folder {str(root)!r}; `controlnet data --out {root}` makes a Fill set there")
     path = root / prompts
     if not path.is_file():
         if any((root / note).is_file() for note in NOTES):

@@ -225,7 +225,7 @@ def make_cache(
         with _bar(todo, "latents", "picture", progress) as bar:
             latents.write(_encode_targets(model, dataset, todo, batch_size, context, bar))
         if todo and not any(key in latents for key in todo):
-            raise DataError("none of the targets could be encoded; `tutorial_dataset.py --check FOLDER` says why")
+            raise DataError("none of the targets could be encoded; `controlnet data --check FOLDER` says why")
     with torch.no_grad(), texts.being_made():
         _note(texts.folder, model.cond_stage_model, precision)
         prompts = {_text_key(p): p for p in ["", *_prompts(dataset)]}

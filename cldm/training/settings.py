@@ -24,7 +24,7 @@ class Settings:
     preset: str = setting("", "settings for a GPU of this size: " + ", ".join(PRESETS) + "; others given beside it win")
     config: str = setting("cldm_tiny", "a packaged configuration or a YAML file")
     base: str = setting("cldm_tiny.safetensors", "model without control; used where `weights` is not given")
-    weights: str = setting("", "model with control, as tool_add_control.py writes it")
+    weights: str = setting("", "model with control, as controlnet add-control writes it")
     data: str = setting(TINY_DATA, "folder of pairs, or WebDataset shards; the default is made if absent")
     broken: str = setting("stop", "what to do about pairs that cannot be used: stop or leave_out")
     out: str = setting("runs/tutorial", "folder for everything that is made")

@@ -48,7 +48,7 @@ class ModelsTab:
                     )
                     self.add = gr.Button("Add", elem_id="add-control")
                 with gr.Accordion("Convert it", open=False):
-                    layouts = [(f"{name}: {target.help}", name) for name, target in TARGETS.items()]
+                    layouts = [(f"{name}: {what}", name) for name, what in TARGETS.items()]
                     self.layout = gr.Dropdown(layouts, value="control", label="To")
                     with gr.Row():
                         self.base = gr.Dropdown(

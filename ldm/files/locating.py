@@ -51,11 +51,6 @@ def choose_weights(names: Iterable[str]) -> str | None:
     return None if best is None else best[0]
 
 
-def is_weights_name(name: str) -> bool:
-    """Whether a file of this name in a diffusers folder would be taken for its weights or their index."""
-    return _WEIGHT_NAME.fullmatch(name) is not None
-
-
 def _fetch(address: str) -> Path:
     """A file or folder of the hub, in the cache of `huggingface_hub`; what is there already is not fetched again."""
     match = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?:/([^@]+?))?/?", address)
@@ -101,9 +96,8 @@ def _fetch_folder(hub: Any, repository: str, revision: str | None, inside: str) 
     wanted = []
     for folder, held in folders.items():
         chosen = choose_weights(held) or ""
-        kind = ".safetensors" if ".safetensors" in chosen else ".bin"
-        shards = f"{chosen.partition('.')[0]}*-of-*{kind}" if chosen.endswith(".json") else chosen
-        read = [name for name in held if name.endswith(".json") or fnmatch(name, shards)]
-        wanted += [posixpath.join(folder, name) for name in read]
+        stem, kind = chosen.split(".")[0], ".safetensors" if ".safetensors" in chosen else ".bin"
+        shards = f"{stem}*-of-*{kind}" if chosen.endswith(".json") else chosen
+        wanted += [posixpath.join(folder, name) for name in held if name.endswith(".json") or fnmatch(name, shards)]
     wanted = [name for name in wanted if name.startswith(f"{inside}/" if inside else "")]
     return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)) / inside

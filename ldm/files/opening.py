@@ -63,10 +63,8 @@ def _open_file(path: Path) -> WeightsFile:
         elif start[:1] == b"\x80" and start[1:2] <= b"\x05":
             made = read_torch_legacy(file)
         else:
-            unknown = (
-                f"neither a safetensors file nor one of torch.save; it begins with {start[:4]!r} and may be damaged"
-            )
-            raise CheckpointError(other or unknown)
+            unknown = "neither a safetensors file nor one of torch.save"
+            raise CheckpointError(other or f"{unknown}; it begins with {start[:4]!r} and may be damaged")
         made.opened = opened.pop_all()
         return made
 
@@ -95,17 +93,16 @@ def _other_content(file: OpenFile) -> str | None:
 def _open_folder(folder: Path) -> WeightsFile:
     """A folder of diffusers: the files of its parts as one mapping."""
     made = WeightsFile(folder, "folder", {})
+    foreign: set[str] = set()
     with ExitStack() as opened:
-        parts = _read_configs(folder, made.configs)
-        foreign: set[str] = set()
-        for part in parts:
+        for part in _read_configs(folder, made.configs):
             prefix = f"{part}/" if part else ""
             for path, wanted in _weight_files(folder / part).items():
                 file = opened.enter_context(_open_file(path))
                 missing = next((key for key in wanted or () if key not in file), None)
                 if missing is not None:
                     raise CheckpointError(f"lacks {missing!r}, which the index of its folder places there", path)
-                made.tensors |= {prefix + key: file[key] for key in wanted or file}
+                made.data |= {prefix + key: file[key] for key in wanted or file}
                 made.metadata |= file.metadata
                 foreign |= set(file.foreign)
         made.foreign = tuple(sorted(foreign))

@@ -11,7 +11,6 @@ or compared, and texts that the file could have compared over and over (keys, na
 
 from __future__ import annotations
 
-import math
 import pickletools
 import struct
 from collections.abc import Callable
@@ -23,13 +22,11 @@ import torch
 from torch import Tensor
 
 from ldm.files.errors import CheckpointError
-from ldm.files.tensors import DTYPES, STORAGE_NAMES, LazyTensor, OpenFile
+from ldm.files.tensors import DTYPES, MAX_DIMENSIONS, STORAGE_NAMES, LazyTensor, OpenFile, is_shape, is_size
 
 MAX_INSTRUCTIONS = 2**20  # a checkpoint of SD 1.5 with its optimizer needs about 2**17; each builds less than 256 bytes
 MAX_TEXT = 1000  # characters of a key or a name
 MAX_FOREIGN = 100  # names that are reported
-_MAX_DIMENSIONS = 64
-_MAX_NUMBER = 2**62
 
 _DTYPE_ALIASES = {"double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32"}
 _DTYPES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
@@ -88,7 +85,7 @@ class Unpickler:
         foreign: names in the pickles that another reader would have imported.
     """
 
-    def __init__(self, file: OpenFile | None = None) -> None:
+    def __init__(self, file: OpenFile) -> None:
         self._file = file
         self.storages: dict[str, Storage] = {}
         self.starts: dict[str, int] = {}
@@ -214,7 +211,7 @@ class Unpickler:
         if not isinstance(kind, Name) or kind.name not in _STORAGES:
             quantised = "; quantised tensors are not supported" if ".Q" in _describe(kind) else ""
             raise CheckpointError(f"the pickle has a tensor storage of the unknown type {_describe(kind)}{quantised}")
-        if type(key) is not str or len(key) > MAX_TEXT or not _is_size(count):
+        if type(key) is not str or len(key) > MAX_TEXT or not is_size(count):
             raise CheckpointError("the pickle has a tensor storage with an odd key or size")
         storage = Storage(key, _STORAGES[kind.name], count)
         if self.storages.setdefault(key, storage) != storage:
@@ -222,7 +219,7 @@ class Unpickler:
         if len(identity) == 5 or identity[5] is None:
             return storage
         _, offset, size = identity[5]  # of torch before 0.4: a part of a storage
-        if not _is_size(offset) or not _is_size(size) or offset + size > count:
+        if not is_size(offset) or not is_size(size) or offset + size > count:
             raise CheckpointError("the pickle has a view that reaches beyond its tensor storage")
         return Storage(key, storage.dtype, size, offset)
 
@@ -241,9 +238,8 @@ class Unpickler:
             raise CheckpointError("the pickle builds a conjugated or negated view, which is not supported")
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"the pickle builds a tensor of type {_describe(dtype)}, which is not supported")
-        if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= _MAX_DIMENSIONS:
-            raise CheckpointError("the pickle builds a tensor with an impossible shape or stride")
-        if not all(map(_is_size, (offset, *shape, *stride))) or math.prod(max(n, 1) for n in shape) >= _MAX_NUMBER:
+        fits = is_shape(shape, tuple) and is_shape(stride, tuple, product=False) and is_size(offset)
+        if not fits or len(shape) != len(stride):
             raise CheckpointError("the pickle builds a tensor with an impossible offset, shape or stride")
         reach = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if all(shape) else 0
         start = storage.offset * storage.dtype.itemsize + offset * dtype.itemsize
@@ -251,12 +247,8 @@ class Unpickler:
             raise CheckpointError("the pickle builds a tensor that reaches beyond its storage")
         return LazyTensor(shape, dtype, partial(self._read, storage.key, start, dtype, shape, stride))
 
-    def _read(
-        self, key: str, start: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
-    ) -> Tensor:
-        if self._file is None:
-            raise CheckpointError("there is no file to read tensors from")
-        return self._file.read_tensor(self.starts[key] + start, dtype, shape, stride)
+    def _read(self, key: str, start: int, *kind: Any) -> Tensor:
+        return self._file.read_tensor(self.starts[key] + start, *kind)
 
     def _parameter(self, data: Any, _grad: Any, _hooks: Any, _state: Any = None) -> Any:
         return data if isinstance(data, LazyTensor) else Placeholder("torch.nn.parameter.Parameter")
@@ -269,7 +261,7 @@ class Unpickler:
         return Placeholder(kind.name if isinstance(kind, Placeholder) else "tensor of an unknown type")
 
     def _size(self, shape: Any) -> tuple[int, ...]:
-        if type(shape) not in (tuple, list) or len(shape) > _MAX_DIMENSIONS:
+        if type(shape) not in (tuple, list) or len(shape) > MAX_DIMENSIONS:
             raise CheckpointError("the pickle builds a size from something that is not a short list of numbers")
         return tuple(shape)
 
@@ -317,7 +309,3 @@ def _add(target: Any, items: list[Any]) -> None:
 
 def _describe(value: Any) -> str:
     return value.name if isinstance(value, Placeholder) else type(value).__name__
-
-
-def _is_size(number: Any) -> bool:
-    return type(number) is int and 0 <= number < _MAX_NUMBER

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 
 from ldm.files.errors import CheckpointError
-from ldm.files.tensors import SAFETENSORS_NAMES, LazyTensor, OpenFile, Tensors, WeightsFile
+from ldm.files.tensors import SAFETENSORS_NAMES, LazyTensor, OpenFile, Tensors, WeightsFile, is_shape
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 METADATA = "__metadata__"
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
-_MAX_NUMBER = 2**62
 
 
 def read_safetensors(file: OpenFile) -> WeightsFile:
@@ -26,10 +25,8 @@ def read_safetensors(file: OpenFile) -> WeightsFile:
     """
     length = int.from_bytes(file.read(0, 8), "little")
     if file.size < 8 or length > MAX_HEADER or 8 + length > file.size:
-        raise CheckpointError(
-            f"the safetensors header says it is {length:,} bytes long in a file of {file.size:,}; "
-            "the file is damaged or its download was cut short"
-        )
+        sizes = f"{length:,} bytes long in a file of {file.size:,}"
+        raise CheckpointError(f"the safetensors header says it is {sizes}; it is damaged or its download was cut short")
     header = _parse(file.read(8, length))
     metadata = header.pop(METADATA, {})
     if type(metadata) is not dict or not all(type(text) is str for text in metadata.values()):
@@ -46,11 +43,11 @@ def read_safetensors(file: OpenFile) -> WeightsFile:
             problem = "overlaps another" if begin < position else "leaves a gap before it"
             raise CheckpointError(f"the safetensors header is wrong: {key[:100]!r} {problem}")
         position = end
-    if 8 + length + position != file.size:
-        raise CheckpointError(
-            f"the safetensors header describes {8 + length + position:,} bytes, but the file has {file.size:,}; "
-            + ("its download was cut short" if 8 + length + position > file.size else "something was appended to it")
-        )
+    described = 8 + length + position
+    if described != file.size:
+        cause = "its download was cut short" if described > file.size else "something was appended to it"
+        sizes = f"{described:,} bytes, but the file has {file.size:,}"
+        raise CheckpointError(f"the safetensors header describes {sizes}; {cause}")
     if not tensors:
         raise CheckpointError("holds no tensors")
     return WeightsFile(file.path, "safetensors", tensors, metadata)
@@ -85,11 +82,10 @@ def _describe(key: str, description: Any) -> tuple[torch.dtype, tuple[int, ...],
     if type(dtype) is not str or dtype not in _DTYPES:
         kind = dtype[:20] if type(dtype) is str else type(dtype).__name__
         raise CheckpointError(f"{name} has the unknown dtype {kind!r}; known are {', '.join(_DTYPES)}")
-    for numbers, what, most in ((shape, "an impossible shape", 64), (offsets, "impossible offsets", 2)):
-        sizes = type(numbers) is list and all(type(n) is int and 0 <= n < _MAX_NUMBER for n in numbers)
-        if not sizes or len(numbers) > most or (numbers is offsets and len(numbers) != 2):
-            raise CheckpointError(f"the safetensors header has {what} for {name}")
-    count = math.prod(max(n, 1) for n in shape)
-    if count >= _MAX_NUMBER or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if not is_shape(shape, list):
+        raise CheckpointError(f"the safetensors header has an impossible shape for {name}")
+    if not is_shape(offsets, list, product=False) or len(offsets) != 2:
+        raise CheckpointError(f"the safetensors header has impossible offsets for {name}")
+    if offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
         raise CheckpointError(f"the safetensors header gives {name} a size that its shape contradicts")
     return _DTYPES[dtype], tuple(shape), offsets[0], offsets[1]

@@ -6,9 +6,11 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ STORAGE_NAMES = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*SAFETENSORS_NAMES, torch.complex128)}
 FLOAT_DTYPES = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+MAX_DIMENSIONS = 64
+_MAX_NUMBER = 2**62
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -52,10 +56,8 @@ class LazyTensor:
         return self.numel * self.dtype.itemsize
 
     @staticmethod
-    def of(tensor: Tensor | LazyTensor) -> LazyTensor:
+    def of(tensor: Tensor) -> LazyTensor:
         """A tensor that exists already, of any device."""
-        if isinstance(tensor, LazyTensor):
-            return tensor
         return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu())
 
     def then(
@@ -66,6 +68,17 @@ class LazyTensor:
 
 
 Tensors = dict[str, LazyTensor]
+
+
+def is_size(number: Any) -> bool:
+    """Whether what a file gives as a count, size or place may be one."""
+    return type(number) is int and 0 <= number < _MAX_NUMBER
+
+
+def is_shape(numbers: Any, kind: type[list] | type[tuple], product: bool = True) -> bool:
+    """Whether what a file gives as a shape, a list or tuple, may be one; strides are no `product`."""
+    sizes = type(numbers) is kind and len(numbers) <= MAX_DIMENSIONS and all(map(is_size, numbers))
+    return sizes and (not product or math.prod(max(number, 1) for number in numbers) < _MAX_NUMBER)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -84,20 +97,19 @@ def cast(
     """The floating-point tensors in another dtype, but for the keys in `keep`; reading a value too large for it is an error."""
     wanted = parse_dtype(dtype)
 
-    def changed(key: str, tensor: LazyTensor) -> LazyTensor:
-        if wanted is None or wanted == tensor.dtype or not tensor.dtype.is_floating_point or key in keep:
-            return tensor
+    def convert(key: str, value: Tensor) -> Tensor:
+        made = value.to(wanted)
+        infinite = ~torch.isfinite(made)
+        if infinite.any() and torch.isfinite(value.double()[infinite]).any():
+            raise CheckpointError(f"{key!r} has values too large for {wanted}; use bfloat16 or float32")
+        return made
 
-        def convert(value: Tensor) -> Tensor:
-            made = value.to(wanted)
-            infinite = ~torch.isfinite(made)
-            if infinite.any() and torch.isfinite(value.double()[infinite]).any():
-                raise CheckpointError(f"{key!r} has values too large for {wanted}; use bfloat16 or float32")
-            return made
-
-        return tensor.then(convert, dtype=wanted)
-
-    return {key: changed(key, LazyTensor.of(tensor)) for key, tensor in tensors.items()}
+    made: Tensors = {}
+    for key, given in tensors.items():
+        tensor = made[key] = given if isinstance(given, LazyTensor) else LazyTensor.of(given)
+        if wanted not in (None, tensor.dtype) and tensor.dtype.is_floating_point and key not in keep:
+            made[key] = tensor.then(partial(convert, key), dtype=wanted)
+    return made
 
 
 class OpenFile:
@@ -148,35 +160,35 @@ class OpenFile:
         Raises:
             CheckpointError: the file is closed, ends early or cannot be read.
         """
-        if stride is None or 0 in shape:
-            flat = torch.empty(math.prod(shape), dtype=dtype)
-        else:  # from the first number to the last, gaps included
-            flat = torch.empty(1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)), dtype=dtype)
+        count = math.prod(shape)
+        if stride is not None and count:  # from the first number to the last, gaps included
+            count = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        flat = torch.empty(count, dtype=dtype)
         self._read_into(start, flat.view(torch.uint8).numpy().data)
-        return flat.view(shape) if stride is None or 0 in shape else flat.as_strided(shape, stride).contiguous()
+        return flat.view(shape) if stride is None or not count else flat.as_strided(shape, stride).contiguous()
 
 
 @dataclass(eq=False, repr=False)
-class WeightsFile(Mapping[str, LazyTensor]):
+class WeightsFile(UserDict[str, LazyTensor]):
     """An open weights file or folder: keys in the file's order, and tensors that are read when asked for.
 
-    Nothing in the file is executed. Use it as a context manager, or call `close`; tensors that were read outlive it.
+    Nothing in the file is executed. Use it as a context manager; tensors that were read outlive it.
 
     Attributes:
         path: the file or folder.
         format: "safetensors", "torch-zip", "torch-legacy", or "folder" (of diffusers).
-        tensors: by key.
+        data: the tensors by key.
         metadata: texts that a safetensors file carries.
-        wrapping: the keys under which the tensors lay, e.g. `("state_dict",)`, also "model" or "module"; not part of
-            the keys here.
+        wrapping: the keys under which the tensors lay, e.g. `("state_dict",)`; not part of the keys here.
         extras: other values beside the tensors, such as `global_step`; a `Placeholder` for what was not built.
         configs: a folder's JSON configurations by component; "" for the folder's own.
         foreign: names in the pickle that would have been imported by another reader, and were not.
+        opened: what is closed at the end; reading afterwards is an error.
     """
 
     path: Path
     format: str
-    tensors: Tensors
+    data: Tensors
     metadata: dict[str, str] = field(default_factory=dict)
     wrapping: tuple[str, ...] = ()
     extras: dict[str, Any] = field(default_factory=dict)
@@ -184,21 +196,8 @@ class WeightsFile(Mapping[str, LazyTensor]):
     foreign: tuple[str, ...] = ()
     opened: ExitStack = field(default_factory=ExitStack)
 
-    def __getitem__(self, key: str) -> LazyTensor:
-        return self.tensors[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def close(self) -> None:
-        """Close the files; reading afterwards is an error."""
-        self.opened.close()
-
     def __enter__(self) -> WeightsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.opened.close()

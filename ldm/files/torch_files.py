@@ -27,10 +27,8 @@ def read_torch_zip(file: OpenFile) -> WeightsFile:
     members = _zip_members(file)
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        names = ", ".join(repr(name[:60]) for name in list(members)[:3]) or "nothing"
-        raise CheckpointError(
-            f"a zip archive that torch.save did not write; it holds {names}. If the weights are inside, unpack it"
-        )
+        held = ", ".join(repr(name[:60]) for name in list(members)[:3]) or "nothing"
+        raise CheckpointError(f"a zip archive of {held}, which torch.save did not write; unpack it for weights inside")
     folder = pickles[0].removesuffix("data.pkl")
     if folder + "constants.pkl" in members:
         raise CheckpointError("a TorchScript program, not weights; save the state_dict() of the module instead")
@@ -88,10 +86,8 @@ def _zip_members(file: OpenFile) -> dict[str, zipfile.ZipInfo]:
         with zipfile.ZipFile(file.stream) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, RuntimeError, ValueError, LookupError, OSError, OverflowError, struct.error) as error:
-        raise CheckpointError(
-            "its directory, which lies at the end of a zip archive, is missing or damaged; "
-            "the download was probably cut short"
-        ) from error
+        problem = "the directory at the end of the zip archive is missing or damaged; the download was cut short"
+        raise CheckpointError(problem) from error
     named = {member.filename: member for member in members}
     if len(named) != len(members):
         raise CheckpointError("the zip archive has two members of one name")
@@ -121,8 +117,9 @@ def _weights(file: OpenFile, format: str, unpickler: Unpickler, top: Any) -> Wei
             where = f" under {wrapping[-1]!r}" if wrapping else ""
             raise CheckpointError(f"holds {_described(level)}{where}, where a dictionary of tensors is expected")
         inner = _wrapper(level)
-        beside = {key: value for key, value in level.items() if type(key) is str and not isinstance(value, LazyTensor)}
-        extras |= {key: value for key, value in beside.items() if key != inner}
+        for key, value in level.items():
+            if type(key) is str and not isinstance(value, LazyTensor) and key != inner:
+                extras[key] = value
         if inner is None:
             break
         if len(wrapping) == MAX_NESTING:
@@ -146,8 +143,9 @@ def _weights(file: OpenFile, format: str, unpickler: Unpickler, top: Any) -> Wei
         raise CheckpointError(f"tensor storage {missing[:40]!r} is missing from the file")
     if sum(tensor.nbytes for tensor in tensors.values()) > 4 * file.size + 2**20:
         raise CheckpointError("its tensors repeat the same bytes until they are many times larger than the file")
-    foreign = tuple(sorted(unpickler.foreign))
-    return WeightsFile(file.path, format, tensors, {}, tuple(wrapping), extras, foreign=foreign)
+    return WeightsFile(
+        file.path, format, tensors, wrapping=tuple(wrapping), extras=extras, foreign=tuple(sorted(unpickler.foreign))
+    )
 
 
 def _wrapper(level: dict) -> str | None:

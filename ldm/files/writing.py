@@ -1,8 +1,7 @@
 """Writing weights files, one tensor at a time.
 
-Everything is written under another name beside its target and renamed when it is complete and on the disk. An error, Ctrl-C
-or, in the commands, SIGTERM removes what was begun; a killed process leaves `.NAME.xxxxxxxx.partial`, which nothing takes
-for weights.
+Everything is written under another name beside its target and renamed when it is complete and on the disk. What ends the
+process in order removes what was begun; a kill leaves `.NAME.xxxxxxxx.partial`, which nothing takes for weights.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.files.errors import CheckpointError, about
-from ldm.files.locating import SUFFIXES, is_weights_name, locate
+from ldm.files.locating import SUFFIXES, choose_weights, locate
 from ldm.files.opening import read_json
 from ldm.files.safetensors_files import MAX_HEADER, METADATA
 from ldm.files.tensors import SAFETENSORS_NAMES, STORAGE_NAMES, LazyTensor, Tensors, cast
@@ -52,7 +51,7 @@ def write_weights(
 
     Args:
         path: its suffix chooses the format: `.safetensors`, or torch's zip format for `.ckpt`, `.pth`, `.pt`, `.bin`.
-            Of a link, the file that it leads to is written, and the link stays.
+            Of a link, the file that it leads to is written.
         tensors: by key; lazy ones are read as they are written.
         metadata: texts to keep in a safetensors file; torch's format has no place for them.
         dtype: of floating-point tensors, e.g. `torch.float16` or "bfloat16"; as they are by default.
@@ -87,12 +86,11 @@ def write_folder(
     check_output(path, overwrite, files=files)
     contents: dict[str, Tensors | bytes] = {}
     for name, content in files.items():
-        if isinstance(content, str):
-            contents[name] = content.encode("utf-8")
-        elif name.endswith(SUFFIXES):
+        if name.endswith(SUFFIXES) and not isinstance(content, str):
             contents[name] = cast(content, dtype, keep)
         else:
-            contents[name] = (json.dumps(content, indent=2) + "\n").encode("utf-8")
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            contents[name] = text.encode("utf-8")
     _write(Path(path), contents, {}, overwrite, progress)
     return Path(path)
 
@@ -110,10 +108,8 @@ def _write(
                 total += sum(tensor.nbytes for tensor in content.values())
         needed, free = total + _SPARE * len(contents), shutil.disk_usage(place.parent).free
         if needed > free:
-            raise CheckpointError(
-                f"needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free; "
-                "choose another disk, or half precision with --dtype float16"
-            )
+            sizes = f"needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free"
+            raise CheckpointError(f"{sizes}; choose another disk, or half precision with --dtype float16")
         shown = "".join(character if character.isprintable() else "?" for character in path.name)
         options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "disable": None if progress else True}
         with _temporary(place) as temporary, tqdm(desc=shown, total=total, **options) as bar:
@@ -190,7 +186,7 @@ def _check_folder(folder: Path, files: set[str]) -> None:
     for parent in {(folder / name).parent for name in files if name.endswith(SUFFIXES)}:
         for other in parent.iterdir() if parent.is_dir() else ():
             name = other.relative_to(folder).as_posix()
-            if is_weights_name(other.name) and name not in files:
+            if name not in files and choose_weights([other.name]):
                 raise CheckpointError(f"also holds {name!r}, which might be read instead; name a new one")
 
 
@@ -286,19 +282,16 @@ def _write_torch(file: IO[bytes], tensors: Tensors, advance: Callable[[int], Any
     _Pickler(pickled, protocol=2).dump({key: replace(tensor) for key, tensor in tensors.items()})
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
-        def member(name: str, size: int) -> IO[bytes]:
+        def member(name: str) -> IO[bytes]:
             info = zipfile.ZipInfo(f"archive/{name}")
-            info.file_size = size
-            start = file.tell() + 30 + len(info.filename) + 4  # the fixed part, the name, this field's own head
-            if size * 1.05 > zipfile.ZIP64_LIMIT:
-                start += 20  # the field of long sizes, which is added to it
-            padding = -start % _ALIGNMENT
+            # Before the data stand a head of 30 bytes, the name, 20 bytes for long sizes, and the padding with its own head.
+            padding = -(file.tell() + 30 + len(info.filename) + 20 + 4) % _ALIGNMENT
             info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
-            return archive.open(info, "w")
+            return archive.open(info, "w", force_zip64=True)
 
         for name, content in {"data.pkl": pickled.getvalue(), "byteorder": b"little", "version": b"3\n"}.items():
-            with member(name, len(content)) as stream:
+            with member(name) as stream:
                 stream.write(content)
         for number, (key, tensor) in enumerate(tensors.items()):
-            with member(f"data/{number}", tensor.nbytes) as stream:
+            with member(f"data/{number}") as stream:
                 _write_tensor(stream, key, tensor, advance)

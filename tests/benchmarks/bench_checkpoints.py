@@ -24,6 +24,7 @@ import torch
 from cldm.checkpoint.control import initial_values
 from cldm.checkpoint.expected import expected_entries, model_params
 from cldm.checkpoint.names import CONTROL_PREFIX
+from cldm.checkpoint.schedule import schedule_tensors
 from ldm.files import LazyTensor, write_weights
 from tests.parity import value
 
@@ -36,7 +37,7 @@ _CHUNK = 16 << 20
 def write_base(path: Path, config: str) -> None:
     """A base model as published ones are, without ControlNet and `logvar`, filled."""
     expected = {k: i for k, i in expected_entries(config).items() if not k.startswith(CONTROL_PREFIX) and k != "logvar"}
-    initial = initial_values(model_params(config), expected)
+    initial = initial_values(expected) | schedule_tensors(model_params(config))
 
     def entry(key: str, info: LazyTensor) -> LazyTensor:
         return initial.get(key) or LazyTensor(

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cldm.checkpoint.control import initial_values
 from cldm.checkpoint.expected import expected_entries, model_params
+from cldm.checkpoint.schedule import schedule_tensors
 from ldm.files import LazyTensor, write_weights
 
 CONFIG = "cldm_tiny"
@@ -16,7 +16,10 @@ CONTROL, UNET, VAE, TEXT = "control_model.", "model.diffusion_model.", "first_st
 def tiny_full(seed: int = 0) -> dict[str, Tensor]:
     """A full state dict: random weights, and the schedule that belongs to the configuration."""
     expected = expected_entries(CONFIG)
-    schedule = initial_values(model_params(CONFIG), {key: info for key, info in expected.items() if "." not in key})
+    schedule = {
+        **schedule_tensors(model_params(CONFIG)),
+        "logvar": LazyTensor.of(torch.zeros(expected["logvar"].shape)),
+    }
     generator = torch.Generator().manual_seed(seed)
 
     def entry(key: str, info: LazyTensor) -> Tensor:

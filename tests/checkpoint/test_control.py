@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cldm.checkpoint import ModelWeights, add_control, convert, identify, transfer_control
 from cldm.checkpoint.control import initial_values, join_control
-from cldm.checkpoint.expected import model_params
+from cldm.checkpoint.schedule import completed
 from ldm.files import CheckpointError, LazyTensor, open_weights, read_state_dict, write_weights
 from ldm.util import ConfigError
 from tests.checkpoint.files import CONTROL, TEXT, UNET, VAE, only, same, saved, tiny_full, without
@@ -75,7 +75,9 @@ def test_initial_values_are_those_of_the_model() -> None:
 
     model = create_model("cldm_tiny").state_dict()
     wanted = {key: LazyTensor.of(value) for key, value in model.items()}
-    initial = initial_values(model_params("cldm_tiny"), wanted)
+    initial = initial_values(wanted)
+    schedule, _ = completed(only(wanted, CONTROL), ModelWeights(Path("x"), None, {}), "cldm_tiny")
+    initial |= without(schedule, CONTROL)
     assert {"betas", "logvar", CONTROL + "input_hint_block.14.bias"} <= initial.keys()
     for key, entry in initial.items():
         assert entry.shape == wanted[key].shape and entry.dtype == wanted[key].dtype
@@ -259,7 +261,7 @@ def test_a_difference_is_added_to_a_base_on_an_accelerator(
 
 def test_conversions_that_lack_something_say_what(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
     control = saved(tmp_path / "control.pt", only(full, CONTROL))
-    with pytest.raises(CheckpointError, match="holds no ControlNet.*tool_add_control.py"):
+    with pytest.raises(CheckpointError, match="holds no ControlNet.*controlnet add-control"):
         convert(base, tmp_path / "x.pt", "control", **QUIET)
     with pytest.raises(CheckpointError, match="control.pt: has no UNet; name a base model that has one with --base"):
         convert(control, tmp_path / "x.pt", "full", **QUIET)
@@ -300,6 +302,15 @@ def test_transfer_refuses_what_is_incomplete(
         files[role] = saved(tmp_path / "partial.pt", without(full, CONTROL, UNET + "out.2."))
     with pytest.raises(CheckpointError, match="partial.pt: its (UNet|ControlNet) is incomplete"):
         transfer_control(**files, output=tmp_path / "out.pt", **QUIET)
+
+
+def test_transfer_refuses_what_is_incomplete_in_an_unknown_family(full: dict[str, Tensor], tmp_path: Path) -> None:
+    wide = {key: tensor.repeat(1, 2) if key.endswith("attn2.to_k.weight") else tensor for key, tensor in full.items()}
+    base = saved(tmp_path / "base.pt", without(wide, CONTROL))
+    control = saved(tmp_path / "c.pt", without(only(wide, CONTROL), CONTROL + "input_blocks.1.0.in_layers.2.weight"))
+    assert identify(base).family == identify(control).family == "unknown"
+    with pytest.raises(CheckpointError, match="c.pt: its ControlNet is incomplete: .*in_layers.2.weight"):
+        transfer_control(base, control, base, tmp_path / "out.pt", **QUIET)
 
 
 def test_what_is_incomplete_is_noted(full: dict[str, Tensor], base: Path, tmp_path: Path) -> None:

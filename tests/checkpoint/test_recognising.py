@@ -53,7 +53,7 @@ def test_base_as_published(tmp_path: Path) -> None:
     assert (report.layout, report.family, report.ema) == ("base", "sd1", True)
     assert report.parts["ema"] == 686 and report.dtypes == {"float16": len(shapes) + 687}
     assert not report.missing and not report.extra
-    assert any("tool_add_control.py" in line for line in report.suggestions)
+    assert any("controlnet add-control" in line for line in report.suggestions)
 
 
 @pytest.mark.parametrize(("prefix", "layout"), [("control_model.", "control"), ("", "control-plain")])

@@ -95,9 +95,8 @@ def test_a_defect_keeps_its_traceback(files: dict[str, str], tmp_path: Path, mon
 def test_commands_to_copy_are_quoted(files: dict[str, str], tmp_path: Path) -> None:
     odd = tmp_path / "x;touch hacked;.safetensors"
     odd.write_bytes(Path(files["base"]).read_bytes())
-    line = next(line for line in identify(odd).suggestions if "tool_add_control.py" in line)
-    arguments = shlex.split(line.partition("python ")[2])
-    assert arguments == ["tool_add_control.py", str(odd), "OUTPUT"]
+    line = next(line for line in identify(odd).suggestions if "add-control" in line)
+    assert shlex.split(line.partition(": ")[2]) == ["controlnet", "add-control", str(odd), "OUTPUT"]
 
 
 @pytest.mark.parametrize("tool", [tool_add_control, tool_transfer_control, tool_convert_control])

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_named_and_changes_nothing(saved, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     no_control = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
     write_weights(tmp_path / "plain.safetensors", no_control, progress=False)
-    with pytest.raises(CheckpointError, match="tool_add_control"):
+    with pytest.raises(CheckpointError, match="controlnet add-control"):
         create_model(folder / "small.yaml", weights=tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="nowhere"):
         load_state_dict(tmp_path / "nowhere.ckpt")
@@ -198,7 +198,7 @@ def test_packaged_weights_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     add_control("cldm_tiny.safetensors", "ini.safetensors", progress=False)
     made = create_model("cldm_tiny", weights="ini.safetensors")
-    with pytest.raises(CheckpointError, match="holds no ControlNet: add one with tool_add_control.py"):
+    with pytest.raises(CheckpointError, match="holds no ControlNet: add one with controlnet add-control"):
         create_model("cldm_tiny", weights="cldm_tiny.safetensors")
     tiny = load_state_dict("cldm_tiny.safetensors")["model.diffusion_model.out.2.bias"]
     assert torch.equal(made.state_dict()["model.diffusion_model.out.2.bias"], tiny.float())

@@ -440,7 +440,7 @@ def test_colliding_keys() -> None:
     count = 20_000
     pickled = program(b"}(" + b"".join(number((2**61 - 1) * i) + b"N" for i in range(1, count)) + b"u")
     with cheap(memory=2**24):
-        made = pickles.Unpickler().load(io.BytesIO(pickled))
+        made = pickles.Unpickler(None).load(io.BytesIO(pickled))
     assert len(made) == count - 1 and not any(type(key) is int and key > 2**60 for key in made)
 
 
@@ -566,8 +566,8 @@ _W = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         ({"w": _W | {"shape": [4.0]}}, "impossible shape"),
         ({"w": _W | {"shape": [True, 4]}}, "impossible shape"),
         ({"w": _W | {"shape": [1] * 100 + [4]}}, "impossible shape"),
-        ({"w": _W | {"shape": [2**40, 2**40]}}, "contradicts"),
-        ({"w": _W | {"shape": [2**61, 8]}}, "contradicts"),
+        ({"w": _W | {"shape": [2**40, 2**40]}}, "impossible shape"),
+        ({"w": _W | {"shape": [2**61, 8]}}, "impossible shape"),
         ({"w": _W | {"shape": [5]}}, "contradicts"),
         ({"w": _W | {"data_offsets": [16, 0]}}, "contradicts"),
         ({"w": _W | {"data_offsets": [-16, 0]}}, "impossible offsets"),
