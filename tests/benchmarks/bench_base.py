@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for when in ("before", "after"):
                 scores = ", ".join(f"{name} {value:.3f}" for name, value in result[when].items())
                 lines.append(f"{task:10} {base} {when:7} {scores}")
-    show("\n".join(lines))
+    for line in lines:
+        show(line)
     return 0
 
 

@@ -70,7 +70,12 @@ def test_what_a_command_needs_is_added_once(environment, capsys):
     assert done == ["-m controlnet app", "tutorial_train.py"] and not capsys.readouterr().out
     del done[:]
     assert start.main(["test", "-k", "some"]) == 0
-    assert done == [f"{INSTALL}[test]", "-m ruff check .", "-m mypy", f"-m pytest -n {start.WORKERS} --dist loadfile -k some"]
+    assert done == [
+        f"{INSTALL}[test]",
+        "-m ruff check .",
+        "-m mypy",
+        f"-m pytest -n {start.WORKERS} --dist loadfile -k some",
+    ]
 
 
 def test_the_environment_is_made_again_when_the_project_changes_or_moves(environment, tmp_path, monkeypatch):
