@@ -88,7 +88,7 @@ class TrainTab:
                     )  # fmt: skip
                     self.others = gr.Textbox(
                         label="Settings, one a line", lines=4, max_length=2000, placeholder="empty_prompts=0.5\nema=0.9999",
-                        info="any of `tutorial_train.py --help`, as key=value", elem_id="other-settings",
+                        info="any that `controlnet train --help` lists, as key=value", elem_id="other-settings",
                     )  # fmt: skip
                 self.start = gr.Button("Start training", variant="primary", elem_id="start-training")
             with gr.Column(scale=5, min_width=460):
