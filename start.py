@@ -2,7 +2,7 @@
 
     python3 start.py train [key=value ...]    the main job: tutorial_train.py
     python3 start.py app [options]            the web page, at the address that it prints
-    python3 start.py test [pytest options]    lint, types and the test suite
+    python3 start.py test [pytest options]    lint, types and the test suite; `-n 0` runs its files one after another
 
 The environment is in .venv and reads the code from this folder, so that `git pull` is all an update needs. It is made at the first
 call, and made again when pyproject.toml has changed or the folder has moved; what a command needs in addition is installed when it

@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.command import run_command
 from cldm.config import load_config, override
-from cldm.data.fill import PALETTES, draw_fill
+from cldm.data.fill import PALETTES, draw_fill, palette_named
 from cldm.data.leaves import draw_leaves
 from cldm.data.scenes import describe_scene, draw_scene
 from cldm.settings import check_counts, explain, is_continued, setting, write_settings
 from cldm.training.engine import make_trainer
+from cldm.training.metrics import MetricsFile
 from ldm.files import check_output, read_state_dict, write_weights
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import ConfigError, instantiate_from_config
@@ -62,7 +63,7 @@ class Settings:
     unet_precision: str = setting("32-true", "or bf16-mixed, 16-mixed")
     empty_prompts: float = setting(0.1, "share of prompts replaced by the empty one, for guidance")
     save_every: int = setting(500, "steps between checkpoints")
-    compile: bool = setting(False, "the networks with torch.compile: a third faster where a C++ compiler is installed")
+    compile: bool = setting(False, "the networks with torch.compile: faster, and needs a C++ compiler")
     threads: int = setting(0, "of torch; 0 leaves its choice")
 
 
@@ -132,7 +133,7 @@ def fit(
     )
     trainer = make_trainer(
         max_steps=steps,
-        logger=pl.loggers.CSVLogger(folder, name="", version=""),
+        logger=MetricsFile(folder),
         callbacks=[checkpoint],
         accelerator="auto",
         devices=1,
@@ -278,8 +279,7 @@ def train(settings: Settings) -> None:
         raise ConfigError(f"size must be a multiple of 64, found {settings.size}")
     config = load_config(settings.config).model
     for palette in (settings.palette, settings.vae_palette):
-        if palette not in PALETTES:
-            raise ConfigError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
+        palette_named(palette)
     out, work = Path(settings.out), Path(settings.work)
     # Stages build on one another, so that all in `work` must be of the same settings.
     stages = [*work.glob("*/last.ckpt"), *work.glob("latents.*")]
@@ -293,21 +293,18 @@ def train(settings: Settings) -> None:
     pl.seed_everything(settings.seed)
     autoencoder = train_autoencoder(config.params.first_stage_config, settings)
     mean, std, prompts = cache_latents(autoencoder, settings)
-    measured = float(1.0 / (mean + std * torch.randn_like(std)).std())
-    scale = float(config.params.scale_factor)
-    logging.info(
-        "latents have a standard deviation of %.5f: scale_factor should be near %.5f and is %.5f",
-        1 / measured,
-        measured,
-        scale,
-    )
+    # Latents of standard deviation 1: mean + std * noise has the variance of the means plus the mean of the variances.
+    scale = round(float((mean.var() + std.square().mean()).rsqrt()), 4)
     pl.seed_everything(settings.seed)
     diffusion = train_diffusion(config, settings, mean, std, prompts, scale)
     write_base(autoencoder, diffusion, scale, settings)
     logging.info(
-        "wrote %s (%.1f MB); to use it, copy it over models/cldm_tiny.safetensors, or name it in base= of tutorial_train.py",
+        "wrote %s (%.1f MB, scale_factor %g); to use it, set scale_factor in %s and copy it over models/cldm_tiny.safetensors, or name "
+        "it in base= of training",
         out,
         out.stat().st_size / 1e6,
+        scale,
+        settings.config,
     )
 
 

@@ -42,6 +42,7 @@ from cldm.data.shards import check_shards, find_shards
 from cldm.terminal import fail
 
 PROGRAM = "tutorial_dataset.py"
+FILL_FOLDER = "./training/fill50k/"
 # What can be drawn.
 TASKS = {
     "fill": "circles to fill",
@@ -61,7 +62,7 @@ class MyDataset(PairDataset):
     the condition, float32 (H, W, 3) in [0, 1].
     """
 
-    def __init__(self, root: str | Path = "./training/fill50k/", leave_out: bool = False) -> None:
+    def __init__(self, root: str | Path = FILL_FOLDER, leave_out: bool = False) -> None:
         super().__init__(root, leave_out)
 
 
@@ -77,7 +78,7 @@ def fill_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     parser.add_argument(
         "--task", default="fill", choices=list(TASKS), help="; ".join(f"{name}: {task}" for name, task in TASKS.items())
     )
-    parser.add_argument("--out", default="./training/fill50k/", help="folder to write (default: %(default)s)")
+    parser.add_argument("--out", help=f"folder to write (default: {FILL_FOLDER}, or ./training/TASK/)")
     parser.add_argument("--count", type=int, default=50_000, help="number of pairs (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="pixels a side, a multiple of 64 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the set (default: %(default)s)")
@@ -155,7 +156,8 @@ def check_data(options: argparse.Namespace) -> int:
 
 def draw_pairs(options: argparse.Namespace) -> int:
     """Draw a Fill set, or scenes."""
-    common = (options.out, options.count, options.size, options.seed, options.palette)
+    out = options.out or (FILL_FOLDER if options.task == "fill" else f"./training/{options.task}/")
+    common = (out, options.count, options.size, options.seed, options.palette)
     if options.task == "fill":
         listing = generate_fill(*common, workers=options.workers)
     elif options.task == "shapes":

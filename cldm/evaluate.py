@@ -27,7 +27,7 @@ from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
 from cldm.command import Parser, device_option, help_text, run_command
 from cldm.data.pairs import PairDataset
-from cldm.evaluation import CONDITIONS, DRAWN, Fidelity, Sampling, Score, drawn_score, generate, save_comparison
+from cldm.evaluation import CONDITIONS, DRAWN, Fidelity, Sampling, Score, generate, save_comparison
 from cldm.files import write_whole
 from cldm.model import OPTIONAL, create_model, load_control, load_weights
 from cldm.terminal import show
@@ -109,11 +109,9 @@ def held_out(folder: str, count: int) -> tuple[np.ndarray, np.ndarray, list[str]
 def make_score(a: argparse.Namespace, hints: np.ndarray, targets: np.ndarray, pairs: list[Any]) -> Score:
     """The score that the command line names; a mistake in it is found before anything is loaded."""
     if a.condition in DRAWN:
-        score = drawn_score(pairs)
+        score = DRAWN[a.condition](pairs)
         if score is None:
-            raise ConfigError(
-                f"{a.folder} holds other pairs than circles to fill or scenes; choose another --condition"
-            )
+            raise ConfigError(f"{a.folder} holds other pairs than --condition {a.condition} scores; choose another one")
         return score
     parameters = dict(_parameter(text) for text in a.parameter)
     try:

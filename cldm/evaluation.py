@@ -20,8 +20,8 @@ from tqdm import tqdm
 from cldm.cldm import ControlLDM
 from cldm.data.fill import FillSample
 from cldm.data.pairs import Pair, read_rgb
-from cldm.data.scenes import Scene, read_scenes, score_scenes
-from cldm.data.score import fill_geometry, parse_prompt, score_fill
+from cldm.data.scenes import Scene, read_scenes
+from cldm.data.score import fill_geometry, parse_prompt, score_fill, score_scenes
 from cldm.pictures import grid, save_png, to_uint8
 from cldm.pipeline import ControlPipeline
 from ldm.util import ConfigError, log_txt_as_img
@@ -209,15 +209,14 @@ COMPARISONS: Mapping[str, Comparison] = {
     "normalbae": _RMSE,
     "seg": _MIOU,
 }
-DRAWN = ("fill", "scenes")  # by `tutorial_dataset.py`, whose files say what was drawn
-CONDITIONS = (*DRAWN, *COMPARISONS, "openpose")
+DETECTED = (*COMPARISONS, "openpose")
 
 
 class Fidelity:
     """A score: a condition's detector is run on pictures, and what it finds is compared with the hints.
 
     Args:
-        condition: one of `CONDITIONS`, without those of `DRAWN`.
+        condition: one of `DETECTED`.
         hints: uint8 (N, H, W, 3), as the data folder holds them.
         targets: the pictures that the hints were made from, uint8 (N, H, W, 3); poses are looked for there too, as a drawn
             skeleton does not tell its joints.
@@ -243,8 +242,8 @@ class Fidelity:
     ) -> None:
         from annotator import describe, load
 
-        if condition not in CONDITIONS or condition in DRAWN:
-            raise ConfigError(f"there is no score for the condition {condition!r}; there are: {', '.join(CONDITIONS)}")
+        if condition not in DETECTED:
+            raise ConfigError(f"there is no score for the condition {condition!r}; there are: {', '.join(DETECTED)}")
         posed = targets if condition == "openpose" else ()  # what poses are looked for in
         if posed is None:
             raise ValueError("poses are compared with those in the target pictures, which are missing")
@@ -322,13 +321,24 @@ def scenes_score(scenes: Sequence[Scene]) -> Score:
     return score
 
 
-def drawn_score(pairs: Sequence[Pair]) -> Score | None:
-    """The score of pairs that were drawn, circles to fill or scenes, or of the first of them; None for other pairs."""
+def _fill_score_of(pairs: Sequence[Pair]) -> Score | None:
+    samples = fill_samples(pairs)
+    return fill_score(samples) if samples else None
+
+
+def _scenes_score_of(pairs: Sequence[Pair]) -> Score | None:
     scenes = read_scenes([pair.target for pair in pairs])
-    if scenes:
-        return scenes_score(scenes)
-    circles = fill_samples(pairs)
-    return fill_score(circles) if circles else None
+    return scenes_score(scenes) if scenes else None
+
+
+# The scores of pairs that `tutorial_dataset.py` has drawn; None for other pairs. Their files say what was drawn.
+DRAWN: Mapping[str, Callable[[Sequence[Pair]], Score | None]] = {"scenes": _scenes_score_of, "fill": _fill_score_of}
+CONDITIONS = (*DRAWN, *DETECTED)
+
+
+def drawn_score(pairs: Sequence[Pair]) -> Score | None:
+    """The score of pairs that were drawn, or of the first of them; None for other pairs."""
+    return next((score for score_of in DRAWN.values() if (score := score_of(pairs))), None)
 
 
 # -- pictures of a comparison -----------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def rows(base: str, runs: Path) -> Iterator[tuple[str, list[Panel]]]:
     for title, prompts in PROMPTS.items():
         texts = [text if "background" in text else f"{text} with gray background" for text in prompts]
         pictures = pipeline(None, texts, **SETTINGS)
-        yield title, [(text[:20], np.asarray(picture)) for text, picture in zip(prompts, pictures, strict=True)]
+        yield title, [(text, np.asarray(picture)) for text, picture in zip(prompts, pictures, strict=True)]
     panels: list[Panel] = []
     for name in PHOTOS:
         photo = getattr(data, name)()
@@ -90,7 +90,7 @@ def rows(base: str, runs: Path) -> Iterator[tuple[str, list[Panel]]]:
                 scene = describe_scene(index, 0, most=1, plain=True) if task == "shapes" else describe_scene(index, 0)
                 source = draw_hint(scene, SIZE, hint)
                 made = trained(source, scene.prompt, **SETTINGS)
-                shown += [(f"{task}", source), (scene.prompt[:20], np.asarray(made[0]))]
+                shown += [("hint", source), (scene.prompt, np.asarray(made[0]))]
             yield task, shown
 
 

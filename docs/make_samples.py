@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import cv2
 import numpy as np
@@ -23,7 +24,8 @@ from cldm.terminal import show
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE, SCALE = 64, 2  # pixels of a picture, and how many times it is enlarged
-CAPTION = 20  # pixels of the line above a picture
+CAPTION = 20  # pixels of a line above a picture
+LETTERS = 17  # of such a line
 COLUMNS = 7
 PROMPT = "orange circle with teal background"
 GUIDANCE = 3.0
@@ -104,12 +106,16 @@ def sheet(made: Sequence[tuple[str, list[Panel]]]) -> np.ndarray:
     left = 130
     page = []
     for title, panels in made:
-        row = np.full((CAPTION + side + 6, left + COLUMNS * (side + 6), 3), 255, np.uint8)
-        cv2.putText(row, title, (4, CAPTION + side // 2), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
-        for i, (caption, picture) in enumerate(panels[:COLUMNS]):
+        captions = [wrap(caption, LETTERS) for caption, _ in panels[:COLUMNS]]
+        top = CAPTION * max(map(len, captions))
+        row = np.full((top + side + 6, left + COLUMNS * (side + 6), 3), 255, np.uint8)
+        cv2.putText(row, title, (4, top + side // 2), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+        for i, (lines, (_, picture)) in enumerate(zip(captions, panels, strict=False)):
             x = left + i * (side + 6)
-            cv2.putText(row, caption, (x, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-            row[CAPTION : CAPTION + side, x : x + side] = picture.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
+            for number, line in enumerate(lines):
+                y = 14 + number * CAPTION
+                cv2.putText(row, line, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
+            row[top : top + side, x : x + side] = picture.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
         page.append(row)
     return np.vstack(page)
 

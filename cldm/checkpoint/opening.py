@@ -159,7 +159,7 @@ def _renamed(file: WeightsFile, layout: str) -> tuple[Tensors, list[str]]:
 def combined(formula: Callable[..., Tensor], tensors: Tensors, *unets: Tensors) -> Tensors:
     """A formula of the tensors of a ControlNet (or UNet) and those of the same keys in UNets; its own layers stay.
 
-    It is computed in float32; the result has the dtype of the tensors, or float32 where theirs differ.
+    It is computed in float32, with float64 among the tensors in that; where their dtypes differ, this is the result's dtype.
 
     Raises:
         CheckpointError: a key is missing or of another shape in a UNet, so that these are not of one kind.
@@ -176,10 +176,12 @@ def combined(formula: Callable[..., Tensor], tensors: Tensors, *unets: Tensors) 
                 shapes = f"{list(tensor.shape)}, in the base {list(unet[key].shape)}"
                 raise CheckpointError(f"{key!r} has shape {shapes}: these do not belong to one kind of model")
         operands = [tensor, *(unet[key] for unet in unets)]
-        dtype = tensor.dtype if len({operand.dtype for operand in operands}) == 1 else torch.float32
+        dtypes = {operand.dtype for operand in operands}
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        dtype = tensor.dtype if len(dtypes) == 1 else wide
 
-        def read(operands: list[LazyTensor] = operands, dtype: torch.dtype = dtype) -> Tensor:
-            return formula(*(operand.read().float() for operand in operands)).to(dtype)
+        def read(operands: list[LazyTensor] = operands, wide: torch.dtype = wide, dtype: torch.dtype = dtype) -> Tensor:
+            return formula(*(operand.read().to(wide) for operand in operands)).to(dtype)
 
         made[key] = LazyTensor(tensor.shape, dtype, read)
     return made

@@ -40,10 +40,14 @@ COLOURS: dict[str, Colour] = {
 }
 
 
+def to_lab(picture: np.ndarray) -> np.ndarray:
+    """RGB (H, W, 3), 0 to 255, in CIELAB, float32; there a distance of 2 is just noticeable, and black to white is 100."""
+    return cv2.cvtColor(picture.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+
+
 def colour_distances(colours: Sequence[Colour]) -> np.ndarray:
-    """Euclidean CIELAB distances between colours (n,) -> (n, n); 2 is just noticeable, black to white is 100."""
-    rgb = np.asarray(colours, dtype=np.float32).reshape(1, -1, 3) / 255
-    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)[0]
+    """Euclidean CIELAB distances between colours (n,) -> (n, n)."""
+    lab = to_lab(np.asarray([colours]))[0]
     return np.linalg.norm(lab[:, None] - lab[None], axis=-1)
 
 
@@ -62,7 +66,18 @@ def tellable(colours: Mapping[str, Colour], distance: float) -> dict[str, Colour
 PALETTES: dict[str, dict[str, Colour]] = {"web": COLOURS, "clear": tellable(COLOURS, 28.0)}
 
 # Circle and ground differ by at least this much, so that a circle can be seen on its ground.
-_MINIMUM_CONTRAST = 30.0
+MINIMUM_CONTRAST = 30.0
+
+
+def palette_named(name: str) -> dict[str, Colour]:
+    """The palette of a name.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name not in PALETTES:
+        raise DataError(f"unknown palette {name!r}; the palettes are {', '.join(PALETTES)}")
+    return PALETTES[name]
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ def _contrasting(names: tuple[str, ...], colours: tuple[Colour, ...]) -> list[tu
         (names[i], names[j])
         for i in range(len(names))
         for j in range(len(names))
-        if distances[i, j] >= _MINIMUM_CONTRAST
+        if distances[i, j] >= MINIMUM_CONTRAST
     ]
 
 
@@ -151,19 +166,13 @@ def generate_fill(
     workers: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a Fill set: `source/N.png`, `target/N.png` and `prompt.json`, as Fill50K is laid out.
-
-    Can be interrupted: pictures that are there are kept, and `prompt.json` is written last. A folder that holds a set of other settings
-    is refused; a larger `count` goes on.
+    """Write a Fill set, as `cldm.data.folders.draw_folder` writes pairs: it can be interrupted, and goes on.
 
     Args:
-        folder: made if need be.
-        count: number of pairs.
+        folder, count, workers, progress: as of `draw_folder`.
         size: pixels a side, a multiple of 64.
         seed: of the set.
         palette: one of PALETTES.
-        workers: threads; as many as there are processors, by default.
-        progress: show a progress bar.
 
     Returns:
         the path of `prompt.json`.
@@ -171,15 +180,14 @@ def generate_fill(
     Raises:
         DataError: settings out of range, or a folder that holds something else.
     """
-    if palette not in PALETTES:
-        raise DataError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
+    colours = palette_named(palette)
 
     def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
-        sample = draw_fill(index, size, seed, PALETTES[palette])
+        sample = draw_fill(index, size, seed, colours)
         return sample.source, sample.target
 
     def prompt(index: int) -> str:
-        return describe_fill(index, seed, PALETTES[palette])[0]
+        return describe_fill(index, seed, colours)[0]
 
     settings = {"size": size, "seed": seed, "palette": palette}
     return draw_folder(Path(folder), "fill.json", settings, count, draw, prompt, workers, progress)

@@ -101,7 +101,7 @@ def draw_folder(
     Args:
         folder: made if need be.
         note: name of the file with the settings.
-        settings: what the pairs depend on, `size` and `seed` among it.
+        settings: what the pairs depend on: `size` (pixels a side, a multiple of 64), `seed` (not negative), and others.
         count: number of pairs.
         draw: source and target of a pair by its number, uint8 (size, size, 3) each.
         prompt: of a pair by its number.

@@ -1,7 +1,7 @@
 """Pictures with the statistics of photographs, drawn: the dead leaves model (Lee, Mumford and Huang, IJCV 2001).
 
 Shapes of all sizes cover each other, as things in the world do, so that edges, textures and even parts are spread as in photographs.
-An autoencoder that has seen them keeps photographs recognisable, without having seen one.
+From them an autoencoder learns what photographs consist of, without having seen one.
 """
 
 import math
@@ -20,7 +20,7 @@ def draw_leaves(index: int, size: int, seed: int) -> np.ndarray:
     middle, spread = rng.uniform(40, 215, 3), rng.uniform(20, 90)
     picture: np.ndarray = np.tile(_colour(rng, middle, spread), (size, size, 1))
     low, high = _RADII[0] ** -2, _RADII[1] ** -2
-    # Far ones first and large: what is drawn later is nearer and covers.
+    # What is drawn later is nearer, and covers.
     for radius in rng.uniform(high, low, _LEAVES) ** -0.5:
         colour, mask = _colour(rng, middle, spread), np.zeros((size, size), np.uint8)
         x, y = rng.uniform(-0.1, 1.1, 2) * size

@@ -13,13 +13,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from cldm.data.fill import COLOURS, PALETTES, Colour, colour_distances
+from cldm.data.fill import COLOURS, MINIMUM_CONTRAST, PALETTES, Colour, colour_distances, palette_named
 from cldm.data.folders import draw_folder, read_note
 from cldm.data.pairs import DataError
-from cldm.data.score import COLOUR_TOLERANCE
 
-# What can be told apart as colours must differ by this much in CIELAB: shapes from their ground and from each other.
-_CONTRAST = 30.0
 NOTE = "scenes.json"
 HINTS = ("lines", "segments", "depth")
 _GROUNDS = ("plain", "gradient", "striped", "checkered")
@@ -114,7 +111,7 @@ def describe_scene(
     Raises:
         DataError: the palette has too few colours that can be told apart.
     """
-    names, distances = _distances(tuple(colours), tuple(tuple(c) for c in colours.values()))
+    names, distances = list(colours), _distances(tuple(tuple(c) for c in colours.values()))
     rng = np.random.default_rng([seed, index, 1])
     ground = "plain" if plain else str(rng.choice(_GROUNDS, p=(0.55, 0.2, 0.15, 0.1)))
     count = 1 + int(rng.integers(most))
@@ -141,16 +138,16 @@ def describe_scene(
 
 
 @lru_cache(maxsize=8)
-def _distances(names: tuple[str, ...], colours: tuple[Colour, ...]) -> tuple[tuple[str, ...], np.ndarray]:
-    return names, colour_distances(colours)
+def _distances(colours: tuple[Colour, ...]) -> np.ndarray:
+    return colour_distances(colours)
 
 
 def _choose_colours(rng: np.random.Generator, distances: np.ndarray, count: int) -> list[int]:
-    """Numbers of `count` colours, any two of which can be told apart."""
+    """Numbers of `count` colours, any two of which can be told apart, by their distances (n, n)."""
     for _ in range(20):
         chosen: list[int] = []
         for number in rng.permutation(len(distances)).tolist():
-            if all(distances[number, other] >= _CONTRAST for other in chosen):
+            if all(distances[number, other] >= MINIMUM_CONTRAST for other in chosen):
                 chosen.append(number)
                 if len(chosen) == count:
                     return chosen
@@ -251,7 +248,7 @@ def draw_hint(scene: Scene, size: int, hint: str) -> np.ndarray:
     raise DataError(f"unknown hint {hint!r}; the hints are {', '.join(HINTS)}")
 
 
-# -- a folder of scenes, and how well pictures show them ---------------------------------------------------------
+# -- a folder of scenes ---------------------------------------------------------
 
 
 def generate_scenes(
@@ -269,6 +266,7 @@ def generate_scenes(
     """Write a set of scenes with one kind of hint, as `cldm.data.fill.generate_fill` writes circles.
 
     Args:
+        folder, count, size, seed, palette, workers, progress: as there.
         hint: `lines` around the shapes, `segments` (a colour for each kind of shape), or `depth` (nearer is brighter).
         most: shapes in a scene, 1 to 3.
         plain: plain grounds alone.
@@ -281,13 +279,12 @@ def generate_scenes(
     """
     if hint not in HINTS:
         raise DataError(f"unknown hint {hint!r}; the hints are {', '.join(HINTS)}")
-    if palette not in PALETTES:
-        raise DataError(f"unknown palette {palette!r}; the palettes are {', '.join(PALETTES)}")
+    colours = palette_named(palette)
     if not 1 <= most <= 3:
         raise DataError(f"most must be 1 to 3 shapes in a scene, found {most}")
 
     def describe(index: int) -> Scene:
-        return describe_scene(index, seed, PALETTES[palette], most, plain)
+        return describe_scene(index, seed, colours, most, plain)
 
     def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
         scene = describe(index)
@@ -310,64 +307,3 @@ def read_scenes(targets: Sequence[Path]) -> list[Scene]:
         except (KeyError, TypeError, ValueError):
             return []
     return scenes
-
-
-@dataclass(frozen=True)
-class SceneScore:
-    """Scores by picture, (N,) each; the properties are their means."""
-
-    ious: np.ndarray  # float: of what is painted in each shape's colour with the shape, averaged over the shapes
-    colours_right: np.ndarray  # bool: every shape has its colour where it should stand, and the ground one of its own
-
-    @property
-    def iou(self) -> float:
-        """Mean intersection over union, 0 to 1."""
-        return float(self.ious.mean())
-
-    @property
-    def colours(self) -> float:
-        """Share of pictures in which all colours are right."""
-        return float(self.colours_right.mean())
-
-    def __str__(self) -> str:
-        return f"mean IoU {self.iou:.3f}, all colours right in {self.colours:.0%} of {len(self.ious)} pictures"
-
-
-def score_scenes(images: np.ndarray, scenes: Sequence[Scene]) -> SceneScore:
-    """Score uint8 pictures (N, H, H, 3) against the scenes whose hints and prompts they were made from.
-
-    A pixel shows the shape, or the ground, whose colour is nearest to its own.
-
-    Raises:
-        ValueError: not as many pictures as scenes, or not uint8.
-    """
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(scenes):
-        raise ValueError(f"expected uint8 ({len(scenes)}, H, H, 3), found {images.dtype} {images.shape}")
-    ious, right = [], []
-    for image, scene in zip(images, scenes, strict=True):
-        wanted = label_scene(scene, image.shape[0])
-        lab = _lab(cv2.medianBlur(image, 3))
-        colours = _lab(np.array([[COLOURS[s.colour] for s in scene.shapes]], np.uint8))[0]
-        ends = _lab(np.array([[COLOURS[name] for name in scene.grounds]], np.uint8))[0]
-        distances = np.stack(
-            [_distance_to_segment(lab, ends[0], ends[-1]), *(np.linalg.norm(lab - c, axis=2) for c in colours)]
-        )  # (1 + shapes, H, H)
-        found = distances.argmin(axis=0)
-        visible = [i for i in range(1, len(distances)) if (wanted == i).any()]
-        overlaps = [((found == i) & (wanted == i)).sum() / ((found == i) | (wanted == i)).sum() for i in visible]
-        ious.append(np.mean(overlaps))
-        right.append(all(np.median(distances[i][wanted == i]) <= COLOUR_TOLERANCE for i in (0, *visible)))
-    return SceneScore(np.array(ious), np.array(right))
-
-
-def _lab(picture: np.ndarray) -> np.ndarray:
-    """RGB uint8 (H, W, 3) -> CIELAB float32."""
-    return cv2.cvtColor(picture.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-
-
-def _distance_to_segment(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Distances (H, W) of points (H, W, 3) from the straight line between two colours: what a gradient may show."""
-    along = end - start
-    share = np.clip((points - start) @ along / max(float(along @ along), 1e-9), 0, 1)
-    return np.linalg.norm(points - (start + share[..., None] * along), axis=2)

@@ -1,6 +1,6 @@
-"""How well generated pictures solve the Fill task: is the circle where the hint's is, and are both colours the prompt's?
+"""How well generated pictures show what was drawn: are circles and shapes where the hint has them, in the prompt's colours?
 
-The painted circle is found in the picture alone, without looking at the hint.
+A painted circle is found in the picture alone, without looking at the hint; shapes of a scene by their colours.
 """
 
 import re
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from cldm.data.fill import COLOURS, Colour, FillSample, colour_distances
+from cldm.data.fill import COLOURS, Colour, FillSample, colour_distances, to_lab
+from cldm.data.scenes import Scene, label_scene
 
 # A painted colour counts as right within this CIELAB distance of the named one; the `clear` palette keeps 28 between colours.
 COLOUR_TOLERANCE = 14.0
@@ -89,7 +90,7 @@ def painted_circle(image: np.ndarray) -> np.ndarray | None:
 
     The ground's colour is the median of the border; the shape is the largest connected region nearer to the other main colour.
     """
-    lab = cv2.cvtColor(cv2.medianBlur(image, 3).astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    lab = to_lab(cv2.medianBlur(image, 3))
     border = np.concatenate([lab[0], lab[-1], lab[1:-1, 0], lab[1:-1, -1]])
     distance = np.linalg.norm(lab - np.median(border, axis=0), axis=2)  # (H, W)
     if distance.max() < _MINIMUM_CONTRAST:
@@ -136,3 +137,62 @@ def _is_colour(pixels: np.ndarray, wanted: Colour, tolerance: float) -> bool:
         return False
     red, green, blue = (int(v) for v in np.median(pixels, axis=0))
     return float(colour_distances([(red, green, blue), wanted])[0, 1]) <= tolerance
+
+
+# -- scenes ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SceneScore:
+    """Scores by picture, (N,) each; the properties are their means."""
+
+    ious: np.ndarray  # float: of what is painted in each shape's colour with the shape, averaged over the shapes
+    colours_right: np.ndarray  # bool: every shape has its colour where it should stand, and the ground one of its own
+
+    @property
+    def iou(self) -> float:
+        """Mean intersection over union, 0 to 1."""
+        return float(self.ious.mean())
+
+    @property
+    def colours(self) -> float:
+        """Share of pictures in which all colours are right."""
+        return float(self.colours_right.mean())
+
+    def __str__(self) -> str:
+        return f"mean IoU {self.iou:.3f}, all colours right in {self.colours:.0%} of {len(self.ious)} pictures"
+
+
+def score_scenes(images: np.ndarray, scenes: Sequence[Scene]) -> SceneScore:
+    """Score uint8 pictures (N, H, H, 3) against the scenes whose hints and prompts they were made from.
+
+    A pixel shows the shape, or the ground, whose colour is nearest to its own.
+
+    Raises:
+        ValueError: not as many pictures as scenes, or not uint8.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(scenes):
+        raise ValueError(f"expected uint8 ({len(scenes)}, H, H, 3), found {images.dtype} {images.shape}")
+    ious, right = [], []
+    for image, scene in zip(images, scenes, strict=True):
+        wanted = label_scene(scene, image.shape[0])
+        lab = to_lab(cv2.medianBlur(image, 3))
+        colours = to_lab(np.array([[COLOURS[s.colour] for s in scene.shapes]], np.uint8))[0]
+        ends = to_lab(np.array([[COLOURS[name] for name in scene.grounds]], np.uint8))[0]
+        distances = np.stack(
+            [_distance_to_segment(lab, ends[0], ends[-1]), *(np.linalg.norm(lab - c, axis=2) for c in colours)]
+        )  # (1 + shapes, H, H)
+        found = distances.argmin(axis=0)
+        visible = [i for i in range(1, len(distances)) if (wanted == i).any()]
+        overlaps = [((found == i) & (wanted == i)).sum() / ((found == i) | (wanted == i)).sum() for i in visible]
+        ious.append(np.mean(overlaps))
+        right.append(all(np.median(distances[i][wanted == i]) <= COLOUR_TOLERANCE for i in (0, *visible)))
+    return SceneScore(np.array(ious), np.array(right))
+
+
+def _distance_to_segment(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Distances (H, W) of points (H, W, 3) from the straight line between two colours: what a gradient may show."""
+    along = end - start
+    share = np.clip((points - start) @ along / max(float(along @ along), 1e-9), 0, 1)
+    return np.linalg.norm(points - (start + share[..., None] * along), axis=2)

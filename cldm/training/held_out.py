@@ -52,7 +52,6 @@ class HeldOut:
         pairs = [p for p in getattr(shown, "pairs", []) if isinstance(p, Pair)][:HELD_OUT]
         self._drawn = drawn_score(pairs) if pairs and not self.condition else None
         self.hints, self.targets, self.prompts = pictures_of(shown, len(pairs) if self._drawn else SHOWN)
-        self._scores: dict[int, Score | None] = {}
 
     def score_of(self, count: int, device: torch.device) -> Score | None:
         """Scores pictures of the first `count` hints."""

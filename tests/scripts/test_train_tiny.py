@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tool_train_tiny
-from ldm.files import read_state_dict
+from ldm.files import open_weights, read_state_dict
 
 
 def arguments(tmp_path, **changes):
@@ -33,6 +33,11 @@ def test_stages_go_on_with_the_same_settings_alone(tmp_path, capsys, monkeypatch
     assert tool_train_tiny.main(arguments(tmp_path, save_every=2)) == 0
     (mean, std, prompts), (again, _, same) = encoded
     assert torch.equal(mean, again) and prompts == same and len(mean) == len(std) == len(prompts) == 3
+    # The UNet is trained on latents of standard deviation 1, and the file says by which factor.
+    with open_weights(tmp_path / "new" / "base.safetensors") as file:
+        scale = float(file.metadata["scale_factor"])
+    noisy = mean + std * torch.randn((2000, *mean.shape))
+    assert float((noisy * scale).std(correction=0)) == pytest.approx(1, rel=0.02)
     capsys.readouterr()
     assert tool_train_tiny.main(arguments(tmp_path, latents=4, palette="web")) == 2
     assert "different settings (palette, latents)" in capsys.readouterr().err

@@ -22,8 +22,8 @@ from cldm.data.scenes import (
     generate_scenes,
     label_scene,
     read_scenes,
-    score_scenes,
 )
+from cldm.data.score import score_scenes
 
 CLEAR = PALETTES["clear"]
 

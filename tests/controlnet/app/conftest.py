@@ -23,6 +23,12 @@ from cldm.data.fill import draw_fill, generate_fill
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'controlnet[app]'")
 
+from controlnet.app.conditions import Detectors  # noqa: E402  these need Gradio
+from controlnet.app.context import Context  # noqa: E402
+from controlnet.app.files import Folders  # noqa: E402
+from controlnet.app.models import Catalogue, Models  # noqa: E402
+from controlnet.app.training import Runs  # noqa: E402
+
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "models" / "cldm_tiny.safetensors"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -75,6 +81,14 @@ def site(folder) -> Iterator[Site]:
     """The server of a module's tests; it has to end in order."""
     with site_in(folder) as started:
         yield started
+
+
+def make_context(folder: Path, written: Path | None = None) -> Context:
+    """What the page's tabs work with, on the folders below `folder`; what is written goes below `written`, if given."""
+    written = written or folder
+    folders = Folders((folder / "models",), (folder / "data",), written / "runs", written / "outputs")
+    catalogue = Catalogue(folders)
+    return Context(folders, catalogue, Models(catalogue, torch.device("cpu")), Detectors("cpu"), Runs(folders.runs))
 
 
 @contextmanager

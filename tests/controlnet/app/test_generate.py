@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import gradio as gr
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import annotator
@@ -13,13 +12,12 @@ from cldm import inputs
 from cldm.prompts import DEFAULT_PROMPT, NEGATIVE_PROMPT
 from cldm.results import read_png_text
 from controlnet.app import conditions
-from controlnet.app.conditions import READY, Detectors
-from controlnet.app.context import Context
-from controlnet.app.files import TINY, Folders
+from controlnet.app.conditions import READY
+from controlnet.app.files import TINY
 from controlnet.app.gallery import visitor_key
 from controlnet.app.generate_tab import AUTOMATIC, DEFAULT, EMPTY, IMAGE_TO_IMAGE, INPAINTING, GenerateTab
-from controlnet.app.models import OWN, Catalogue, Models
-from controlnet.app.training import Runs
+from controlnet.app.models import OWN
+from tests.controlnet.app.conftest import make_context
 
 STEERED = "models/steered.safetensors"
 PIXEL_CONDITIONS = [name for name in annotator.list_annotators() if not annotator.describe(name).network]
@@ -28,12 +26,10 @@ SESSION = SimpleNamespace(session_hash="session")
 
 @pytest.fixture(scope="module")
 def tab(folder, tmp_path_factory):
-    outputs = tmp_path_factory.mktemp("outputs")
-    folders = Folders((folder / "models",), (folder / "data",), outputs / "runs", outputs / "pictures")
-    catalogue = Catalogue(folders)
-    context = Context(folders, catalogue, Models(catalogue, torch.device("cpu")), Detectors("cpu"), Runs(folders.runs))
     with gr.Blocks():
-        return GenerateTab(context, gr.BrowserState(storage_key="visitor"))
+        return GenerateTab(
+            make_context(folder, tmp_path_factory.mktemp("written")), gr.BrowserState(storage_key="visitor")
+        )
 
 
 @pytest.fixture

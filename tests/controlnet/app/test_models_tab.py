@@ -2,25 +2,19 @@
 
 import gradio as gr
 import pytest
-import torch
 
-from controlnet.app.conditions import Detectors
-from controlnet.app.context import Context
-from controlnet.app.files import TINY, Folders
-from controlnet.app.models import OWN, Catalogue, Models
+from controlnet.app.files import TINY
+from controlnet.app.models import OWN
 from controlnet.app.models_tab import ModelsTab
-from controlnet.app.training import Runs
+from tests.controlnet.app.conftest import make_context
 
 STEERED = "models/steered.safetensors"
 
 
 @pytest.fixture
 def tab(folder):
-    folders = Folders((folder / "models",), (folder / "data",), folder / "runs", folder / "outputs")
-    catalogue = Catalogue(folders)
-    context = Context(folders, catalogue, Models(catalogue, torch.device("cpu")), Detectors("cpu"), Runs(folders.runs))
     with gr.Blocks():
-        return ModelsTab(context)
+        return ModelsTab(make_context(folder))
 
 
 def test_load_it_loads_what_generate_then_uses(tab, monkeypatch):

@@ -2,25 +2,17 @@
 
 import gradio as gr
 import pytest
-import torch
 
 from cldm.training.memory import Plan, measure, table
 from controlnet.app import train_tab
-from controlnet.app.conditions import Detectors
-from controlnet.app.context import Context
-from controlnet.app.files import Folders
-from controlnet.app.models import Catalogue, Models
 from controlnet.app.train_tab import TrainTab
-from controlnet.app.training import Runs
+from tests.controlnet.app.conftest import make_context
 
 
 @pytest.fixture
 def tab(folder):
-    folders = Folders((folder / "models",), (folder / "data",), folder / "runs", folder / "outputs")
-    catalogue = Catalogue(folders)
-    context = Context(folders, catalogue, Models(catalogue, torch.device("cpu")), Detectors("cpu"), Runs(folders.runs))
     with gr.Blocks():
-        return TrainTab(context)
+        return TrainTab(make_context(folder))
 
 
 @pytest.fixture
