@@ -70,18 +70,19 @@ def rows(base: str, runs: Path) -> Iterator[tuple[str, list[Panel]]]:
         texts = [text if "background" in text else f"{text} with gray background" for text in prompts]
         pictures = pipeline(None, texts, **SETTINGS)
         yield title, [(text, np.asarray(picture)) for text, picture in zip(prompts, pictures, strict=True)]
-    panels: list[Panel] = []
-    for name in PHOTOS:
-        photo = getattr(data, name)()
-        side = min(photo.shape[:2])
-        photo = cv2.resize(photo[:side, :side], (SIZE, SIZE), interpolation=cv2.INTER_AREA)
-        pixels = torch.from_numpy(photo).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
-        with torch.no_grad():
-            kept = to_uint8(
-                model.decode_first_stage(model.get_first_stage_encoding(model.encode_first_stage(pixels).mode()))
-            )
-        panels += [(name, photo), ("after the VAE", kept[0])]
-    yield "photographs", panels
+    for size in (SIZE, 2 * SIZE):
+        panels: list[Panel] = []
+        for name in PHOTOS:
+            photo = getattr(data, name)()
+            side = min(photo.shape[:2])
+            photo = cv2.resize(photo[:side, :side], (size, size), interpolation=cv2.INTER_AREA)
+            pixels = torch.from_numpy(photo).permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W)
+            with torch.no_grad():
+                kept = to_uint8(
+                    model.decode_first_stage(model.get_first_stage_encoding(model.encode_first_stage(pixels).mode()))
+                )
+            panels += [(name, photo), ("after the VAE", kept[0])]
+        yield f"{size} pixels", panels
     for task, hint in TASKS.items():
         for run in sorted(runs.glob(f"{task}_*_{Path(base).stem}_*/model.safetensors")):
             trained = ControlPipeline(create_model("cldm_tiny", weights=run))

@@ -101,7 +101,7 @@ def _is_available(pipeline: ControlPipeline, name: str) -> bool:
 
 
 def sheet(made: Sequence[tuple[str, list[Panel]]]) -> np.ndarray:
-    """All rows under each other, each panel under its caption: (H, W, 3), uint8."""
+    """All rows under each other, each panel under its caption: (H, W, 3), uint8. Panels are of SIZE or twice SIZE."""
     side = SIZE * SCALE
     left = 130
     page = []
@@ -115,7 +115,8 @@ def sheet(made: Sequence[tuple[str, list[Panel]]]) -> np.ndarray:
             for number, line in enumerate(lines):
                 y = 14 + number * CAPTION
                 cv2.putText(row, line, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 1, cv2.LINE_AA)
-            row[top : top + side, x : x + side] = picture.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
+            scale = side // len(picture)
+            row[top : top + side, x : x + side] = picture.repeat(scale, axis=0).repeat(scale, axis=1)
         page.append(row)
     return np.vstack(page)
 
