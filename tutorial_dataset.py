@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
-from annotator.options import Parser, add_detector_options, load_annotator, made_with, run_with_bar
+from annotator.options import RaisingParser, add_detector_options, load_annotator, made_with, run_with_bar
 from annotator.pictures import find_pictures
 from annotator.registry import Hint, Request, describe, list_annotators
 from cldm.command import MISTAKES, help_text, run_command
@@ -68,7 +68,7 @@ class MyDataset(PairDataset):
 
 def fill_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line for pairs that are drawn, and the help for all of them."""
-    parser = Parser(
+    parser = RaisingParser(
         prog=program,
         description=help_text(__doc__, PROGRAM, program),
         epilog=f"{program} CONDITION PHOTOS OUT makes a set from pictures. CONDITION is one of\n"
@@ -92,7 +92,7 @@ def fill_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
 
 def photos_parser(condition: str, program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line for a set from photographs, with one sub-command a condition; only the named one has its options."""
-    parser = Parser(prog=program, description="Make a training set from a folder of pictures.")
+    parser = RaisingParser(prog=program, description="Make a training set from a folder of pictures.")
     commands = parser.add_subparsers(dest="condition", metavar="CONDITION", required=True)
     for name in CONDITIONS:
         command = commands.add_parser(
@@ -127,7 +127,9 @@ def photos_parser(condition: str, program: str = PROGRAM) -> argparse.ArgumentPa
 
 def check_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line for looking at a data set."""
-    parser = Parser(prog=program, description="Read every pair as training would, and name those that cannot be used.")
+    parser = RaisingParser(
+        prog=program, description="Read every pair as training would, and name those that cannot be used."
+    )
     parser.add_argument("--check", required=True, metavar="DATA", help="data folder, or WebDataset shards")
     parser.add_argument("--workers", type=int, help="threads (default: one for each processor)")
     parser.set_defaults(run=check_data)

@@ -18,7 +18,14 @@ from typing import NamedTuple
 
 from annotator.detector import first_line
 from annotator.folder import seed_of
-from annotator.options import Parser, add_detector_options, check_resolution, load_annotator, made_with, run_with_bar
+from annotator.options import (
+    RaisingParser,
+    add_detector_options,
+    check_resolution,
+    load_annotator,
+    made_with,
+    run_with_bar,
+)
 from annotator.pictures import find_pictures, save_png, write_whole
 from annotator.registry import REGISTRY, Hint, Request, describe, list_annotators
 
@@ -37,7 +44,7 @@ class Job(NamedTuple):
 
 def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentParser:
     """The command line, with one sub-command a condition; only `name` has its options, as reading them imports detectors."""
-    parser = Parser(
+    parser = RaisingParser(
         prog=program,
         description=(__doc__ or "").replace(PROGRAM, program),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,7 +13,7 @@ from annotator.folder import Job, Read, Write, run
 from annotator.registry import REGISTRY, Annotator, AnnotatorInfo, describe, load
 
 
-class Parser(argparse.ArgumentParser):
+class RaisingParser(argparse.ArgumentParser):
     """A parser whose errors are for the caller to print: ValueError instead of usage and exit."""
 
     def error(self, message: str) -> NoReturn:

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from annotator.network import choose_device
-from annotator.options import Parser
+from annotator.options import RaisingParser
 from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
 from cldm.arguments import check_numbers
@@ -78,7 +78,7 @@ class Job:
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = RaisingParser(
         prog=program,
         description=help_text(__doc__, PROGRAM, program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
