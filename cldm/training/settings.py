@@ -75,7 +75,7 @@ class Settings:
     workers: int = setting(0, "processes that load data")
     # What the run shows and keeps
     log_every: int = setting(50, "steps between pictures, scores and measurements of the control gain")
-    pictures: int = setting(16, "held-out hints that are sampled and scored each time; 0 for none")
+    pictures: int = setting(16, "held-out hints that are sampled and scored while it trains; 0 for none")
     pictures_at_once: int = setting(16, "of them sampled together; fewer need less memory")
     pictures_before: bool = setting(True, "sample and score the held-out hints before the first step too")
     condition: str = setting(
