@@ -57,7 +57,7 @@ class Settings:
     vae_kl_weight: float = setting(0.02, "of the divergence from a normal distribution, beside the reconstruction")
     vae_precision: str = setting("bf16-mixed", "on processors without bf16 instructions 32-true is faster")
     latents: int = setting(48000, "pictures encoded for the second stage")
-    unet_steps: int = setting(6000, "of UNet and text encoder")
+    unet_steps: int = setting(12000, "of UNet and text encoder")
     unet_batch: int = setting(32, "latents a step")
     unet_lr: float = setting(6e-4, "learning rate")
     unet_precision: str = setting("32-true", "or bf16-mixed, 16-mixed")
@@ -68,22 +68,22 @@ class Settings:
 
 
 def draw_for_autoencoder(index: int, size: int, settings: Settings) -> np.ndarray:
-    """Picture number `index`, uint8 (size, size, 3): of five, one of circles, two scenes, and two that resemble photographs."""
+    """Picture number `index`, uint8 (size, size, 3): of six, one circle, three scenes, and two that resemble photographs."""
     palette = PALETTES[settings.vae_palette]
-    if index % 5 == 0:
+    if index % 6 == 0:
         return draw_fill(index, size, settings.seed, palette).target
-    if index % 5 < 3:
+    if index % 6 < 4:
         return draw_scene(describe_scene(index, settings.seed, palette), size)
     return draw_leaves(index, size, settings.seed)
 
 
 def draw_with_prompt(index: int, settings: Settings) -> tuple[np.ndarray, str]:
-    """Picture number `index`, uint8 (size, size, 3), and its prompt: of four, one of circles and three scenes, one in all colours."""
+    """Picture number `index`, uint8 (size, size, 3), and its prompt: of six, two circles and four scenes, one in all colours."""
     palette = PALETTES[settings.palette]
-    if index % 4 == 0:
+    if index % 3 == 0:
         sample = draw_fill(index, settings.size, settings.seed, palette)
         return sample.target, sample.prompt
-    scene = describe_scene(index, settings.seed, PALETTES[settings.vae_palette] if index % 4 == 1 else palette)
+    scene = describe_scene(index, settings.seed, PALETTES[settings.vae_palette] if index % 6 == 1 else palette)
     return draw_scene(scene, settings.size), scene.prompt
 
 

@@ -134,7 +134,7 @@ def describe_scene(
         "checkered": "{} and {} checkered",
     }
     prompt = f"{' and '.join(words)} with {pattern[ground].format(*grounds)} background"
-    return Scene(prompt, shapes, ground, grounds, float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.18, 0.4)))
+    return Scene(prompt, shapes, ground, grounds, float(rng.uniform(0, 2 * math.pi)), float(rng.uniform(0.25, 0.5)))
 
 
 @lru_cache(maxsize=8)
@@ -156,7 +156,8 @@ def _choose_colours(rng: np.random.Generator, distances: np.ndarray, count: int)
 
 def _place(rng: np.random.Generator, count: int, relation: str) -> list[tuple[float, float, float]]:
     """x, y and radius of each shape, so that the second one stands to the first as `relation` says and all can be seen."""
-    low, high = {1: (0.14, 0.4), 2: (0.13, 0.26), 3: (0.11, 0.2)}[count]
+    # Large enough that at 64 pixels their kinds can be told apart.
+    low, high = {1: (0.2, 0.42), 2: (0.16, 0.27), 3: (0.13, 0.21)}[count]
     directions = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
     while True:
         radii = rng.uniform(low, high, count)
