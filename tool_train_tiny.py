@@ -68,11 +68,11 @@ class Settings:
 
 
 def draw_for_autoencoder(index: int, size: int, settings: Settings) -> np.ndarray:
-    """Picture number `index`, uint8 (size, size, 3): of six, one circle, three scenes, and two that resemble photographs."""
+    """Picture number `index`, uint8 (size, size, 3): of six, one circle, four scenes, and one that resembles a photograph."""
     palette = PALETTES[settings.vae_palette]
     if index % 6 == 0:
         return draw_fill(index, size, settings.seed, palette).target
-    if index % 6 < 4:
+    if index % 6 < 5:
         return draw_scene(describe_scene(index, settings.seed, palette), size)
     return draw_leaves(index, size, settings.seed)
 
