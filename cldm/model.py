@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cldm.checkpoint.names import CONTROL_PREFIX
 from cldm.checkpoint.opening import ModelWeights, open_model
-from cldm.checkpoint.recognising import POOLING, SCHEDULE_KEYS
+from cldm.checkpoint.recognising import POOLING, SCALE_FACTOR, SCHEDULE_KEYS
 from cldm.checkpoint.schedule import completed
 from cldm.config import load_config, model_section, resolve
 from ldm.files import CheckpointError, LazyTensor
@@ -168,10 +168,10 @@ def load_weights(model: nn.Module, path: str | Path, optional: Iterable[str] = O
 
 def _load(model: nn.Module, path: str | Path, optional: tuple[str, ...], device: torch.device) -> LoadReport:
     with open_model(path, any_layout=True) as opened:
-        scale, own = opened.report.told.get("scale_factor"), getattr(model, "scale_factor", None)
+        scale, own = opened.report.told.get(SCALE_FACTOR), getattr(model, "scale_factor", None)
         if scale is not None and isinstance(own, float) and abs(own - scale) > 1e-4 * scale:
             raise CheckpointError(
-                f"its VAE scales latents by {scale}, this model by {own}; set `scale_factor: {scale}`",
+                f"its VAE scales latents by {scale}, this model by {own}; set `scale_factor: {scale}` in the configuration",
                 opened.path,
             )
         _check_prediction(model, opened)

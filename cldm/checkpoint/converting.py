@@ -13,9 +13,18 @@ import torch
 
 from cldm.checkpoint.diffusers_config import component_config, model_index, tokenizer_files
 from cldm.checkpoint.expected import check_fits, model_params
-from cldm.checkpoint.names import COMPONENTS, CONTROL_PREFIX, UNET_PREFIX, is_open_clip, part, to_diffusers, with_prefix
+from cldm.checkpoint.names import (
+    COMPONENTS,
+    CONTROL_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    is_open_clip,
+    part,
+    to_diffusers,
+    with_prefix,
+)
 from cldm.checkpoint.opening import ModelWeights, combined, open_model, take_parts
-from cldm.checkpoint.recognising import DIFFERENCE, LAYOUTS, POOLING, PREDICTION_METADATA, SCHEDULE_KEYS
+from cldm.checkpoint.recognising import DIFFERENCE, LAYOUTS, POOLING, PREDICTION_METADATA, SCALE_FACTOR, SCHEDULE_KEYS
 from cldm.checkpoint.schedule import PREDICTIONS, completed, scheduler_config
 from ldm.files import CheckpointError, LazyTensor, check_output, write_folder, write_weights
 from ldm.files.errors import about
@@ -26,7 +35,7 @@ from ldm.files.writing import TORCH_SUFFIXES
 _UNET_FILE, _TEXT_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 # Metadata that another file must not inherit: about the bytes of the file they were in, or said anew.
 _OUTDATED = re.compile(
-    rf"sshs_.*|modelspec\.hash.*|(model_)?hash|sha256|md5|format|{'|'.join((*PREDICTION_METADATA, POOLING))}"
+    rf"sshs_.*|modelspec\.hash.*|(model_)?hash|sha256|md5|format|{'|'.join((*PREDICTION_METADATA, POOLING, SCALE_FACTOR))}"
 )
 # What can be written, and what it is, for people.
 TARGETS = {name: LAYOUTS[name] for name in ("full", "base", "control", "control-plain", DIFFERENCE)} | {
@@ -186,7 +195,9 @@ class _Conversion:
 
     def _pipeline(self) -> dict[str, Any]:
         """The files of a pipeline folder."""
-        tensors, params = self._whole(), self.params
+        tensors = self._whole()
+        told = self.model.report.told
+        params = {**self.params, **({SCALE_FACTOR: told[SCALE_FACTOR]} if SCALE_FACTOR in told else {})}
         prediction = self.prediction or params.get("parameterization", "eps")
         if self.prediction is None and self.unet_source.report.family == "sd2":
             assumed = f"{prediction} is assumed (--prediction v for 768 pixels)"
@@ -271,6 +282,8 @@ def write_model(
     metadata = {key: text for key, text in source.metadata.items() if not _OUTDATED.fullmatch(key)}
     metadata |= {PREDICTION_METADATA[0]: prediction} if prediction else {}
     metadata |= {POOLING: "true"} if pooling else {}
+    scale = source.report.told.get(SCALE_FACTOR)
+    metadata |= {SCALE_FACTOR: f"{scale:g}"} if scale and any(key.startswith(VAE_PREFIX) for key in content) else {}
     write_weights(path, content, metadata, keep=SCHEDULE_KEYS, **options)
     unusual = prediction is not None and (prediction != "eps" or source.report.family == "sd2")
     lost = [f"that the model predicts {prediction}"] if unusual else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ SCHEDULE_KEYS = frozenset(
 )
 PREDICTION_METADATA = ("modelspec.prediction_type", "modelspec.predict_key", "ss_v_parameterization")
 POOLING = "global_average_pooling"  # in metadata and in configurations
+SCALE_FACTOR = "scale_factor"  # of the VAE's latents, in metadata and in configurations
 CONFIGS = {"sd1": "cldm_v15", "sd2": "cldm_v21", "tiny": "cldm_tiny"}
 
 _PREDICTIONS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "x0": "x0", "sample": "x0"}
@@ -174,8 +176,12 @@ def _told(file: WeightsFile) -> dict[str, Any]:
         pooling = file.metadata[POOLING] == "true"
     if isinstance(pooling, bool):
         told[POOLING] = pooling
-    if isinstance(scale := file.configs.get("vae", {}).get("scaling_factor"), float):
-        told["scale_factor"] = scale
+    scale = file.configs.get("vae", {}).get("scaling_factor")
+    if scale is None and any(key.startswith(VAE_PREFIX) for key in file):
+        scale = file.metadata.get(SCALE_FACTOR)
+    if isinstance(scale, str | float):
+        with suppress(ValueError):  # not a number
+            told[SCALE_FACTOR] = float(scale)
     return told
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from cldm.checkpoint import ModelWeights, add_control, convert, identify, transfer_control
 from cldm.checkpoint.control import initial_values, join_control
 from cldm.checkpoint.schedule import completed
+from cldm.config import load_config
+from cldm.model import create_model
 from ldm.files import CheckpointError, LazyTensor, open_weights, read_state_dict, write_weights
 from ldm.util import ConfigError
 from tests.checkpoint.files import CONTROL, TEXT, UNET, VAE, only, same, saved, tiny_full, without
@@ -458,6 +460,34 @@ def told(path: Path) -> tuple[str | None, str | None]:
     """What the UNet predicts and whether the ControlNet averages, as the file says."""
     with open_weights(path) as file:
         return file.metadata.get("modelspec.prediction_type"), file.metadata.get("global_average_pooling")
+
+
+def test_the_scale_is_that_of_the_vae(full: dict[str, Tensor], tmp_path: Path) -> None:
+    source, control = tmp_path / "full.safetensors", tmp_path / "control.safetensors"
+    write_weights(source, full, {"scale_factor": "0.5"}, **QUIET)
+    write_weights(control, only(full, CONTROL), {"scale_factor": "0.7"}, **QUIET)  # which has no latents to scale
+    base, folder, back = tmp_path / "base.safetensors", tmp_path / "folder", tmp_path / "back.safetensors"
+    joined, alone, moved = (
+        tmp_path / "joined.safetensors",
+        tmp_path / "alone.safetensors",
+        tmp_path / "moved.safetensors",
+    )
+    convert(source, base, "base", **QUIET)
+    convert(source, alone, "control", **QUIET)
+    add_control(base, joined, control_from=control, **QUIET)
+    transfer_control(base, control, base, moved, **QUIET)
+    convert(source, folder, "diffusers-pipeline", **QUIET)
+    convert(folder, back, "base", **QUIET)
+    assert json.loads((folder / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
+    assert [identify(file).told.get("scale_factor") for file in (base, joined, moved, folder, back)] == [0.5] * 5
+    assert [identify(file).told.get("scale_factor") for file in (control, alone)] == [None] * 2
+    write_weights(base, without(full, CONTROL), {"scale_factor": "half"}, overwrite=True, **QUIET)
+    assert "scale_factor" not in identify(base).told
+    # A model with another scale would paint noise: the file is refused before anything is filled.
+    with pytest.raises(CheckpointError, match=r"scales latents by 0.5, this model by .*; set `scale_factor: 0.5`"):
+        create_model("cldm_tiny", weights=source)
+    own = {"scale_factor": f"{load_config('cldm_tiny').model.params.scale_factor:.5f}"}
+    create_model("cldm_tiny", weights=write_weights(back, full, own, overwrite=True, **QUIET))
 
 
 def test_the_prediction_is_that_of_the_unet(full: dict[str, Tensor], tmp_path: Path) -> None:
