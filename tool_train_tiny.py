@@ -30,7 +30,7 @@ from cldm.data.scenes import describe_scene, draw_scene
 from cldm.settings import check_counts, explain, is_continued, setting, write_settings
 from cldm.training.engine import make_trainer
 from cldm.training.metrics import MetricsFile
-from ldm.files import check_output, read_state_dict, write_weights
+from ldm.files import check_output, open_weights, write_weights
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.util import ConfigError, instantiate_from_config
 
@@ -198,16 +198,18 @@ def cache_latents(autoencoder: AutoencoderKL, settings: Settings) -> tuple[Tenso
     path = Path(settings.work) / "latents.safetensors"
     numbers = range(3_000_000, 3_000_000 + settings.latents)
     if not path.is_file():
-        means, stds = [], []
+        means, stds, prompts = [], [], list[str]()
         for start in range(0, settings.latents, 100):
-            targets = [draw_with_prompt(i, settings)[0] for i in numbers[start : start + 100]]
+            targets, texts = zip(*(draw_with_prompt(i, settings) for i in numbers[start : start + 100]), strict=True)
+            prompts += texts
             images = torch.from_numpy(np.stack(targets).astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
             posterior = autoencoder.encode(images.to(autoencoder.device))
             means.append(posterior.mean.cpu())
             stds.append(posterior.std.cpu())
-        write_weights(path, {"mean": torch.cat(means), "std": torch.cat(stds)}, progress=False)
-    cached = read_state_dict(path)
-    return cached["mean"], cached["std"], [draw_with_prompt(i, settings)[1] for i in numbers]
+        tensors = {"mean": torch.cat(means), "std": torch.cat(stds)}
+        write_weights(path, tensors, {"prompts": json.dumps(prompts)}, progress=False)
+    with open_weights(path) as cached:
+        return cached["mean"].read(), cached["std"].read(), json.loads(cached.metadata["prompts"])
 
 
 def train_diffusion(
@@ -299,8 +301,8 @@ def train(settings: Settings) -> None:
     diffusion = train_diffusion(config, settings, mean, std, prompts, scale)
     write_base(autoencoder, diffusion, scale, settings)
     logging.info(
-        "wrote %s (%.1f MB, scale_factor %g); to use it, set scale_factor in %s and copy it over models/cldm_tiny.safetensors, or name "
-        "it in base= of training",
+        "wrote %s (%.1f MB); to use it, set scale_factor: %g in the YAML of %s and copy it over models/cldm_tiny.safetensors, or name it "
+        "in base= of training, and your copy of the YAML in config=",
         out,
         out.stat().st_size / 1e6,
         scale,

@@ -18,6 +18,8 @@ from cldm.data.folders import draw_folder, read_note
 from cldm.data.pairs import DataError
 
 NOTE = "scenes.json"
+# Part of a folder's note: another number when the same seed gives other scenes, so that a folder is not continued with those.
+_DRAWING = 2
 HINTS = ("lines", "segments", "depth")
 _GROUNDS = ("plain", "gradient", "striped", "checkered")
 
@@ -267,7 +269,7 @@ def generate_scenes(
     """Write a set of scenes with one kind of hint, as `cldm.data.fill.generate_fill` writes circles.
 
     Args:
-        folder, count, size, seed, palette, workers, progress: as there.
+        folder, count, size, seed, palette, workers, progress: as of `generate_fill`.
         hint: `lines` around the shapes, `segments` (a colour for each kind of shape), or `depth` (nearer is brighter).
         most: shapes in a scene, 1 to 3.
         plain: plain grounds alone.
@@ -292,6 +294,7 @@ def generate_scenes(
         return draw_hint(scene, size, hint), draw_scene(scene, size)
 
     settings = {"size": size, "seed": seed, "palette": palette, "hint": hint, "most": most, "plain": plain}
+    settings["drawing"] = _DRAWING
     return draw_folder(
         Path(folder), NOTE, settings, count, draw, lambda index: describe(index).prompt, workers, progress
     )
@@ -304,6 +307,8 @@ def read_scenes(targets: Sequence[Path]) -> list[Scene]:
         note = read_note(path.parent.parent / NOTE)
         try:
             settings = note["seed"], PALETTES[note["palette"]], note["most"], note["plain"]
+            if note["drawing"] != _DRAWING:
+                return []
             scenes.append(describe_scene(int(path.stem), *settings))
         except (KeyError, TypeError, ValueError):
             return []

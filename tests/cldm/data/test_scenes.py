@@ -139,6 +139,12 @@ def test_a_folder_of_scenes(tmp_path, capsys):
     assert tutorial_dataset.main([*arguments, "--count", "7"]) == 0 and len(PairDataset(out)) == 7
     assert tutorial_dataset.main([*arguments, "--task", "depth"]) == 2
     assert "other settings (hint" in capsys.readouterr().err
+    # Nor with what an earlier version drew from the same seed.
+    note = json.loads((out / "scenes.json").read_text())
+    (out / "scenes.json").write_text(json.dumps({key: value for key, value in note.items() if key != "drawing"}))
+    assert tutorial_dataset.main([*arguments, "--count", "8"]) == 2 and len(PairDataset(out)) == 7
+    assert "other settings (drawing" in capsys.readouterr().err
+    assert read_scenes([data.pairs[0].target]) == []
     (out / "scenes.json").write_text(json.dumps({"palette": "clear"}))
     assert read_scenes([data.pairs[0].target]) == []
 
@@ -161,3 +167,10 @@ def test_leaves_have_a_spectrum_like_photographs():
     means = [power[(frequency >= low) & (frequency < high)].mean() for low, high in rings]
     slopes = -np.diff(np.log2(means))
     assert ((slopes > 1.5) & (slopes < 3.6)).all(), slopes
+
+
+def test_each_task_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for task, folder in (("fill", "fill50k"), ("shapes", "shapes"), ("depth", "depth")):
+        assert tutorial_dataset.main(["--task", task, "--count", "1", "--size", "64"]) == 0
+        assert (tmp_path / "training" / folder / "prompt.json").is_file()
