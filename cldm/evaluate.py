@@ -111,7 +111,9 @@ def make_score(a: argparse.Namespace, hints: np.ndarray, targets: np.ndarray, pa
     if a.condition in DRAWN:
         score = DRAWN[a.condition](pairs)
         if score is None:
-            raise ConfigError(f"{a.folder} holds other pairs than --condition {a.condition} scores; choose another one")
+            raise ConfigError(
+                f"the pairs in {a.folder} are not what --condition {a.condition} scores; choose another condition"
+            )
         return score
     parameters = dict(_parameter(text) for text in a.parameter)
     try:

@@ -331,7 +331,8 @@ def _scenes_score_of(pairs: Sequence[Pair]) -> Score | None:
     return scenes_score(scenes) if scenes else None
 
 
-# The scores of pairs that `tutorial_dataset.py` has drawn; None for other pairs. Their files say what was drawn.
+# The scores of pairs that `tutorial_dataset.py` has drawn; None for other pairs. Their files say what was drawn. Scenes come first, as a
+# circle alone on a plain ground has the prompt of a circle to fill.
 DRAWN: Mapping[str, Callable[[Sequence[Pair]], Score | None]] = {"scenes": _scenes_score_of, "fill": _fill_score_of}
 CONDITIONS = (*DRAWN, *DETECTED)
 

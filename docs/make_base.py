@@ -82,7 +82,7 @@ def rows(base: str, runs: Path) -> Iterator[tuple[str, list[Panel]]]:
                     model.decode_first_stage(model.get_first_stage_encoding(model.encode_first_stage(pixels).mode()))
                 )
             panels += [(name, photo), ("after the VAE", kept[0])]
-        yield f"{size} pixels", panels
+        yield f"photos, {size} px", panels
     for task, hint in TASKS.items():
         for run in sorted(runs.glob(f"{task}_*_{Path(base).stem}_*/model.safetensors")):
             trained = ControlPipeline(create_model("cldm_tiny", weights=run))

@@ -182,7 +182,7 @@ def transfer_control(
         controlled: the model with the ControlNet, or the ControlNet alone.
         target: the model that it shall control.
         output: the full checkpoint to write.
-        dtype: of floating-point tensors; by default that of the files, or the one computed in where theirs differ.
+        dtype: of floating-point tensors; by default that of the files; where theirs differ, float32, or float64 if one has that.
         overwrite, progress: as of `add_control`.
 
     Returns:
@@ -218,7 +218,7 @@ def transfer_control(
                 moved = combined(lambda tensor, n, o: tensor + (n - o), control.part(prefix), *unets)
                 tensors |= with_prefix(moved, prefix)
         copies = (CONTROL_PREFIX + key for key in unets[1] if key.startswith(_ENCODER))
-        # Of an unknown family nothing else tells the entries.
+        # Of a model of an unknown family, nothing else tells whether the ControlNet is complete.
         if missing := [key for key in copies if key not in tensors]:
             raise CheckpointError(f"its ControlNet is incomplete: {missing[0]!r} is missing", control.path)
         tensors, taken, lacking = take_parts(tensors, (new, control, old))

@@ -159,7 +159,8 @@ def _renamed(file: WeightsFile, layout: str) -> tuple[Tensors, list[str]]:
 def combined(formula: Callable[..., Tensor], tensors: Tensors, *unets: Tensors) -> Tensors:
     """A formula of the tensors of a ControlNet (or UNet) and those of the same keys in UNets; its own layers stay.
 
-    It is computed in float32, with float64 among the tensors in that; where their dtypes differ, this is the result's dtype.
+    It is computed in float32, or in float64 if one of the tensors is. The result has the tensors' dtype; where theirs differ, the one
+    that it was computed in.
 
     Raises:
         CheckpointError: a key is missing or of another shape in a UNet, so that these are not of one kind.

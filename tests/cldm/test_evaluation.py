@@ -196,14 +196,14 @@ def test_scenes_that_were_drawn_are_recognised(work, capsys):
     assert result["of_other_hints"]["scenes/iou"] < 0.6 and set(result["scores"]) == {"scenes/iou", "scenes/colours"}
     (work / "scenes" / "scenes.json").unlink()
     assert main([*command, "--force"]) == 2
-    assert "holds other pairs than --condition scenes scores" in capsys.readouterr().err
+    assert "are not what --condition scenes scores" in capsys.readouterr().err
 
 
 def test_one_kind_of_drawing_is_not_scored_as_another(work, tmp_path, capsys):
     for folder, condition in (("scenes", "fill"), ("data", "scenes")):
         command = [str(work / "full.safetensors"), str(work / folder), "--condition", condition, "--out", str(tmp_path)]
         assert main(command) == 2
-        assert f"holds other pairs than --condition {condition} scores" in capsys.readouterr().err
+        assert f"are not what --condition {condition} scores" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"no score for the condition 'scenes'; there are: canny"):
         Fidelity("scenes", maps())
 
