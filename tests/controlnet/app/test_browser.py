@@ -68,6 +68,10 @@ class Page:
         else:
             self.tab.wait_for_selector(f'{where} img[src*="{file.name}"]', state="attached")
 
+    def show_example(self) -> None:
+        self.click("Example picture")
+        self.tab.wait_for_selector("#picture-1 img", state="attached")
+
     def wait_filled(self, where: str) -> None:
         """Wait until an editor shows a picture: that can be undone."""
         self.tab.wait_for_selector(f"{where} {UNDO}:not([disabled])")
@@ -365,7 +369,7 @@ def test_broken_and_absurd_uploads_are_messages(page, site, tmp_path):
     page.tab.reload()
     page.ready()
     set_up(page)
-    page.click("Example picture")
+    page.show_example()
     page.generate()
 
 

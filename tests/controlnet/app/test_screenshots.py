@@ -37,8 +37,7 @@ def save(page: Page, name: str) -> None:
 
 
 def test_generate(page):
-    page.click("Example picture")
-    page.tab.wait_for_timeout(1000)
+    page.show_example()
     prompt = page.tab.get_by_label("Prompt", exact=True).first
     for text in (
         "lime circle with purple background",
