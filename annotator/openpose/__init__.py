@@ -173,14 +173,17 @@ class OpenposeDetector(NetworkDetector):
         hand_and_face: bool | None = None,
         hand: bool = False,
     ) -> np.ndarray:
-        """Drawn person by person, as there; the other arguments say what is drawn."""
+        """Drawn person by person, and with points in float32, as there; the other arguments say what is drawn."""
         if hand_and_face is not None:
             include_hand = include_face = hand_and_face
         include_hand = include_hand or hand
         everyone, canvas, (height, width) = self.find_poses(view), np.zeros_like(view), view.shape[:2]
         for person in everyone.people:
             poses = self._add_parts(view, everyone.candidates, person[None], include_hand, include_face)
-            draw_pose(poses.relative(height, width), height, width, draw_body=include_body, canvas=canvas)
+            pose = poses.relative(height, width)
+            # In float64, as 1.1 does it, x = 5 of 192 would be drawn at 4: 5 / 192 was rounded down to a float32.
+            pose |= {part: [np.array(points, np.float32) for points in pose[part]] for part in ("hands", "faces")}
+            draw_pose(pose, height, width, draw_body=include_body, canvas=canvas)
         return resize_picture(canvas, size)
 
     def find_poses(self, image: np.ndarray, hands: bool = False, faces: bool = False) -> Poses:

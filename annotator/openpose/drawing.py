@@ -114,9 +114,9 @@ def draw_faces(canvas: np.ndarray, faces: list[np.ndarray]) -> np.ndarray:
 
 
 def _to_pixels(points: np.ndarray, canvas: np.ndarray) -> np.ndarray:
-    """Relative coordinates in whole pixels, cut towards zero: (n, 2), int64."""
-    height, width = canvas.shape[:2]
-    return (np.asarray(points, dtype=np.float64) * (width, height)).astype(np.int64)
+    """Relative coordinates in whole pixels, cut towards zero after a product in their own precision: (n, 2), int64."""
+    points = np.asarray(points)
+    return (points * np.array(canvas.shape[1::-1], points.dtype)).astype(np.int64)
 
 
 def draw_pose(

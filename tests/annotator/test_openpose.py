@@ -337,6 +337,18 @@ def test_no_people_is_a_black_picture_and_empty_lists():
     assert not draw_pose(pose, 20, 30).any() and draw_pose(pose, 20, 30).shape == (20, 30, 3)
 
 
+def test_points_are_cut_to_pixels_in_double_precision_and_by_controlnet_aux_in_single(detectors, monkeypatch):
+    # 5 / 192 and 7 / 192 are rounded down to a float32.
+    found = Poses(np.zeros((0, 4)), np.zeros((1, 20)) - 1, face_boxes=[(0, 0, 192)], faces=[np.array([[5, 7]])])
+    size = (192, 192)
+    assert draw_faces(np.zeros((*size, 3), np.uint8), found.relative(*size)["faces"]).nonzero()[0].mean() == 6
+    detector = detectors["1.1"]
+    monkeypatch.setattr(detector, "find_poses", lambda image: found)
+    monkeypatch.setattr(detector, "_add_parts", lambda *arguments: found)
+    y, x, _ = detector.aux_map(np.zeros((*size, 3), np.uint8), size, hand_and_face=True).nonzero()
+    assert (x.mean(), y.mean()) == (5, 7)
+
+
 def test_networks_can_be_loaded_before_threads_ask_for_them(weights):
     for version, loaded in (("1.0", {"hand_network"}), ("1.1", {"hand_network", "face_network"})):
         detector = OpenposeDetector("cpu", weights, version)
