@@ -316,7 +316,7 @@ class Sampler:
                 raise ValueError(f"strength must be above 0 and at most 1, found {strength}")
             count, index = self.image_start(steps, strength)
             if count < 1:
-                raise ValueError(f"strength {strength} leaves none of {steps} steps; give at least {1 / steps:.3g}")
+                raise ValueError(f"strength {strength} leaves none of {steps} steps; take more, or a greater strength")
         if ucg_schedule is not None and len(ucg_schedule) != count:
             raise ValueError(f"ucg_schedule has {len(ucg_schedule)} scales for {count} steps")
 
