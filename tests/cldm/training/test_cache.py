@@ -194,8 +194,8 @@ def test_what_a_killed_process_wrote_stays_and_two_share_the_rest(model, data, w
     paths = ", ".join(repr(str(path)) for path in (weights, data, tmp_path))
     code = f"from tests.cldm.training.test_cache import fill_cache; fill_cache({paths}, slowly=True)"
     process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.time() + 60
-    while entries_in(tmp_path) < 3 and time.time() < deadline:
+    deadline = time.monotonic() + 120
+    while entries_in(tmp_path) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
