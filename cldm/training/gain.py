@@ -116,15 +116,17 @@ class ControlGain(Instrument):
             for level in range(LEVELS):
                 if (levels == level).any():
                     metrics[f"gain/noise_{level}"] = float(gain[levels == level].mean())
-            telling = metrics["gain/mean"]
+            than, reference = "without", self._without
             if self.count > 1:
-                other = self._losses(model, latents, text, hints.roll(max(self.count // 2, 1), dims=0))
-                telling = metrics["gain/over_other_hint"] = float((other - with_hint).mean())
+                than = "with another's"
+                reference = self._losses(model, latents, text, hints.roll(max(self.count // 2, 1), dims=0))
+                metrics["gain/over_other_hint"] = float((reference - with_hint).mean())
+        telling = float((reference - with_hint).mean())
         step = self.detector.update(trainer.global_step, telling / float(self._without.mean()))
         if step is not None:
             metrics["gain/took_hold"] = step
             if trainer.is_global_zero:
-                logger.info(_ANNOUNCEMENT, step, 100 * telling / float(self._without.mean()))
+                logger.info(_ANNOUNCEMENT, step, 100 * telling / float(reference.mean()), than)
         log_metrics(trainer, metrics)
 
     def _encoded(self, trainer: pl.Trainer, model: ControlLDM) -> tuple[Tensor, Any, Tensor]:
@@ -169,7 +171,7 @@ class ControlGain(Instrument):
         return losses
 
 
-_ANNOUNCEMENT = "control took hold at step %d: with its own hint the loss is now lower by %.1f%%"
+_ANNOUNCEMENT = "control took hold at step %d: with a picture's own hint the loss is now %.0f%% lower than %s"
 
 
 def steps_between(evaluations: int, batch_size: int, cost: float) -> int:
