@@ -4,8 +4,8 @@
 
 Everything is drawn on the fly: circles to fill, scenes of shapes, and for the autoencoder pictures that resemble photographs. Nothing
 is downloaded. `--help` lists the settings. The stages are kept under `work`, so that an interrupted run goes on where it stopped when
-started again. The base that this project ships, models/cldm_tiny.safetensors, was made by an earlier version, which drew circles alone;
-its metadata has the settings. A new one is written to runs/train_tiny and takes its place when it is copied over it.
+started again. The base that this project ships, models/cldm_tiny.safetensors, was made by this script, and its metadata says with which
+settings; a new one is written to runs/train_tiny and takes its place when it is copied over it.
 """
 
 import json
@@ -57,7 +57,7 @@ class Settings:
     vae_kl_weight: float = setting(0.02, "of the divergence from a normal distribution, beside the reconstruction")
     vae_precision: str = setting("bf16-mixed", "on processors without bf16 instructions 32-true is faster")
     latents: int = setting(48000, "pictures encoded for the second stage")
-    unet_steps: int = setting(12000, "of UNet and text encoder")
+    unet_steps: int = setting(8000, "of UNet and text encoder")
     unet_batch: int = setting(32, "latents a step")
     unet_lr: float = setting(6e-4, "learning rate")
     unet_precision: str = setting("32-true", "or bf16-mixed, 16-mixed")

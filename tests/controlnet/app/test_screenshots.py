@@ -77,7 +77,7 @@ def test_models(page):
     page.open("Models")
     page.choose("File or folder", "runs/tutorial")
     page.tab.click("#what-is-it")
-    page.wait("#report", "full: base model and ControlNet")
+    page.wait("#report", "base model and ControlNet in one file")
     save(page, "models")
 
 
