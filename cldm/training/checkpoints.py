@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
+from cldm.checkpoint.converting import pooling_of, prediction_of, write_model
 from cldm.checkpoint.opening import open_model
 from cldm.files import whole_file
 from ldm.files import write_weights
@@ -160,11 +161,14 @@ class ExportControl(pl.Callback):
 
 
 def write_trained(path: Path, model: pl.LightningModule, weights: Path) -> None:
-    """Write the whole model: what was trained as the model has it, all else as the file has it that the model was filled from."""
+    """Write the whole model: what was trained as the model has it, all else as the file has it that the model was filled from.
+
+    It tells of its model what that file told, such as the scale of its latents: a model with another scale refuses it.
+    """
     trained = trained_names(model) | {name for name in model.state_dict() if name.startswith("control_model.")}
     with open_model(weights) as opened:
         own = {name: value.cpu() for name, value in model.state_dict().items() if name in trained}
-        write_weights(path, {**opened.tensors, **own}, overwrite=True)
+        write_model(path, {**opened.tensors, **own}, opened, prediction_of(opened), pooling_of(opened), overwrite=True)
 
 
 def load_trained(model: pl.LightningModule, path: Path, base: Mapping[str, str]) -> None:

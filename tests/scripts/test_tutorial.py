@@ -16,7 +16,7 @@ import torch
 import tool_train_tiny
 import tutorial_dataset
 import tutorial_train
-from cldm.checkpoint import add_control
+from cldm.checkpoint import add_control, identify
 from cldm.data.fill import generate_fill
 from cldm.model import load_state_dict
 from cldm.training.checkpoints import WholeFiles, checkpoints_in
@@ -46,6 +46,8 @@ def test_a_short_run_and_what_it_leaves_behind(data, tmp_path, capsys):
     assert tutorial_train.main(arguments(data, out, ema=0.5, export_every=2)) == 0
     trained, initial = load_state_dict(out / "model.safetensors"), load_state_dict(out / "control_ini.safetensors")
     assert trained.keys() == initial.keys()
+    told = identify("cldm_tiny").told
+    assert "scale_factor" in told and identify(out / "model.safetensors").told == told
     changed = {k for k in initial if not torch.equal(initial[k].float(), trained[k].float())}
     assert changed and all(k.startswith("control_model.") for k in changed)
     # The checkpoint holds what is trained, its average, and whose base it is; the result is the average.
