@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -176,11 +177,11 @@ def _told(file: WeightsFile) -> dict[str, Any]:
         pooling = file.metadata[POOLING] == "true"
     if isinstance(pooling, bool):
         told[POOLING] = pooling
-    scale = file.configs.get("vae", {}).get("scaling_factor")
+    scale: Any = file.configs.get("vae", {}).get("scaling_factor")
     if scale is None and any(key.startswith(VAE_PREFIX) for key in file):
         scale = file.metadata.get(SCALE_FACTOR)
-    if isinstance(scale, str | float):
-        with suppress(ValueError):  # not a number
+    with suppress(TypeError, ValueError):  # there is none, or it is no number
+        if 0 < float(scale) < math.inf:
             told[SCALE_FACTOR] = float(scale)
     return told
 
