@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ def write_trained(path: Path, model: pl.LightningModule, weights: Path) -> None:
     trained = trained_names(model) | {name for name in model.state_dict() if name.startswith("control_model.")}
     with open_model(weights) as opened:
         own = {name: value.cpu() for name, value in model.state_dict().items() if name in trained}
-        write_model(path, {**opened.tensors, **own}, opened, prediction_of(opened), pooling_of(opened), overwrite=True)
+        source = replace(opened, metadata={})  # its title and origin are not those of the trained model
+        write_model(path, {**opened.tensors, **own}, source, prediction_of(opened), pooling_of(opened), overwrite=True)
 
 
 def load_trained(model: pl.LightningModule, path: Path, base: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ from cldm.training.checkpoints import WholeFiles, checkpoints_in
 from cldm.training.metrics import read_metrics
 from cldm.training.presets import PRESETS
 from cldm.training.settings import Settings, parse_settings
+from ldm.files import open_weights
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "models" / "cldm_tiny.safetensors"
@@ -48,6 +49,8 @@ def test_a_short_run_and_what_it_leaves_behind(data, tmp_path, capsys):
     assert trained.keys() == initial.keys()
     told = identify("cldm_tiny").told
     assert "scale_factor" in told and identify(out / "model.safetensors").told == told
+    with open_weights(out / "model.safetensors") as file:
+        assert file.metadata.keys() == {"format", "scale_factor"}  # and not the title of the base
     changed = {k for k in initial if not torch.equal(initial[k].float(), trained[k].float())}
     assert changed and all(k.startswith("control_model.") for k in changed)
     # The checkpoint holds what is trained, its average, and whose base it is; the result is the average.
