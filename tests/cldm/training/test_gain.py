@@ -66,6 +66,21 @@ def test_gain_is_the_difference_of_losses_on_the_same_noise(tmp_path):
     assert abs(first["gain/mean"]) > 1e-3
 
 
+@pytest.mark.parametrize(("pairs", "said"), [(4, "75% lower than with another's"), (1, "50% lower than without")])
+def test_the_announcement_is_a_share_of_what_it_compares_with(tmp_path, monkeypatch, caplog, pairs, said):
+    gain, own = ControlGain(held_out(pairs), every=1), []
+
+    def losses(model, latents, text, hints):
+        own.extend([hints] if hints is not None and not own else [])
+        return torch.full((16 // pairs, pairs), 1.0 if hints is None else 0.5 if torch.equal(hints, own[0]) else 2.0)
+
+    monkeypatch.setattr(gain, "_losses", losses)
+    monkeypatch.setattr(gain.detector, "update", lambda step, value: 7)
+    with caplog.at_level("INFO"):
+        train(small_model(), 1, [gain], logger=[MetricsFile(tmp_path)])
+    assert f"control took hold at step 7: with a picture's own hint the loss is now {said}" in caplog.text
+
+
 def test_measuring_changes_nothing_and_a_fresh_control_has_no_gain(tmp_path):
     plain, measured = small_model(), small_model()
     train(plain, 3, [])
