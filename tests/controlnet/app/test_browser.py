@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import cv2
@@ -297,9 +298,11 @@ def test_stop_and_reload_while_sampling_leave_a_page_that_works(page, site, pict
     page.tab.reload()
     page.ready()
     assert made(site, before) == []
+    begun = time.monotonic()
     set_up(page, steps=2)
     page.upload("#picture-1", picture)
-    page.generate()
+    page.generate()  # nobody samples the 150 steps to their end first
+    assert time.monotonic() - begun < 40
     assert len(made(site, before)) == 1  # nothing came of the runs that were stopped and left
     page.tab.reload()
     page.ready()
