@@ -19,7 +19,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from cldm.checkpoint.converting import pooling_of, prediction_of, write_model
 from cldm.checkpoint.opening import open_model
 from cldm.files import whole_file
-from ldm.files import write_weights
+from ldm.files import read_checkpoint, write_weights
 from ldm.util import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = "cpu", weights_only: bool | None = True, **_: Any
     ) -> dict[str, Any]:
-        """The checkpoint; `weights_only` is accepted for compatibility, as nothing is ever executed."""
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        """The checkpoint, on the CPU. `map_location` and `weights_only` are accepted for compatibility: nothing in it is executed."""
+        return read_checkpoint(Path(path))
 
 
 class SaveCheckpoints(pl.Callback):

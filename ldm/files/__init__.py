@@ -3,6 +3,7 @@
     open_weights(path)      a file, a diffusers folder, packaged weights or hf://owner/name -> `WeightsFile`, a mapping
                             from key to `LazyTensor`, whose `read()` gives the values
     read_state_dict(path)   the same, all read
+    read_checkpoint(path)   of a training run: optimizer and everything else, too
     write_weights, write_folder
 
 This package knows no model: keys are those of the file. Read it in this order: `tensors` (the lazy tensor, and the open
@@ -11,7 +12,7 @@ file), `opening` (which container is it), `safetensors_files`, `torch_files` and
 """
 
 from ldm.files.errors import CheckpointError, MissingFileError
-from ldm.files.opening import open_weights, read_state_dict
+from ldm.files.opening import open_weights, read_checkpoint, read_state_dict
 from ldm.files.tensors import LazyTensor, WeightsFile
 from ldm.files.writing import check_output, write_folder, write_weights
 
@@ -22,6 +23,7 @@ __all__ = [
     "WeightsFile",
     "check_output",
     "open_weights",
+    "read_checkpoint",
     "read_state_dict",
     "write_folder",
     "write_weights",

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ldm.files.errors import CheckpointError, about
 from ldm.files.locating import WEIGHT_STEMS, choose_weights, locate
+from ldm.files.pickles import Placeholder
 from ldm.files.safetensors_files import MAX_HEADER, read_safetensors
-from ldm.files.tensors import OpenFile, WeightsFile
-from ldm.files.torch_files import ZIP_MAGIC, read_torch_legacy, read_torch_zip
+from ldm.files.tensors import LazyTensor, OpenFile, WeightsFile
+from ldm.files.torch_files import ZIP_MAGIC, check_repetition, read_torch_legacy, read_torch_zip
 
 COMPONENTS = ("unet", "vae", "text_encoder", "controlnet")  # of a diffusers pipeline, those that are read
 _MAX_JSON = 32 * 2**20
@@ -46,6 +47,42 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     with open_weights(path) as file:
         return {key: tensor.read() for key, tensor in file.items()}
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Everything in a torch file of a training run as it was saved, its tensors read, on the CPU.
+
+    Raises:
+        CheckpointError: as `open_weights`; or the file holds more than tensors, dicts, lists, tuples and plain values.
+    """
+    with open_weights(path) as file, about(file.path):
+        size, held = file.path.stat().st_size, 0
+        built: dict[int, Any] = {}  # by the id of what it was built of: a file may use one part many times
+
+        def build(part: Any) -> Any:
+            nonlocal held
+            if isinstance(part, Placeholder):
+                raise CheckpointError(
+                    f"holds {part.name}, which is not executed; only tensors and plain values are read"
+                )
+            if not isinstance(part, (LazyTensor, dict, list, tuple)):
+                return part
+            if id(part) not in built:
+                if isinstance(part, LazyTensor):
+                    held += part.nbytes
+                    check_repetition(held, size)
+                    made: Any = part.read()
+                elif isinstance(part, dict):
+                    made = {build(key): build(value) for key, value in part.items()}
+                else:
+                    made = type(part)(build(item) for item in part)
+                built[id(part)] = made
+            return built[id(part)]
+
+        try:
+            return build({**file.extras, "state_dict": file.data})
+        except RecursionError as error:
+            raise CheckpointError("its values are nested too deeply") from error
 
 
 def _open_file(path: Path) -> WeightsFile:

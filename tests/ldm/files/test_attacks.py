@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm.files import CheckpointError, MissingFileError, open_weights, pickles, read_state_dict
+from ldm.files import CheckpointError, MissingFileError, open_weights, pickles, read_checkpoint, read_state_dict
 from tests.ldm.files.forging import (
     dictionary,
     number,
@@ -170,6 +170,9 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, name: str, place: str) -> N
             with open_weights(path) as file:
                 assert torch.equal(file["good"].read(), torch.ones(2)) and list(file) == ["good"]
                 assert any(named in foreign for foreign in file.foreign)
+            if place == "beside":
+                with pytest.raises(CheckpointError, match="not executed"):
+                    read_checkpoint(path)
         else:
             message = refused(path)
             assert named in message or "a list" in message or "holds no tensors" in message, message
@@ -268,6 +271,9 @@ def test_tensors_that_lie(tmp_path: Path, forge: Callable[..., Path], instructio
 def test_many_views_of_one_storage_are_not_multiplied(tmp_path: Path) -> None:
     views = {f"w{i}": tensor(shape=(1000, 1000), stride=(0, 0)) for i in range(50)}
     refused(torch_zip(tmp_path / "w.pth", program(dictionary(**views))), "many times larger")
+    beside = dictionary(state_dict=dictionary(w=tensor()), optimizer_states=dictionary(**views))
+    with pytest.raises(CheckpointError, match="many times larger"):
+        read_checkpoint(torch_zip(tmp_path / "w.pth", program(beside)))
 
 
 # Pickles that ask for much.
@@ -324,6 +330,11 @@ def test_exponential_containers(tmp_path: Path, forge: Callable[..., Path], begi
     with cheap():
         path = forge(tmp_path / "w.pth", program(dictionary(state_dict=dictionary(w=tensor()), extra=laughs)))
         assert read_state_dict(path).keys() == {"w"}
+        if end == b"u":
+            with pytest.raises(CheckpointError, match="not executed"):
+                read_checkpoint(path)
+        else:
+            assert read_checkpoint(path).keys() == {"state_dict", "extra"}
         path = forge(tmp_path / "w.pth", program(dictionary(w=tensor(), extra=laughs)))
         if end == b"u":  # its keys are dicts, which no key can be
             refused(path, "key of type dict|key of type list")
@@ -342,8 +353,14 @@ def test_deep_nesting(tmp_path: Path) -> None:
         with cheap(memory=200 * depth):
             path = torch_zip(tmp_path / "w.pth", program(dictionary(w=tensor(), extra=nested)))
             assert read_state_dict(path).keys() == {"w"}
-    itself = b"]q\x00h\x00a"  # a list that holds itself
-    assert read_state_dict(torch_zip(tmp_path / "w.pth", program(dictionary(w=tensor(), extra=itself)))).keys() == {"w"}
+            with pytest.raises(CheckpointError, match="nested too deeply"):
+                read_checkpoint(path)
+    itself = torch_zip(
+        tmp_path / "w.pth", program(dictionary(w=tensor(), extra=b"]q\x00h\x00a"))
+    )  # a list that holds itself
+    assert read_state_dict(itself).keys() == {"w"}
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        read_checkpoint(itself)
 
 
 def test_copies_of_large_containers_are_counted(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ import collections
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.files import CheckpointError, open_weights, read_state_dict
+from ldm.files import CheckpointError, open_weights, read_checkpoint, read_state_dict
 from tests.ldm.files.forging import dictionary, number, program, storage, tensor, text, torch_legacy, torch_zip
 
 FORMATS = ("torch-zip", "torch-legacy")
@@ -110,6 +111,38 @@ def test_a_training_run_with_everything_in_it(tmp_path: Path, format: str) -> No
         assert file.extras["global_step"] == 1200 and file.extras["pytorch-lightning_version"] == "1.4.2"
         assert "collections.Counter" in file.foreign
         assert "not built" in repr(file.extras["hyper_parameters"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_checkpoint_is_what_torch_makes_of_it(tmp_path: Path, format: str) -> None:
+    """Optimizer and all, and without executing anything, whatever the version of torch."""
+    model = nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(8, 3)).sum().backward()
+    optimizer.step()
+    shared = torch.arange(6.0).reshape(2, 3)
+    content = {
+        "global_step": 12,
+        "state_dict": model.state_dict(),
+        "optimizer_states": [optimizer.state_dict()],
+        "callbacks": {
+            "a": {"best": 0.25, "list": [None, True, "text"], "pair": (1, 2**40)},
+            "same": [shared, shared.T],
+        },
+    }
+    path = save(content, tmp_path / "run.ckpt", format)
+    assert alike(read_checkpoint(path), torch.load(path, weights_only=True))
+
+
+def alike(got: Any, want: Any) -> bool:
+    """Equal in every key, item and bit."""
+    if isinstance(want, Tensor):
+        return same(got, want)
+    if isinstance(want, dict):
+        return got.keys() == want.keys() and all(alike(got[key], want[key]) for key in want)
+    if isinstance(want, (list, tuple)):
+        return type(got) is type(want) and all(alike(x, y) for x, y in zip(got, want, strict=True))
+    return type(got) is type(want) and got == want
 
 
 @pytest.mark.parametrize("format", FORMATS)
