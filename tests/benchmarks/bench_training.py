@@ -43,6 +43,7 @@ from cldm.training.precision import (
     set_recompute,
     use_channels_last,
 )
+from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.util import instantiate_from_config
 from tests.benchmarks.bench_diffusers import SIZES, Inputs, build_ours, build_theirs
 from tests.benchmarks.memory import peak_memory
@@ -119,16 +120,21 @@ def control_step(model: ControlLDM, options: Options) -> Step:
     return step
 
 
-def base_step(options: Options) -> Step:
-    """Fine-tuning of the whole UNet, which has no control; the same code, losses and optimizer."""
-    torch.manual_seed(0)
+def base_model(size: str) -> LatentDiffusion:
+    """The whole UNet to be fine-tuned, without control."""
     config = {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": dict(
         linear_start=0.00085, linear_end=0.012, channels=4, image_size=64, use_ema=False, conditioning_key="crossattn",
         first_stage_key="jpg", cond_stage_key="txt", scale_factor=0.18215,
-        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet_params(options.size)},
+        unet_config={"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet_params(size)},
         first_stage_config={"target": "ldm.models.autoencoder.IdentityFirstStage"}, cond_stage_config={"target": "torch.nn.Identity"},
     )}  # fmt: skip
-    model = instantiate_from_config(config)
+    return instantiate_from_config(config)
+
+
+def base_step(options: Options) -> Step:
+    """Fine-tuning of the whole UNet: the same code, losses and optimizer."""
+    torch.manual_seed(0)
+    model = base_model(options.size)
     fill_zero_convolutions(model)
     model.learning_rate = 1e-5
     model = model.to(options.device).train()
@@ -338,7 +344,7 @@ def throughput(options: Options, batches: list[int], compiled: bool, steps: int)
         print(
             f"{name}, batch {batch}: {batch / seconds:.2f} images/s, {seconds * 1e3:.0f} ms a step, "
             f"{operations / batch / 1e12:.3f} TFLOP an image, {operations / seconds / 1e12:.2f} TFLOP/s{share}; "
-            f"peak memory {peak / GIB:.2f} GiB, computed {computed_memory(options, batch) / GIB:.2f}",
+            f"peak memory {peak / GIB:.2f} GiB, computed {computed_cost(options, batch)[0] / GIB:.2f}",
             flush=True,
         )
         del model, optimizer, step
@@ -355,26 +361,34 @@ def cached_batch(batch: int, side: int, context: int) -> dict[str, Tensor]:
     }
 
 
-def computed_memory(options: Options, batch: int) -> int:
-    """Bytes that a step of `control_step` takes, counted on fake tensors."""
+def computed_cost(options: Options, batch: int, control: bool = True) -> tuple[int, int]:
+    """Bytes of all tensors at the peak of a step, with control or of the whole base, and its operations; on fake tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     _, side, _, _, context = SIZES[options.size]
     with FakeTensorMode(allow_non_fake_inputs=True), StorageTracker() as tracker:
-        model = build_ours(options.size, recompute=False).train()
-        cast_frozen(model, options.frozen)
+        if control:
+            model = build_ours(options.size, recompute=False).train()
+            cast_frozen(model, options.frozen)
+        else:
+            model = base_model(options.size).train()
         set_recompute(model, options.recompute)
         optimizer = AdamMemory(model.trained_parameters())
         tracker.restart_peak()
-        for _ in range(2):
+        text, hint = torch.randn(batch, 77, context), torch.rand(batch, 3, 8 * side, 8 * side)
+        cond = {"c_crossattn": [text], "c_concat": [hint]} if control else text
+
+        def step() -> None:
             with forward_context(LIGHTNING[options.precision], "cpu"):
-                cond = {
-                    "c_crossattn": [torch.randn(batch, 77, context)],
-                    "c_concat": [torch.rand(batch, 3, 8 * side, 8 * side)],
-                }
                 loss, _ = model(torch.randn(batch, 4, side, side), cond)
             optimizer_step(optimizer, loss)
-        return tracker.peak.total()
+
+        step()  # the optimizer's state is made in it
+        step()
+        peak = tracker.peak.total()
+        with FlopCounterMode(display=False) as counter:  # which changes what is kept
+            step()
+        return peak, counter.get_total_flops()
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------------
@@ -452,13 +466,18 @@ def compare(
         runs = [(Alone.run(first, arguments), Alone.run(second, arguments))] if memory else []
     a, b = (statistics.median(side) for side in zip(*times, strict=True))
     ratios = sorted(x / y for x, y in times)
-    same = f"; losses differ by {abs(losses[0] - losses[1]):.1e}" if what == "step" else ""
+    more = f"; losses differ by {abs(losses[0] - losses[1]):.1e}" if what == "step" else ""
     if runs:
         x, y = (max(run.peak for run in side) for side in zip(*runs, strict=True))
-        same += f"; peak memory {x:.2f} and {y:.2f} GiB, ratio {x / y:.3f}"
+        more += f"; peak memory {x:.2f} and {y:.2f} GiB, ratio {x / y:.3f}"
+    if what == "base":
+        batch = SIZES[options.size][2]
+        (x, operations), (y, of_base) = (computed_cost(options, batch, control) for control in (True, False))
+        more += f"; operations, ratio {operations / of_base:.2f}"
+        more += f"; tensors alone, computed, {x / GIB:.2f} and {y / GIB:.2f} GiB, ratio {x / y:.3f}"
     return (
         f"{what}: {a:.3f} s {first}, {b:.3f} s {second}, ratio {statistics.median(ratios):.3f} "
-        f"(from {ratios[0]:.3f} to {ratios[-1]:.3f}, {pairs} pairs){same}"
+        f"(from {ratios[0]:.3f} to {ratios[-1]:.3f}, {pairs} pairs){more}"
     )
 
 

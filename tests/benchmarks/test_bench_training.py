@@ -34,3 +34,5 @@ def test_sides_apart(capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     found = re.match(r"base: [\d.]+ s control, .*; peak memory ([\d.]+) and ([\d.]+) GiB", line)
     assert all(0.1 < float(peak) < 10 for peak in found.groups())
+    control, base = (float(x) for x in re.search(r"computed, ([\d.]+) and ([\d.]+) GiB", line).groups())
+    assert 0 < control < base < 1
