@@ -28,7 +28,7 @@ from cldm.data.fill import PALETTES, draw_fill, palette_named
 from cldm.data.leaves import draw_leaves
 from cldm.data.scenes import describe_scene, draw_scene
 from cldm.settings import check_counts, explain, is_continued, setting, write_settings
-from cldm.training.engine import make_trainer
+from cldm.training.engine import ctrl_c_is_an_exception, make_trainer
 from cldm.training.metrics import MetricsFile
 from ldm.files import check_output, open_weights, write_weights
 from ldm.models.autoencoder import AutoencoderKL
@@ -142,9 +142,8 @@ def fit(
         enable_model_summary=False,
         log_every_n_steps=20,
     )
-    trainer.fit(model, DataLoader(data, batch_size=batch_size), ckpt_path=last if last.exists() else None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    with ctrl_c_is_an_exception(trainer):
+        trainer.fit(model, DataLoader(data, batch_size=batch_size), ckpt_path=last if last.exists() else None)
 
 
 def warm_up_cosine(steps: int) -> dict:

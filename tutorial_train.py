@@ -235,7 +235,11 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     if any(a in ("-h", "--help") for a in arguments):
         print(help_text(__doc__, PROGRAM, program), explain(Settings), sep="\n")
         return 0
-    return run_command(program, lambda: train(parse_settings(arguments)), interrupted=f"interrupted; {HOW_TO_GO_ON}")
+    return run_command(
+        program,
+        lambda: train(parse_settings(arguments)),
+        interrupted="interrupted; the same command goes on from what was saved last",
+    )
 
 
 if __name__ == "__main__":

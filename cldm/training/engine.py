@@ -154,7 +154,8 @@ class SeedSteps(pl.Callback):
 class StopOnSignal(pl.Callback):
     """On SIGINT, SIGTERM or SLURM's requeue signal, lets the step finish and then stops the training, on all processes.
 
-    A second Ctrl-C interrupts at once. `SaveCheckpoints`, which must come after this callback, saves the last step.
+    A second Ctrl-C interrupts at once, unless it comes within a second of the first: `torchrun` and `timeout` send each signal
+    twice. `SaveCheckpoints`, which must come after this callback, saves the last step.
 
     Attributes:
         received: the signal's number; None as long as none has come.
@@ -163,6 +164,7 @@ class StopOnSignal(pl.Callback):
     def __init__(self) -> None:
         super().__init__()
         self.received: int | None = None
+        self._since = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Here and not earlier: Lightning puts its own handlers in place before. `fit` puts back those that were there.
@@ -170,8 +172,14 @@ class StopOnSignal(pl.Callback):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self.received is None:
+            self._receive(number)
+        elif number == signal.SIGINT and time.monotonic() > self._since + 1:
             raise KeyboardInterrupt
+
+    def _receive(self, number: int) -> None:
+        if self.received is None:
+            self._since = time.monotonic()
         self.received = number
 
     def on_train_batch_end(
@@ -181,7 +189,8 @@ class StopOnSignal(pl.Callback):
             return
         if trainer.world_size > 1:  # any process may have got it
             number = torch.tensor(float(self.received or 0), device=trainer.strategy.root_device)
-            self.received = int(trainer.strategy.reduce(number, reduce_op="max")) or None
+            if received := int(trainer.strategy.reduce(number, reduce_op="max")):
+                self._receive(received)
         if self.received is not None:
             trainer.should_stop = True
 
@@ -249,6 +258,17 @@ def quiet_libraries() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def ctrl_c_is_an_exception(trainer: pl.Trainer) -> Iterator[None]:
+    """Ctrl-C within `trainer.fit` is KeyboardInterrupt, as it is elsewhere; Lightning ends the program without a word."""
+    try:
+        yield
+    except SystemExit as end:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from end
+        raise
+
+
 def fit(
     trainer: pl.Trainer,
     model: pl.LightningModule,
@@ -261,12 +281,13 @@ def fit(
 
     Raises:
         Stopped: a signal asked for it; the last step has been saved.
+        KeyboardInterrupt: Ctrl-C before the first step, or a second one; what came after the newest checkpoint is lost.
     """
     # What is trained is in the checkpoint, the rest came with the weights.
     model.strict_loading = False
     before = {number: signal.getsignal(number) for number in HANDLED}
     try:
-        with quiet_libraries():
+        with quiet_libraries(), ctrl_c_is_an_exception(trainer):
             trainer.fit(model, loader, ckpt_path=resume)
     finally:
         _end_workers()

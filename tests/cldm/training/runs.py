@@ -68,13 +68,15 @@ def run(argv: list[str], log: Path) -> int:
 def stop_at(argv: list[str], log: Path, number: int, when, group: bool = False) -> int:
     """Exit status of a run that gets a signal as soon as `when()` is true; its own, if it ends before.
 
-    With `group` all of its processes get it, as from a terminal or a cluster.
+    With `group` all of its processes get it, as from a terminal or a cluster, and twice, as `torchrun` and `timeout` send it.
     """
     process = start(argv, log)
     while process.is_alive() and not when():
         time.sleep(0.01)
     if process.is_alive():
-        (os.killpg if group else os.kill)(process.pid, number)
+        for _ in range(1 + group):
+            (os.killpg if group else os.kill)(process.pid, number)
+            time.sleep(0.05 * group)  # two that are pending at once are one
     process.join()
     return process.exitcode
 

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from cldm.data.fill import generate_fill
+from cldm.training import engine
 from cldm.training.checkpoints import checkpoints_in
 from cldm.training.metrics import read_metrics
 from tests.cldm.training.runs import arguments, compare, kill_until_done, make_data, newest, run, stop_at
@@ -78,6 +79,30 @@ def test_a_signal_to_all_processes_leaves_those_that_load_data_alone(data, tmp_p
     said = (tmp_path / "log").read_text().strip().splitlines()[-1]
     assert said.startswith("stopped after step ")
     assert newest(tmp_path / "run")["global_step"] == int(said.split()[3].rstrip(","))
+
+
+def test_ctrl_c_before_the_first_step(data, tmp_path):
+    """Lightning, which is at work by then, ends the program without a word."""
+    log = tmp_path / "log"
+    argv = arguments(data, tmp_path / "run", steps=10_000, pictures=0)
+
+    def setting_up():
+        return log.exists() and "steps 1 to 10000 train" in log.read_text()
+
+    assert stop_at(argv, log, signal.SIGINT, setting_up) == 130
+    said = log.read_text().strip().splitlines()[-1]
+    assert "the same command goes on" in said
+    assert ("stopped after step" in said) == bool(checkpoints_in(tmp_path / "run" / "checkpoints"))
+
+
+def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
+    clock = iter([100.0, 100.9, 101.1])
+    monkeypatch.setattr(engine.time, "monotonic", lambda: next(clock))
+    stop = engine.StopOnSignal()
+    stop._note(signal.SIGINT, None)
+    stop._note(signal.SIGINT, None)  # the same one: `torchrun` and `timeout` send two
+    with pytest.raises(KeyboardInterrupt):
+        stop._note(signal.SIGINT, None)
 
 
 @pytest.mark.parametrize(
