@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -33,13 +33,39 @@ def check_numbers(**given: Any) -> None:
         if value is None:
             continue
         low, high = LIMITS[name]
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high or (name in _WHOLE and value != int(value)):
+        is_number = isinstance(value, Integral if name in _WHOLE else Real) and not isinstance(value, bool)
+        if not is_number or not low <= value <= high:
             kind = "a whole number" if name in _WHOLE else "a number"
             bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ValueError(f"{name} must be {kind} {bounds}, found {value!r}")
     if given.get("denoise") == 0:
         raise ValueError("denoise must be above 0; at 0 nothing would be changed")
+
+
+def check_texts(**given: Any) -> None:
+    """Raise ValueError for what is neither a text, nor a list of texts, nor a tensor of encoded ones."""
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            continue
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"{name} must be a text, a list of texts, or a tensor of encoded ones, found {value!r:.100}"
+            )
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{name} has a character that is no text, at position {error.start}: {text!r:.100}"
+                ) from error
+
+
+def check_yes_or_no(**given: Any) -> None:
+    """Raise ValueError for what is neither True nor False."""
+    for name, value in given.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"{name} must be True or False, found {value!r}")
 
 
 def one_for_each(value: Any, count: int, name: str) -> list[Any]:
@@ -103,10 +129,11 @@ def read_seed(seed: Any) -> int | list[int]:
     if seed is None:
         return secrets.randbelow(2**32)
     numbers = [seed] if isinstance(seed, (int, np.integer)) else seed
+    known = isinstance(numbers, (list, tuple, range)) or (isinstance(numbers, np.ndarray) and numbers.ndim == 1)
     if (
-        isinstance(numbers, (str, float))
-        or not all(isinstance(number, (int, np.integer)) for number in numbers)
+        not known
         or not len(numbers)
+        or not all(isinstance(number, (int, np.integer)) and not isinstance(number, bool) for number in numbers)
     ):
         raise ValueError(f"seed must be a whole number, or a list with one for each picture, found {seed!r}")
     return int(seed) if isinstance(seed, (int, np.integer)) else [int(number) for number in numbers]

@@ -7,6 +7,7 @@ Shapes: N pictures, C channels, H W pixels.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from annotator.pictures import as_array
 from annotator.registry import Hint
 
 LONGEST, SHORTEST = 8192, 8  # sides of a picture, in pixels
+_MOST_IN_VAIN = 16  # times the pixels that are wanted may be scaled, to cut them off afterwards
 HOLE = -1.0  # a pixel of an inpainting hint that is to be painted
 
 Picture = Image.Image | str | os.PathLike | np.ndarray | Tensor | Hint
@@ -70,7 +72,10 @@ def mask_tensor(mask: Pictures, size: tuple[int, int] | None = None) -> Tensor:
             one = one.astype(np.uint8) * 255
         elif isinstance(one, Tensor) and one.dtype == torch.bool:
             one = one.float()
-        return _in_range(_tensor(one, "a mask")[:, :1], "a mask")
+        found = _in_range(_tensor(one, "a mask")[:, :1], "a mask")
+        if bool((found < 0).any()):
+            raise ValueError("a mask must lie in [0, 1]: white, 1, is painted; only a hint may hold -1")
+        return found
 
     return _many(mask, convert, size, "a mask")
 
@@ -85,12 +90,22 @@ def fit(x: Tensor, size: tuple[int, int]) -> Tensor:
         return x
     scale = max(height / x.shape[2], width / x.shape[3])
     scaled = max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
+    if (
+        scaled[0] * scaled[1] > _MOST_IN_VAIN * height * width
+    ):  # a very thin picture, scaled whole, would fill the memory
+        x = _middle(x, math.ceil(height / scale), math.ceil(width / scale))
+        scaled = max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
     hole = x == HOLE
     out = F.interpolate(x.clamp(min=0), scaled, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
     if bool(hole.any()):
         out = torch.where(F.interpolate(hole.float(), scaled, mode="nearest-exact") > 0.5, HOLE, out)
-    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    return out[:, :, top : top + height, left : left + width]
+    return _middle(out, height, width)
+
+
+def _middle(x: Tensor, height: int, width: int) -> Tensor:
+    """(N, C, H, W) cut evenly to at most `height` x `width`."""
+    top, left = max(0, (x.shape[2] - height) // 2), max(0, (x.shape[3] - width) // 2)
+    return x[:, :, top : top + height, left : left + width]
 
 
 def pad(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -182,15 +197,15 @@ def _tensor(picture: Picture, what: str) -> Tensor:
         if picture.dim() not in (3, 4):
             raise ValueError(f"{what} as a tensor must be (C, H, W) or (N, C, H, W), found {tuple(picture.shape)}")
         picture = picture.detach()[None] if picture.dim() == 3 else picture.detach()
-        return (
-            picture.float() / 255
-            if picture.dtype == torch.uint8
-            else _floats(picture, picture.is_floating_point(), what)
-        )
+        if picture.dtype == torch.uint8:
+            return picture.float() / 255
+        _check_floating(picture.is_floating_point(), picture.dtype, what)
+        return picture.float()
     if not isinstance(picture, np.ndarray):
         raise ValueError(
             f"{what} must be a picture (PIL, path, numpy array, tensor or an annotator's Hint), found {type(picture).__name__}"
         )
+    picture = np.asarray(picture)  # of a subclass, such as np.matrix, whose parts are something else
     if picture.ndim == 2:
         picture = picture[:, :, None]
     if picture.ndim not in (3, 4) or 0 in picture.shape:
@@ -198,17 +213,15 @@ def _tensor(picture: Picture, what: str) -> Tensor:
     if picture.dtype == np.uint8:
         tensor = torch.from_numpy(picture.astype(np.float32) / 255)
     else:
-        floating = np.issubdtype(picture.dtype, np.floating)
-        tensor = _floats(torch.from_numpy(picture.astype(np.float32)), floating, f"{what} of {picture.dtype}")
+        _check_floating(np.issubdtype(picture.dtype, np.floating), picture.dtype, what)
+        tensor = torch.from_numpy(picture.astype(np.float32))
     return (tensor[None] if tensor.dim() == 3 else tensor).permute(0, 3, 1, 2)
 
 
-def _floats(x: Tensor, floating: bool, what: str) -> Tensor:
+def _check_floating(floating: bool, dtype: Any, what: str) -> None:
     if not floating:
-        raise ValueError(
-            f"{what} must be uint8 (0 to 255) or floats (0 to 1), found {str(x.dtype).removeprefix('torch.')}"
-        )
-    return x.float()
+        found = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{what} must be uint8 (0 to 255) or floats (0 to 1), found {found}")
 
 
 def _with_channels(x: Tensor, channels: int, what: str) -> Tensor:

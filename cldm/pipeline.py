@@ -13,11 +13,13 @@ Shapes: N pictures, C channels, H W pixels, h w the latent, K ControlNets.
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,7 +28,16 @@ from torch import Tensor, nn
 
 from annotator.registry import Annotator, load
 from cldm import inputs
-from cldm.arguments import check_numbers, count_pictures, list_seeds, mask_for, one_for_each, read_seed
+from cldm.arguments import (
+    check_numbers,
+    check_texts,
+    check_yes_or_no,
+    count_pictures,
+    list_seeds,
+    mask_for,
+    one_for_each,
+    read_seed,
+)
 from cldm.cldm import ControlLDM
 from cldm.guidance import Control, strength_scales
 from cldm.low_memory import LowMemory
@@ -93,8 +104,29 @@ class _Start:
         return torch.where(paint == 0, picture, paint * made + (1 - paint) * picture)
 
 
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_NEW_LOCK = threading.Lock()
+
+
+@contextmanager
+def _in_use(model: nn.Module) -> Iterator[None]:
+    """Inside it the model is in eval mode and used by this thread alone; each of its modules gets its own mode back."""
+    with _NEW_LOCK:
+        lock = _LOCKS.setdefault(model, threading.RLock())
+    with lock:
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
 class ControlPipeline:
     """Samples pictures from a ControlLDM. The model is left as it was found, and the global random generators too.
+
+    Several threads may share a model: their calls wait for one another.
 
     Args:
         model: in any precision.
@@ -165,7 +197,7 @@ class ControlPipeline:
         denoise: float | None = None,
         mask: Any = None,
         clip_skip: int | None = None,
-        long_prompts: bool | None = None,
+        long_prompts: bool | int | None = None,
         prompt_weights: bool = True,
         x_T: Tensor | None = None,
         callback: Callable[[int], None] | None = None,
@@ -203,7 +235,9 @@ class ControlPipeline:
             image: a picture to start from, of any form; one for all, or N.
             denoise: how much of the run `image` goes through, above 0 (nearly the same picture) to 1; 0.75 by default, 1 with a mask.
             mask: white where `image` is to be painted anew, of its size; grey blends. Pixels where it is black come back exactly.
-            clip_skip, long_prompts: see `PromptOptions` of the text encoders; as many windows as the longest prompt needs.
+            clip_skip: see `PromptOptions` of the text encoders.
+            long_prompts: read prompts of more than 77 tokens, in as many windows as the longest one needs, or in this number of them
+                (which the settings of the result tell).
             prompt_weights: `(word:1.2)` in prompts are weights rather than characters.
             x_T: noise to start from, (N, 4, h, w).
             callback: called with the number of each step, from 0; it may raise an exception to stop.
@@ -215,6 +249,13 @@ class ControlPipeline:
             FloatingPointError: the model gives NaN, in float32 too.
         """
         seed = read_seed(seed)
+        captioner = None
+        if callable(prompt):
+            captioner, prompt = prompt, ""
+        check_texts(prompt=prompt, negative_prompt=negative_prompt)
+        check_yes_or_no(resolution_weights=resolution_weights, prompt_weights=prompt_weights)
+        if x_T is not None and not isinstance(x_T, Tensor):
+            raise ValueError(f"x_T must be a tensor (N, 4, h, w), found {type(x_T).__name__}")
         self._check_weights()
         check_numbers(steps=steps, guidance_scale=guidance_scale, eta=eta, denoise=denoise, num_samples=num_samples)
         new_sampler = partial(make_sampler, sampler or self.sampler, self.model, self.device)
@@ -228,53 +269,46 @@ class ControlPipeline:
         canvas = self._canvas(hints, image, size)
         paint = None if mask is None else mask_for(mask, image, canvas.size)
         picture = None if image is None else inputs.picture_tensor(image, canvas.size)
-        hints = [
-            self._hint(
-                one,
-                maker,
-                picture,
-                paint,
-                canvas,
-                getattr(network, "hint_channels", 3),
-                seed if isinstance(seed, int) else seed[0],
-            )
+        sources = [
+            self._source(one, maker, picture, canvas, getattr(network, "hint_channels", 3))
             for one, maker, network in zip(hints, makers, networks, strict=True)
         ]
-        captioner = None
-        if callable(prompt):
-            captioner, prompt = prompt, ""
-        count = count_pictures(prompt, negative_prompt, hints, picture, paint, seed, x_T, num_samples)
+        count = count_pictures(prompt, negative_prompt, sources, picture, paint, seed, x_T, num_samples)
         seeds = list_seeds(seed, count)
+        hints = [
+            None
+            if source is None
+            else self._hint(source, maker, paint, seeds, canvas, getattr(network, "hint_channels", 3))
+            for source, maker, network in zip(sources, makers, networks, strict=True)
+        ]
         controls = self._controls(
             hints, strength=strength, scales=scales, guess_mode=guess_mode, conditional_only=conditional_only,
             resolution_weights=resolution_weights, start=start, end=end,
         )  # fmt: skip
         text_options = {"clip_skip": clip_skip, "weights": prompt_weights}
         if long_prompts is not None:
-            text_options["windows"] = None if long_prompts else 1
+            text_options["windows"] = (
+                {True: None, False: 1}[long_prompts] if isinstance(long_prompts, bool) else long_prompts
+            )
 
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.low_memory.applied(self.model.first_stage_model):
-                begin = None if picture is None else self._encode(picture, paint, canvas)
+        with _in_use(self.model), self.low_memory.applied(self.model.first_stage_model):
+            begin = None if picture is None else self._encode(picture, paint, canvas)
 
-                def sample(texts: Any) -> np.ndarray:
-                    cond, uncond = self._encode_texts(
-                        texts, negative_prompt, count, guidance_scale != 1.0, text_options
-                    )
-                    latents = self._sample(
-                        new_sampler(), cond, uncond, controls, guidance_scale, canvas, seeds, begin,
-                        steps=steps, eta=eta, x_T=x_T, denoise=denoise, callback=callback, preview=preview, progress=progress,
-                    )  # fmt: skip
-                    return self._decode(latents, canvas, begin)
+            def sample(texts: Any) -> np.ndarray:
+                nonlocal long_prompts
+                cond, uncond = self._encode_texts(texts, negative_prompt, count, guidance_scale != 1.0, text_options)
+                if long_prompts is True:  # one picture of them, made alone again, needs as many windows
+                    long_prompts = cond.shape[1] // self.model.cond_stage_model.max_length
+                latents = self._sample(
+                    new_sampler(), cond, uncond, controls, guidance_scale, canvas, seeds, begin,
+                    steps=steps, eta=eta, x_T=x_T, denoise=denoise, callback=callback, preview=preview, progress=progress,
+                )  # fmt: skip
+                return self._decode(latents, canvas, begin)
 
+            made = sample(prompt)
+            if captioner is not None:
+                prompt = [_caption(captioner, one) for one in made]
                 made = sample(prompt)
-                if captioner is not None:
-                    prompt = [_caption(captioner, one) for one in made]
-                    made = sample(prompt)
-        finally:
-            self.model.train(was_training)
         settings = {
             "prompt": prompt, "negative_prompt": negative_prompt, "sampler": sampler or self.sampler, "steps": steps,
             "guidance_scale": guidance_scale, "eta": eta, "seed": seeds, "size": list(canvas.size), "strength": strength,
@@ -295,39 +329,50 @@ class ControlPipeline:
             size = _default_size(self.model) if first is None else inputs.size_of(first)
         return _Canvas.of(inputs.check_size(size), _multiple(self.model))
 
-    def _hint(
-        self, hint: Any, maker: Condition | None, picture: Tensor | None, paint: Tensor | None, canvas: _Canvas, channels: int,
-        seed: int,
-    ) -> Tensor | None:  # fmt: skip
-        """One ControlNet's hints (1 or N, channels, H, W) at the padded size, made by an annotator if there is one."""
+    def _source(
+        self, hint: Any, maker: Condition | None, picture: Tensor | None, canvas: _Canvas, channels: int
+    ) -> Tensor | None:
+        """One ControlNet's hints (1 or N, channels, H, W), or the pictures (1 or N, 3, H, W) of which an annotator makes them."""
         if maker is None:
-            made = None if hint is None else inputs.hint_tensor(hint, channels, canvas.size)
-        else:
-            source = picture if hint is None else inputs.picture_tensor(hint, canvas.size)
-            if source is None:
-                raise ValueError("annotator= needs a picture: give it as hint, or as image")
-            annotate = self._annotate(maker, paint, seed)
-            made = inputs.hint_tensor([annotate(one) for one in inputs.to_array(source)], channels, canvas.size)
-        return None if made is None else inputs.pad(made, canvas.padded)
+            return None if hint is None else inputs.hint_tensor(hint, channels, canvas.size)
+        source = picture if hint is None else inputs.picture_tensor(hint, canvas.size)
+        if source is None:
+            raise ValueError("annotator= needs a picture: give it as hint, or as image")
+        return source
 
-    def _annotate(self, maker: Condition, paint: Tensor | None, seed: int) -> Callable[[np.ndarray], Any]:
-        """A function from a uint8 picture (H, W, 3) to a hint."""
+    def _hint(
+        self, source: Tensor, maker: Condition | None, paint: Tensor | None, seeds: Sequence[int], canvas: _Canvas, channels: int
+    ) -> Tensor:  # fmt: skip
+        """One ControlNet's hints (1 or N, channels, H, W) at the padded size, made by an annotator if there is one."""
+        if maker is not None:
+            source = inputs.hint_tensor(self._annotate(maker, source, paint, seeds), channels, canvas.size)
+        return inputs.pad(source, canvas.padded)
+
+    def _annotate(self, maker: Condition, source: Tensor, paint: Tensor | None, seeds: Sequence[int]) -> list[Any]:
+        """The hint of each picture (1 or N, 3, H, W); with its own seed and mask, where these matter."""
         if isinstance(maker, str):
             if maker not in self._annotators:
                 self._annotators[maker] = load(maker, self.device)
             maker = self._annotators[maker]
+        pictures = inputs.to_array(source)
         if not isinstance(maker, Annotator):
             if not callable(maker):
                 raise ValueError(
                     f"annotator must be a condition's name, an Annotator or a function, found {type(maker).__name__}"
                 )
-            return maker
+            return [maker(picture) for picture in pictures]
+        each: dict[str, Any] = {"picture": pictures}
         options: dict[str, Any] = {"resolution": None}
         if maker.info.name == "inpaint" and paint is not None:
-            options |= {"mask": inputs.to_array(paint[:1])[0], "blur": 0.0}
+            each["mask"] = inputs.to_array(paint)
+            options["blur"] = 0.0
         if "seed" in maker.info.offers:
-            options["seed"] = seed % 2**32
-        return lambda picture: maker.make_hint(picture, **options)
+            each["seed"] = [seed % 2**32 for seed in seeds]
+        hints = []
+        for i in range(max(map(len, each.values()))):
+            own = {name: values[i % len(values)] for name, values in each.items()}  # one serves all
+            hints.append(maker.make_hint(own.pop("picture"), **own, **options))
+        return hints
 
     def _encode_texts(
         self, prompts: Any, negatives: Any, count: int, guided: bool, options: dict[str, Any]
@@ -429,9 +474,11 @@ class ControlPipeline:
         """
         networks = self._networks()
         count = len(networks)
-        own_scales = (
-            [scales] if count == 1 and scales is not None and not isinstance(scales[0], (list, tuple)) else scales
-        )
+        own_scales = scales
+        if count == 1 and scales is not None:
+            if not isinstance(scales, (list, tuple)) or not scales:
+                raise ValueError(f"scales must be a list with a factor for each output, found {scales!r}")
+            own_scales = scales if isinstance(scales[0], (list, tuple)) else [scales]
         each = zip(
             hints, networks, one_for_each(strength, count, "strength"), one_for_each(own_scales, count, "scales"),
             one_for_each(guess_mode, count, "guess_mode"), one_for_each(conditional_only, count, "conditional_only"),
@@ -439,7 +486,10 @@ class ControlPipeline:
         )  # fmt: skip
         controls = []
         for number, (hint, network, factor, own, guess, only, begin, finish) in enumerate(each):
+            if factor is None or begin is None or finish is None:
+                raise ValueError(f"strength, start and end must be numbers, found {factor}, {begin} and {finish}")
             check_numbers(strength=factor, start=begin, end=finish)
+            check_yes_or_no(guess_mode=guess, **({} if only is None else {"conditional_only": only}))
             if not begin < finish:
                 raise ValueError(f"start must be below end, found start={begin} and end={finish}")
             outputs = getattr(network, "output_count", 13)

@@ -46,8 +46,11 @@ class Pictures(np.ndarray):
             raise ValueError(
                 "these pictures are a part or a copy, which has no settings; ask the pipeline's own result"
             )
-        chosen = {k: v[index] if k in _OF_EACH_PICTURE and isinstance(v, list) else v for k, v in self.settings.items()}
-        return chosen
+
+        def own(values: list[Any]) -> Any:
+            return values[0] if len(values) == 1 else values[index]  # one serves all
+
+        return {k: own(v) if k in _OF_EACH_PICTURE and isinstance(v, list) else v for k, v in self.settings.items()}
 
     def to_pil(self) -> list[Image.Image]:
         """PIL pictures."""
@@ -77,7 +80,7 @@ class Pictures(np.ndarray):
         else:
             files = [path] if len(self) == 1 else [path.with_name(f"{path.stem}_{name}.png") for name in names]
         for file, picture, one in zip(files, self, settings, strict=True):
-            write_settings_png(file, np.asarray(picture), {"settings": one, "inputs": self.inputs, **(notes or {})})
+            write_settings_png(file, np.asarray(picture), {**(notes or {}), "settings": one, "inputs": self.inputs})
         return files
 
 

@@ -46,7 +46,7 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
         ConfigError: the module or the name in it does not exist.
     """
     module_name, _, name = string.rpartition(".") if isinstance(string, str) else ("", "", "")
-    if not module_name:
+    if not module_name or module_name.startswith("."):
         raise ConfigError(f"target {string!r} is not a dotted path; write package.module.Name")
     try:
         module = importlib.import_module(module_name)

@@ -92,6 +92,8 @@ def convert(
     if prediction not in (None, *PREDICTIONS):
         raise CheckpointError(f"unknown prediction {prediction!r}; known are {', '.join(PREDICTIONS)}")
     folder = to == "diffusers-pipeline" or (to == "diffusers" and output.suffix.lower() not in SUFFIXES)
+    if not output.name:
+        raise CheckpointError("is the name of no file or folder to be written", str(output))
     beside = output.with_name(f"{output.name}_base" if folder else f"{output.stem}_base{output.suffix}")
     inputs = [path for path in (source, base) if path is not None]
     check_output(output, overwrite, () if folder else None, inputs)

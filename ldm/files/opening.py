@@ -53,9 +53,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Everything in a torch file of a training run as it was saved, its tensors read, on the CPU.
 
     Raises:
-        CheckpointError: as `open_weights`; or the file holds more than tensors, dicts, lists, tuples and plain values.
+        CheckpointError: as `open_weights`; or the file is none of torch.save, or holds more than tensors, dicts, lists, tuples and
+            plain values.
     """
     with open_weights(path) as file, about(file.path):
+        if file.content is None:
+            raise CheckpointError(
+                f"no checkpoint of a training run: it is a {file.format} one, which holds tensors alone"
+            )
         size, held = file.path.stat().st_size, 0
         built: dict[int, Any] = {}  # by the id of what it was built of: a file may use one part many times
 
@@ -80,7 +85,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return built[id(part)]
 
         try:
-            return build({**file.extras, "state_dict": file.data})
+            return build(file.content)
         except RecursionError as error:
             raise CheckpointError("its values are nested too deeply") from error
 

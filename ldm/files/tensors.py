@@ -182,6 +182,7 @@ class WeightsFile(UserDict[str, LazyTensor]):
         wrapping: the keys under which the tensors lay, e.g. `("state_dict",)`; not part of the keys here.
         extras: other values beside the tensors, such as `global_step`; a `Placeholder` for what was not built.
         configs: a folder's JSON configurations by component; "" for the folder's own.
+        content: the whole object of a torch file, of which the tensors and extras are parts; None for other files.
         foreign: names in the pickle that would have been imported by another reader, and were not.
         opened: what is closed at the end; reading afterwards is an error.
     """
@@ -194,6 +195,7 @@ class WeightsFile(UserDict[str, LazyTensor]):
     extras: dict[str, Any] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     foreign: tuple[str, ...] = ()
+    content: dict[str, Any] | None = None
     opened: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> WeightsFile:

@@ -143,7 +143,13 @@ def _weights(file: OpenFile, format: str, unpickler: Unpickler, top: Any) -> Wei
         raise CheckpointError(f"tensor storage {missing[:40]!r} is missing from the file")
     check_repetition(sum(tensor.nbytes for tensor in tensors.values()), file.size)
     return WeightsFile(
-        file.path, format, tensors, wrapping=tuple(wrapping), extras=extras, foreign=tuple(sorted(unpickler.foreign))
+        file.path,
+        format,
+        tensors,
+        wrapping=tuple(wrapping),
+        extras=extras,
+        foreign=tuple(sorted(unpickler.foreign)),
+        content=top,
     )
 
 

@@ -108,8 +108,8 @@ def _write(
                 total += sum(tensor.nbytes for tensor in content.values())
         needed, free = total + _SPARE * len(contents), shutil.disk_usage(place.parent).free
         if needed > free:
-            sizes = f"needs {needed / 1e9:.2f} GB of disk, and {free / 1e9:.2f} GB are free"
-            raise CheckpointError(f"{sizes}; choose another disk, or half precision with --dtype float16")
+            sizes = f"needs {needed / 1e6:,.1f} MB of disk, and {free / 1e6:,.1f} MB are free"
+            raise CheckpointError(f"{sizes}; choose another disk, or free some of this one")
         shown = "".join(character if character.isprintable() else "?" for character in path.name)
         options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "disable": None if progress else True}
         with _temporary(place) as temporary, tqdm(desc=shown, total=total, **options) as bar:
@@ -159,6 +159,9 @@ def check_output(
             return
         for source in map(_follow, map(locate, inputs)):
             same = source.exists() and os.path.samefile(source, place)  # also under another name
+            # A folder may hold links to the files that it stands for, as the hub's cache does.
+            if source.is_dir() and place.is_file():
+                same = any(part.is_file() and os.path.samefile(part, place) for part in source.rglob("*"))
             if same or source in place.parents or place in source.parents:
                 raise CheckpointError("is also the input, or part of it; choose another name")
         if place.is_dir() != folder:

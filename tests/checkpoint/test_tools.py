@@ -54,6 +54,7 @@ def test_commands_do_their_work(files: dict[str, str], tmp_path: Path, capsys: p
         (tool_add_control, ["{base}", "{out}", "--config", "cldm_v15"], "does not fit cldm_v15"),
         (tool_add_control, ["{base}", "{out}", "--config", "nothing"], "there is no file 'nothing'"),
         (tool_add_control, ["{base}", "{base}"], "is also the input"),
+        (tool_convert_control, ["{base}", ".", "--to", "diffusers"], "no file or folder to be written"),
         (tool_transfer_control, ["{base}", "{base}", "{base}", "{out}"], "holds no ControlNet"),
         (tool_convert_control, ["{base}", "{out}", "--to", "control"], "holds no ControlNet"),
         (tool_convert_control, ["{control}", "{folder}", "--to", "diffusers"], "something else in it"),

@@ -102,3 +102,12 @@ def test_fitting_covers_and_cuts_evenly():
 def test_what_is_no_hint_is_named(given, message):
     with pytest.raises(ValueError, match=message):
         hint_tensor(given)
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_a_very_thin_picture_is_cut_before_it_is_scaled():
+    thin = np.linspace(0, 1, 8000, dtype=np.float32)[None, :, None].repeat(3, axis=2)
+    found = hint_tensor(thin, 3, (512, 8))
+    assert found.shape == (1, 3, 512, 8) and abs(float(found.mean()) - 0.5) < 0.01
+    matrix = np.matrix(np.eye(8))  # whose parts are matrices again
+    assert torch.equal(hint_tensor(matrix), hint_tensor(np.eye(8)))

@@ -55,6 +55,28 @@ def test_half_precision_files_fill_single_precision_models(saved):
     torch.testing.assert_close(loaded.state_dict()[key], model.state_dict()[key].half().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_a_schedule_in_half_precision_is_not_taken(saved, tmp_path, dtype):
+    """Its alpha-bar has too few digits to sample with; the configuration has them all."""
+    model, folder = saved
+    entries = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    write_weights(tmp_path / "half.safetensors", entries, progress=False)
+    loaded = create_model(folder / "small.yaml", weights=tmp_path / "half.safetensors")
+    assert torch.equal(loaded.alphas_cumprod, model.alphas_cumprod)
+    # Another schedule is the file's own, as many digits as it may have.
+    entries |= {"betas": torch.full((1000,), 0.01).to(dtype)}
+    write_weights(tmp_path / "other.safetensors", entries, progress=False)
+    other = create_model(folder / "small.yaml", weights=tmp_path / "other.safetensors")
+    assert torch.allclose(other.betas, torch.tensor(0.01), rtol=0.2)
+
+
+def test_a_model_made_in_inference_mode_is_an_ordinary_one(saved):
+    _, folder = saved
+    with torch.inference_mode():
+        made = create_model(folder / "small.yaml", weights=folder / "full.safetensors")
+    assert not any(p.is_inference() for p in made.parameters())
+
+
 def test_published_files_lack_logvar(saved, tmp_path):
     model, folder = saved
     entries = {k: v for k, v in model.state_dict().items() if k != "logvar"}

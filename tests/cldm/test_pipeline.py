@@ -1,6 +1,7 @@
 """The pipeline: whatever is asked of it through its one call, and what is refused."""
 
 import random
+import threading
 from functools import lru_cache
 
 import numpy as np
@@ -71,6 +72,82 @@ def far(a, b):
 
 
 # -- random numbers, batches, settings ---------------------------------------------------------------------
+
+
+def test_what_is_made_for_a_picture_is_its_own_too(model):
+    """A seeded detector, a mask, and the windows of a long prompt."""
+    pipeline, options = ControlPipeline(model), {"steps": 2, "guidance_scale": 3, "seed": 5}
+    shuffled = pipeline(hint(), "a", num_samples=2, annotator="shuffle", **options)
+    assert far(shuffled[1], pipeline(hint(), **shuffled.settings_of(1))[0]) <= 1
+    masks = np.zeros((2, 64, 64), np.uint8)
+    masks[0, :32] = masks[1, 32:] = 255
+    painted = pipeline(None, "a", image=hint(1), mask=list(masks), annotator="inpaint", **options)
+    alone = pipeline(None, image=hint(1), mask=masks[1], **painted.settings_of(1))
+    assert far(painted[1], alone[0]) <= 1
+    read = pipeline(hint(), ["a", "a bird, " * 60], long_prompts=True, **options)
+    assert read.settings["long_prompts"] == 3
+    assert far(read[0], pipeline(hint(), **read.settings_of(0))[0]) <= 1
+    one = pipeline(hint(), ["a"], num_samples=2, **options)
+    assert one.settings_of(1)["prompt"] == "a" and one.settings_of(1)["seed"] == 6
+
+
+def test_threads_that_share_a_model_wait_for_one_another(model):
+    pipeline, made = ControlPipeline(model), {}
+
+    def sample(clip_skip):
+        for _ in range(3):
+            made[clip_skip] = pipeline(hint(), "a", steps=1, seed=1, clip_skip=clip_skip)
+
+    threads = [threading.Thread(target=sample, args=(clip_skip,)) for clip_skip in (None, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for clip_skip, pictures in made.items():
+        assert far(pictures, pipeline(hint(), "a", steps=1, seed=1, clip_skip=clip_skip)) == 0
+    assert len(made) == 2 and model.cond_stage_model.prompt_options is None
+
+
+def test_modes_of_parts_and_the_default_dtype_do_not_matter(model):
+    pipeline = ControlPipeline(model)
+    want = pipeline(hint(), "a", steps=1, seed=1)
+    model.train()
+    model.model.eval()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert far(pipeline(hint(), "a", steps=1, seed=1), want) == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+        assert model.training and model.control_model.training and not model.model.training
+        model.eval()
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"steps": 2.0}, "steps must be a whole number"),
+        ({"num_samples": 2.0}, "num_samples must be a whole number"),
+        ({"scales": 1.0}, "scales must be a list"),
+        ({"scales": []}, "scales must be a list"),
+        ({"clip_skip": "2"}, "clip_skip must be a whole number"),
+        ({"long_prompts": "x"}, "windows must be a whole number"),
+        ({"strength": None}, "must be numbers, found None"),
+        ({"seed": {1: 2}}, "seed must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"x_T": np.zeros(3)}, "x_T must be a tensor"),
+        ({"resolution_weights": [True]}, "True or False"),
+        ({"guess_mode": "no"}, "True or False"),
+        ({"negative_prompt": print}, "negative_prompt must be a text"),
+        ({"prompt": None}, "prompt must be a text"),
+        ({"prompt": "red \ud800"}, "no text, at position 4"),
+        ({"hint": np.ones((64, 64), bool)}, "found bool"),
+        ({"hint": np.ones((64, 64), np.uint16)}, "found uint16"),
+        ({"image": hint(), "mask": -np.ones((64, 64))}, r"a mask must lie in \[0, 1\]"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named(model, given, match):
+    with pytest.raises(ValueError, match=match):
+        ControlPipeline(model)(**{"hint": hint(), "prompt": "a", "steps": 1} | given)
 
 
 def test_a_picture_depends_on_its_own_seed_and_nothing_else_is_changed(model):

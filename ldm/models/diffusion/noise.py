@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 def noise_like(shape: Sequence[int], device: torch.device | str | None, repeat: bool = False) -> Tensor:
-    """Standard normal noise from the global generator; `repeat` gives every picture of the batch the same."""
+    """Standard normal float32 noise from the global generator; `repeat` gives every picture of the batch the same."""
     if repeat:
-        return torch.randn((1, *shape[1:]), device=device).repeat(shape[0], *((1,) * (len(shape) - 1)))
-    return torch.randn(tuple(shape), device=device)
+        one = torch.randn((1, *shape[1:]), device=device, dtype=torch.float32)
+        return one.repeat(shape[0], *((1,) * (len(shape) - 1)))
+    return torch.randn(tuple(shape), device=device, dtype=torch.float32)
 
 
 def picture_generators(
@@ -68,8 +69,10 @@ class Noise:
             return noise_like(shape, device)
         if len(self.generators) != shape[0]:
             raise ValueError(f"{len(self.generators)} generators for a batch of {shape[0]}")
-        drawn = [torch.randn((1, *shape[1:]), generator=g, device=g.device).to(device) for g in self.generators]
-        return torch.cat(drawn)
+        one = (1, *shape[1:])
+        return torch.cat(
+            [torch.randn(one, generator=g, device=g.device, dtype=torch.float32).to(device) for g in self.generators]
+        )
 
     def state(self, device: torch.device) -> list[Tensor]:
         """Where the generators are, for `restore`; of the global ones, that of `device`."""
@@ -109,5 +112,8 @@ class Noise:
         if self.generators is None:
             return F.dropout(noise, p=self.dropout)
         shape = (1, *noise.shape[1:])
-        kept = [torch.rand(shape, generator=g, device=g.device) >= self.dropout for g in self.generators]
+        kept = [
+            torch.rand(shape, generator=g, device=g.device, dtype=torch.float32) >= self.dropout
+            for g in self.generators
+        ]
         return noise * torch.cat(kept).to(noise) / (1 - self.dropout)

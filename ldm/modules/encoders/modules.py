@@ -90,6 +90,10 @@ class PromptOptions:
     weights: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("windows", "clip_skip"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be a whole number, found {value!r}")
         if self.windows is not None and not 1 <= self.windows <= MAX_WINDOWS:
             raise ValueError(
                 f"windows must be from 1 to {MAX_WINDOWS}, or None for as many as are needed; found {self.windows}"

@@ -130,8 +130,15 @@ def test_a_checkpoint_is_what_torch_makes_of_it(tmp_path: Path, format: str) -> 
             "same": [shared, shared.T],
         },
     }
+    content |= {"ema": torch.ones(2), "model": {"a": torch.zeros(1)}}  # beside the weights, and another wrapper
     path = save(content, tmp_path / "run.ckpt", format)
     assert alike(read_checkpoint(path), torch.load(path, weights_only=True))
+
+
+def test_a_file_of_tensors_alone_is_no_checkpoint(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint of a training run"):
+        read_checkpoint(tmp_path / "a.safetensors")
 
 
 def alike(got: Any, want: Any) -> bool:
