@@ -17,6 +17,7 @@ from cldm.checkpoint.schedule import completed
 from cldm.config import load_config, model_section, resolve
 from ldm.files import CheckpointError, LazyTensor
 from ldm.files.tensors import Tensors, parse_dtype
+from ldm.models.diffusion.process import rounded_schedule
 from ldm.util import ConfigError, instantiate_from_config
 
 if TYPE_CHECKING:
@@ -270,7 +271,8 @@ def _fill(
     if needed or wrong:
         raise CheckpointError(_misfit(model, tensors, places, needed, wrong), path)
     report = LoadReport([k for k in places if k in tensors], missing, [k for k in tensors if k not in places])
-    own_schedule = _rounded_schedule(tensors, places)
+    schedule = {key: tensors[key].read() for key in SCHEDULE_KEYS & tensors.keys()}
+    own_schedule = rounded_schedule(schedule, places)
 
     def read(key: str) -> None:
         value, place = tensors[key].read(), places[key]
@@ -288,18 +290,6 @@ def _fill(
     with ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(read, [key for key in report.loaded if key not in own_schedule]))
     return report
-
-
-def _rounded_schedule(tensors: Tensors, places: Mapping[str, Tensor]) -> set[str]:
-    """Keys of a noise schedule that is the model's own, stored in half precision: too few digits to sample with."""
-    keys = [key for key in SCHEDULE_KEYS if key in places and key in tensors and tensors[key].dtype.itemsize < 4]
-
-    def is_own(key: str) -> bool:
-        stored, own = tensors[key].read(), places[key].cpu()
-        tolerance = 2 * torch.finfo(stored.dtype).eps if stored.dtype.is_floating_point else 0.0
-        return torch.allclose(stored.float(), own.to(stored.dtype).float(), rtol=tolerance, equal_nan=True)
-
-    return set(keys) if all(map(is_own, keys)) else set()
 
 
 def _misfit(

@@ -63,6 +63,9 @@ def test_a_schedule_in_half_precision_is_not_taken(saved, tmp_path, dtype):
     write_weights(tmp_path / "half.safetensors", entries, progress=False)
     loaded = create_model(folder / "small.yaml", weights=tmp_path / "half.safetensors")
     assert torch.equal(loaded.alphas_cumprod, model.alphas_cumprod)
+    published = create_model(folder / "small.yaml")
+    published.load_state_dict(load_state_dict(tmp_path / "half.safetensors"))
+    assert torch.equal(published.alphas_cumprod, model.alphas_cumprod)
     # Another schedule is the file's own, as many digits as it may have.
     entries |= {"betas": torch.full((1000,), 0.01).to(dtype)}
     write_weights(tmp_path / "other.safetensors", entries, progress=False)

@@ -13,7 +13,8 @@ take these two as numbers or tensors, for any schedule; the class looks them up 
 Shapes: B batch, C h w the diffused picture or latent, T timesteps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,25 @@ def eps_and_x0(
     if parameterization == "x0":
         return eps_from_x0(x, output, signal, noise_level), output
     return output, x0_from_eps(x, output, signal, noise_level)
+
+
+def rounded_schedule(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> set[str]:
+    """Keys under which `stored` has less than float32's digits, where all of these are the values of `own`, rounded.
+
+    bfloat16 turns the first of alpha-bar into 1, with which no step can be computed.
+    """
+    keys = {
+        key for key in stored.keys() & own.keys() if stored[key].is_floating_point() and stored[key].dtype.itemsize < 4
+    }
+
+    def is_own(key: str) -> bool:
+        values, exact = stored[key], own[key].to(stored[key].device)
+        if values.shape != exact.shape:
+            return False
+        tolerance = 2 * torch.finfo(values.dtype).eps
+        return torch.allclose(values.float(), exact.to(values.dtype).float(), rtol=tolerance, equal_nan=True)
+
+    return keys if all(map(is_own, keys)) else set()
 
 
 class DiffusionProcess(nn.Module):
@@ -148,6 +168,12 @@ class DiffusionProcess(nn.Module):
         tensor = tensor.to("cpu" if device.type == "meta" else device)
         self.register_buffer(name, tensor, persistent=persistent)
         self._float32_buffers.add(name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """As any module's, but that the schedule keeps the digits that a file in half precision has not."""
+        own = {prefix + name: getattr(self, name) for name in self._float32_buffers}
+        state_dict |= {key: own[key] for key in rounded_schedule(state_dict, own)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffusionProcess":
         """What `to`, `half`, `cuda`, `to_empty` and others do: the schedule follows to another device and keeps its values."""
