@@ -11,6 +11,7 @@ Exit status: 0, 1 if pictures failed (the rest is done), 2 for a mistake in the 
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,8 +57,8 @@ def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentP
         if known != name:
             continue
         inpaint = name == "inpaint"
-        command.add_argument("source", metavar="IN", type=Path, help="a picture or a folder of pictures")
-        command.add_argument("target", metavar="OUT", type=Path, help="a .png file or a folder")
+        command.add_argument("source", metavar="IN", type=_path, help="a picture or a folder of pictures")
+        command.add_argument("target", metavar="OUT", type=_path, help="a .png file or a new folder")
         text = (
             "shorter side of the result, both sides multiples of 64, as training needs them (default: as the picture)"
         )
@@ -71,6 +72,13 @@ def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentP
             command.add_argument("--mask", type=Path, help=text)
         add_detector_options(command, known)
     return parser
+
+
+def _path(text: str) -> Path:
+    """A path that somebody typed; an empty one, such as of a variable that is not set, would be the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a file or a folder")
+    return Path(text)
 
 
 def _print_list() -> None:
@@ -90,7 +98,7 @@ def _plan(source: Path, target: Path) -> list[Job]:
         target = target / f"{source.stem}.png"
     if not many and target.suffix.lower() != ".png":
         raise ValueError(f"OUT must be a .png file or a folder, not {target}")
-    if target.resolve() == source.resolve():
+    if os.path.realpath(target) == os.path.realpath(source):
         raise ValueError(f"IN and OUT are the same {'folder' if many else 'file'}: {source}")
     if not many:
         return [Job(source, source.name, target)]
@@ -105,19 +113,27 @@ def _plan(source: Path, target: Path) -> list[Job]:
 
 
 def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], force: bool) -> list[Job]:
-    """Jobs whose file is missing, or older than the picture or the settings that the folder's maps are made with."""
+    """Jobs whose file is missing, or older than the picture or the settings that the folder's maps are made with.
+
+    Raises:
+        ValueError: the folder holds something else than maps with these settings, and `force` does not say to write all the same.
+    """
     note, settings = target / SETTINGS, json.loads(json.dumps(settings))
     try:
         found = json.loads(note.read_bytes()) if note.exists() else None
     except ValueError:
         found = {}
     present = next((job.target for job in jobs if job.target.exists()), None)
-    if present and found != settings and not force:
-        if found is None:
-            reason = f"already holds {present.name}, made by something else"
-        else:
-            changed = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-            reason = f"holds maps made with other settings ({', '.join(changed) or note.name})"
+    if found is None and not force:
+        others = sorted(path for path in target.iterdir() if path.name[0] != ".") if target.is_dir() else []
+        if others:
+            other = present or others[0]
+            raise ValueError(
+                f"{target} already holds {other.name}, made by something else; choose another name for the folder"
+            )
+    elif present and found != settings and not force:
+        changed = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+        reason = f"holds maps made with other settings ({', '.join(changed) or note.name})"
         raise ValueError(f"{target} {reason}; choose another folder, or --force to make such files anew")
     if found != settings or force:
         write_whole(note, json.dumps(settings).encode())

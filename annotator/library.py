@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from annotator.detector import first_line, import_extra
 from annotator.network import NetworkDetector
-from annotator.weights import Hub, WeightsError, find_weights, refuse_unsafe_pickle, search_folders
+from annotator.weights import FOLDER_VARIABLE, Hub, WeightsError, find_weights, refuse_unsafe_pickle, search_folders
 
 EXTRA = "detectors"
 CONFIG = "config.json"
@@ -131,7 +131,7 @@ def find_model(weights: Any, model: str) -> Path:
     """The folder of a model on this machine, fetched once from the hub if it is nowhere; see `HubModelDetector`.
 
     Raises:
-        WeightsError: saying where it was looked for.
+        WeightsError: saying where it was looked for, and where to put it.
     """
     if isinstance(weights, Hub):
         return _fetch(weights)
@@ -141,7 +141,15 @@ def find_model(weights: Any, model: str) -> Path:
         if (folder / CONFIG).is_file():
             return folder
     if weights is None:
-        return _fetch(Hub(model))
+        places = [folder / name for folder in search_folders()]
+        try:
+            return _fetch(Hub(model))
+        except WeightsError as err:
+            raise WeightsError(
+                f"cannot get the model {model}: not in {', '.join(map(str, places))}; fetching https://huggingface.co/{model} "
+                f"failed ({first_line(err)}); put its folder at {places[-1]}, or name the folder around it with the "
+                f"environment variable {FOLDER_VARIABLE}, or it as weights (--weights)"
+            ) from err
     if place.exists():
         raise WeightsError(f"{place} is no folder of a model of transformers: it holds no {CONFIG}")
     if re.fullmatch(MODEL_ID, str(weights)):

@@ -141,7 +141,7 @@ def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
     Turned upright as its EXIF data say; 16-bit grey is reduced to 8 bits.
 
     Raises:
-        ValueError: naming the file, if it is missing, broken, cut off, or of floats.
+        ValueError: naming the file, if it is missing, broken, cut off, or of floats or larger numbers.
     """
     name = path if isinstance(path, (str, os.PathLike)) else "it"
     try:
@@ -156,7 +156,13 @@ def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
 
 def _from_pil(picture: Image.Image) -> np.ndarray:
     if picture.mode.startswith("I"):
-        return (np.asarray(picture).clip(0, 2**16 - 1) // 257).astype(np.uint8)
+        values = np.asarray(picture)
+        lowest, highest = values.min(initial=0), values.max(initial=0)
+        if lowest < 0 or highest >= 2**16:
+            raise ValueError(f"it holds numbers from {lowest} to {highest}; 0 to 255 or 0 to 65535 are known")
+        # Mode I alone does not tell how many of its 32 bits are used.
+        is_8_bit = picture.mode == "I" and highest < 2**8
+        return (values if is_8_bit else values // 257).astype(np.uint8)
     if picture.mode == "F":
         raise ValueError("it holds floating-point numbers, whose range is unknown")
     if picture.mode in ("1", "L"):
@@ -211,7 +217,9 @@ def find_pictures(source: Path, target: Path | None = None) -> list[Path]:
     Raises:
         ValueError: if there are none.
     """
-    own = target.resolve() if target and target.resolve().is_relative_to(source.resolve()) else None
+    # Not `resolve`, which fails at a link to itself.
+    goal = Path(os.path.realpath(target)) if target else None
+    own = goal if goal and goal.is_relative_to(os.path.realpath(source)) else None
     found = sorted(
         path
         for path in source.rglob("*")

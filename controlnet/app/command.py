@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -74,6 +75,13 @@ def check(options: argparse.Namespace) -> None:
     """
     if options.port is not None and not 0 < options.port < 2**16:
         raise ConfigError(f"--port must lie within 1 and 65535, found {options.port}")
+    host = options.host.strip("[]")  # as addresses with colons are written before a port
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as tried:
+            tried.bind((host, 0))  # any free port
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host: {options.host} is no address of this machine") from error
     if options.keep < 1:
         raise ConfigError(f"--keep must be at least 1, found {options.keep}")
     if not 64 <= options.largest <= 4096:
@@ -83,10 +91,23 @@ def check(options: argparse.Namespace) -> None:
             if not folder.is_dir():
                 raise ConfigError(f"--{name}: there is no folder {folder}")
     for name in ("runs", "outputs"):
-        if getattr(options, name).exists() and not getattr(options, name).is_dir():
-            raise ConfigError(f"--{name}: {getattr(options, name)} is a file")
+        if os.path.lexists(getattr(options, name)) and not getattr(options, name).is_dir():
+            raise ConfigError(f"--{name}: {getattr(options, name)} is a file or a broken link")
+    try:
+        options.outputs.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.outputs).close()  # rights alone do not tell it, of a read-only disk for one
+    except OSError as error:
+        raise ConfigError(f"--outputs: cannot write into {options.outputs}: {error.strerror or error}") from error
+    if _password(options) == "":
+        source = f"the variable {PASSWORD_VARIABLE}" if options.password is None else "--password"
+        raise ConfigError(f"{source} is empty; give a password, or leave it out where nobody shall be asked for one")
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("the page needs Gradio: pip install 'controlnet[app]'")
+
+
+def _password(options: argparse.Namespace) -> str | None:
+    """What visitors are asked for; None for nothing."""
+    return options.password if options.password is not None else os.environ.get(PASSWORD_VARIABLE)
 
 
 def make_context(options: argparse.Namespace) -> Any:
@@ -112,14 +133,16 @@ def serve(options: argparse.Namespace) -> int:
     """Serve the page until the process is told to end; then training is saved and temporary files go."""
     check(options)
     temporary = tempfile.mkdtemp(prefix="controlnet-")
-    # Gradio reads these when it is imported: nothing is reported or asked over the network, and uploads lie in our folder.
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": temporary, "DO_NOT_TRACK": "1"}
-    context = make_context(options)
     try:
-        launch(context, options)
-        threading.Event().wait()
+        # Gradio reads these when it is imported: nothing is reported or asked over the network, and uploads lie in our folder.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": temporary, "DO_NOT_TRACK": "1"}
+        context = make_context(options)
+        try:
+            launch(context, options)
+            threading.Event().wait()
+        finally:
+            context.runs.close()
     finally:
-        context.runs.close()
         shutil.rmtree(temporary, ignore_errors=True)
     return 0
 
@@ -135,7 +158,7 @@ def launch(context: Any, options: argparse.Namespace) -> Any:
     from controlnet.app.page import CSS, build, theme
     from controlnet.app.uploads import MAX_BYTES, Guard
 
-    password = options.password or os.environ.get(PASSWORD_VARIABLE)
+    password = _password(options)
     if password is None and (options.host not in _LOOPBACK or options.share):
         logging.warning("anyone who reaches this page can use it; --password asks visitors for one")
     page = build(context).queue(max_size=64)
@@ -149,7 +172,11 @@ def launch(context: Any, options: argparse.Namespace) -> Any:
             mcp_server=False, prevent_thread_lock=True, quiet=True, inbrowser=False,
         )  # fmt: skip
     except OSError as error:
-        raise ConfigError(f"cannot listen on {options.host}: {error}") from error
+        # Gradio says the same of whatever it was.
+        ports = (
+            f"port {options.port} is in use, or not allowed" if options.port else "all ports that were tried are in use"
+        )
+        raise ConfigError(f"cannot listen on {options.host}: {ports}; choose another --port") from error
     show(f"the page is at {address}" + (f" and, for everyone, at {public}" if public else "") + "; Ctrl-C ends it")
     return page
 

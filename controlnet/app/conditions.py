@@ -22,6 +22,7 @@ _MOST_DETECTORS = 2
 _NEWER = VERSIONS[1]
 _SMALLEST_EDITOR = 512  # pixels of the longer side of a map in an editor; smaller ones are enlarged
 _REMEMBERED = 1000  # maps
+_MOST_PIXELS = 2**25  # of a map: 8192 x 4096, for the greatest `--largest`
 
 
 def choices(ready: bool = False) -> list[tuple[str, str]]:
@@ -83,6 +84,8 @@ class Detectors:
         """The condition of a picture (H, W[, C]); `resolution` is the shorter side of the result, None for the picture's size."""
         info = record(chosen.name, chosen.version)
         detect_resolution = chosen.detect_resolution if info.works_at == "detect" else None
+        for side in filter(None, (resolution, detect_resolution)):
+            check_result(picture, side)
         options = {"mask": mask} if mask is not None else {}
         with self._lock:  # a detector's network serves one picture at a time
             annotator = self.get(info)
@@ -100,11 +103,26 @@ class Chosen:
 
     def hint_of(self, map: np.ndarray, resolution: int) -> np.ndarray:
         """A map (H, W, 3), uint8, as what a ControlNet takes: float32, its shorter side `resolution`."""
+        check_result(map, resolution)
         height, width = map.shape[:2]
         size = resized_shape(height, width, resolution)
         # A map that was enlarged for the editor by a whole number comes back exactly.
         small = map if (height, width) == size else resize(map, size, cv2.INTER_AREA)
         return (scale if self.name == READY else record(self.name, self.version).to_hint)(small)
+
+
+def check_result(picture: np.ndarray, resolution: int) -> None:
+    """See, before anything is made, that a picture whose shorter side becomes `resolution` does not become too large, as of a thin strip.
+
+    Raises:
+        ValueError: it does.
+    """
+    (height, width), longer = picture.shape[:2], max(picture.shape[:2]) * resolution / min(picture.shape[:2])
+    if resolution * longer > _MOST_PIXELS:
+        raise ValueError(
+            f"this picture of {width} x {height} pixels would become one of {longer:,.0f} x {resolution:,}: too large, "
+            f"{_MOST_PIXELS:,} pixels are allowed; choose a lower resolution, or a picture that is less thin"
+        )
 
 
 def for_editor(map: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import gradio as gr
 import numpy as np
 
 from annotator.pictures import HWC3, find_pictures, read_image
+from cldm.data.photos import plan_pairs
 from controlnet.app import conditions, lifeline
 from controlnet.app.conditions import Chosen, ParameterControls
 from controlnet.app.context import Context
@@ -129,19 +130,18 @@ class DetectTab:
         source = choose(self.context.folders.picture_folders(), data[self.folder], "a folder of pictures")
         target = self.context.folders.data[0] / new_name(data[self.target], "the new folder")
         chosen, pairs = self.parameters.read(data[self.condition], data), data[self.what] == PAIRS
-        total = len(find_pictures(source, target))
+        goals = _goals(source, target, pairs)
         arguments = _arguments(chosen, source, target)
         if pairs:
             arguments += ["--size", str(int(data[self.size] or 512))]
             arguments += [f"--prompt={data[self.prompt]}"] if data[self.prompt] else []
-        made = target / "source" if pairs else target
         stop = self.stops.new(request.session_hash or "")
         with tempfile.TemporaryFile() as log:
             module = "tutorial_dataset" if pairs else "annotator"
             process = lifeline.start(module, arguments, stdout=subprocess.DEVNULL, stderr=log)
             try:
                 while process.poll() is None and not stop.is_set():
-                    yield {self.progress: f"{_count(made)} of {total} pictures"}
+                    yield {self.progress: f"{len(_made(goals))} of {len(goals)} pictures"}
                     time.sleep(_POLL)
                 if stop.is_set():
                     process.terminate()
@@ -160,7 +160,8 @@ class DetectTab:
             return
         if process.returncode == 2:
             raise ValueError(complaints[-1] if complaints else "the pictures could not be made")
-        text = f"{_count(made)} of {total} pictures are in {target.name}."
+        made = _made(goals)
+        text = f"{len(made)} of {len(goals)} pictures are in {target.name}."
         failed = f" Some failed: {self.context.folders.hide_paths(complaints[-1])}" if complaints else ""
         yield {self.progress: text + failed, self.examples: [HWC3(read_image(path)) for path in _newest(made)]}
 
@@ -181,13 +182,18 @@ def _arguments(chosen: Chosen, source: Path, target: Path) -> list[str]:
     return arguments
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*.png") if not path.name.startswith(".")] if folder.is_dir() else []
+def _goals(source: Path, target: Path, pairs: bool) -> list[Path]:
+    """The files that the command makes of the pictures in a folder; of pairs the hints."""
+    pictures = find_pictures(source, target)
+    if pairs:
+        return [target / pair.source for pair in plan_pairs(source, dict.fromkeys(pictures, ""), pictures, None)]
+    return [target / path.relative_to(source).with_suffix(".png") for path in pictures]
 
 
-def _count(folder: Path) -> int:
-    return len(_pictures(folder))
+def _made(goals: list[Path]) -> list[Path]:
+    """Those that are there; a folder may hold others, of pictures that have been taken away since."""
+    return [path for path in goals if path.is_file()]
 
 
-def _newest(folder: Path) -> list[Path]:
-    return sorted(_pictures(folder), key=lambda path: path.stat().st_mtime, reverse=True)[:12]
+def _newest(made: list[Path]) -> list[Path]:
+    return sorted(made, key=lambda path: path.stat().st_mtime, reverse=True)[:12]

@@ -23,13 +23,16 @@ _MENDABLE = (*MISTAKES, ValueError, FloatingPointError, ImportError)
 def complaint(error: Exception) -> str:
     """One sentence for people about any error."""
     reason = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "The disk of the server is full. Nothing was saved; free some space and try again."
     is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if is_memory or (isinstance(error, RuntimeError) and "allocate memory" in reason):
         return "There is not enough memory for this. Choose a lower resolution or fewer pictures at once."
     if isinstance(error, _MENDABLE) and reason:
-        return reason[0].upper() + reason[1:]
+        begins = reason.partition(" ")[0].rstrip(",:;")
+        return reason[0].upper() + reason[1:] if begins.isalpha() else reason  # not the name of a file
     logger.error("a listener of the page failed", exc_info=error)
     return "Something went wrong on the server. Its log says what."
 

@@ -4,6 +4,7 @@ A name is the folder's own name and the path below it, `models/control_sd15_cann
 so that no path which somebody makes up leads anywhere.
 """
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -48,8 +49,13 @@ class Folders:
                 if (run / "model.safetensors").is_file():
                     found[_name(self.runs, run)] = run / "model.safetensors"
                 found |= {_name(self.runs, path): path for path in sorted((run / "exports").glob("*.safetensors"))}
-        packaged = found[TINY].resolve()
-        return {name: path for name, path in found.items() if name == TINY or path.resolve() != packaged}
+        packaged = os.path.realpath(found[TINY])
+        return {
+            name: path
+            for name, path in found.items()
+            # Links may lead nowhere, or to themselves, at which `Path.resolve` would fail.
+            if name == TINY or (os.path.exists(path) and os.path.realpath(path) != packaged)
+        }
 
     def pairs(self) -> dict[str, Path]:
         """Folders with training pairs, by name."""
@@ -69,7 +75,7 @@ class Folders:
         """A message without paths of the server: configured folders by their names, of other paths the last part alone."""
         known = [(root, root.name) for root in (*self.models, *self.data, self.runs, self.outputs)]
         known += [(CKPTS, "annotator/ckpts"), (Path(tempfile.gettempdir()), "a temporary folder")]
-        named = {str(form): name for root, name in known for form in (root.absolute(), root.resolve())}
+        named = {str(form): name for root, name in known for form in (root.absolute(), os.path.realpath(root))}
         for path in sorted(named, key=len, reverse=True):
             if len(Path(path).parts) > 1:
                 text = text.replace(path, named[path])

@@ -1,5 +1,6 @@
 """The pictures that a visitor has made: PNG files that carry their settings, in a folder that only his browser knows."""
 
+import json
 import re
 import secrets
 import time
@@ -14,6 +15,7 @@ from cldm.results import Pictures, read_png_text
 
 _VISITOR = re.compile(r"[0-9a-f]{32}")
 _SHOWN = 60
+DAMAGED = "the settings in this picture are damaged"
 NOTES = "page"  # what the page adds to a picture's settings
 
 
@@ -30,7 +32,7 @@ class Gallery:
     visitor: str
 
     def __post_init__(self) -> None:
-        if not _VISITOR.fullmatch(self.visitor):
+        if not isinstance(self.visitor, str) or not _VISITOR.fullmatch(self.visitor):
             raise ValueError("reload the page: this browser's key is not known")
 
     @property
@@ -60,10 +62,13 @@ def read_notes(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of a picture and what the page noted beside them, nothing for pictures that were made elsewhere.
 
     Raises:
-        ValueError: a file without settings.
+        ValueError: a file without settings, or with such as no page can show.
     """
     try:
         text = read_png_text(file)
+        json.dumps(text, ensure_ascii=False).encode()  # the page's events are UTF-8, and half a character is none
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise ValueError(DAMAGED) from error
     except ValueError as error:
         raise ValueError("this picture carries no settings; only PNG files written by this library do") from error
     notes = text.get(NOTES)

@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import operator
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import gradio as gr
 import numpy as np
 
 from annotator.pictures import read_image, resized_shape
-from cldm.arguments import check_numbers
+from cldm.arguments import check_numbers, check_yes_or_no
 from cldm.data.fill import PALETTES, draw_fill
 from cldm.inputs import check_size
 from cldm.pipeline import SAMPLER_NAMES, SAMPLERS
@@ -21,13 +22,15 @@ from controlnet.app import conditions
 from controlnet.app.context import MODEL_QUEUE, Context
 from controlnet.app.control_unit import Control, ControlUnit, start_of
 from controlnet.app.files import choose
-from controlnet.app.gallery import Gallery, read_notes, visitor_key
+from controlnet.app.gallery import DAMAGED, Gallery, read_notes, visitor_key
 from controlnet.app.sampling import Begun, Step, Stopped, sample
 from controlnet.app.uploads import check_upload, guard_addresses, guard_editor
 
 CONTROLS = 3
 _MOST_PICTURES = 8
 _RANDOM = -1  # as a seed
+_LARGEST_SEED = 2**53 - 1  # browsers hold larger numbers without their last digits
+_SECONDS = 20  # that a warning stays
 _PREVIEW = 320  # pixels of a preview, at least
 OWN_PROMPT, EMPTY, DEFAULT, AUTOMATIC = "your own", "none", "default", "automatic"
 IMAGE_TO_IMAGE, INPAINTING = "image to image", "inpainting"
@@ -163,8 +166,9 @@ class GenerateTab:
         inputs = [self.files, self.selected, self.visitor]
         restored = [component for component in self._settings() if component not in self._pictures()]
         restored += [unit.note for unit in self.units]
-        listen(self.load.click, self._load_selected, inputs, restored, **quick)
-        listen(self.load_file.upload, self._load_file, self.load_file, restored, **quick)
+        hidden = {"show_progress": "hidden"}  # in the queue, as warnings do not get to the page without it
+        listen(self.load.click, self._load_selected, inputs, restored, **hidden)
+        listen(self.load_file.upload, self._load_file, self.load_file, restored, **hidden)
         listen(self.reuse.click, self._start_from, inputs, [self.start_editor, self.use, self.denoise], **quick)
 
     def connect_page(self, page: gr.Blocks, tab: gr.Tab) -> None:
@@ -195,7 +199,7 @@ class GenerateTab:
     def _lists(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """The lists of files as they are now; a choice that is still there stays."""
         bases = self.context.catalogue.bases()
-        base = data[self.base] if data[self.base] in bases else self.context.catalogue.default_base()
+        base = data[self.base] if data[self.base] in [*bases] else self.context.catalogue.default_base()
         updates = {self.base: gr.update(choices=list(bases), value=base)}
         for unit in self.units:
             networks = unit.networks(bases[base])
@@ -204,7 +208,7 @@ class GenerateTab:
         return updates
 
     def _on_base(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        path = self.context.catalogue.bases()[data[self.base]]
+        path = choose(self.context.catalogue.bases(), data[self.base], "a base model")
         side = self.context.catalogue.side(path)
         updates: dict[Any, Any] = {self.resolution: min(side, self.context.largest), self.guidance: _guidance(side)}
         for unit in self.units:
@@ -268,6 +272,7 @@ class GenerateTab:
         """Sample, and show what happens."""
         gallery = Gallery(self.context.folders.outputs, data[self.visitor] or "")
         begun = time.monotonic()
+        choose(self.context.catalogue.bases(), data[self.base], "a base model")
         yield {self.status: _status("Making the maps ...")}
         arguments, controls = self._arguments(data)
         steps, base = arguments["steps"], data[self.base]
@@ -292,12 +297,17 @@ class GenerateTab:
                     preview = _enlarged(np.concatenate(list(event.preview), axis=1))
                     yield {self.status: _status(text, (event.number, steps), warning), self.result: preview}
                 elif isinstance(event, Pictures):
-                    saved = gallery.add(event, self._notes(data, controls))
+                    result = _enlarged(np.asarray(event[0]))
+                    try:
+                        saved = gallery.add(event, self._notes(data, controls))
+                    except Exception:
+                        yield {self.result: result}  # it took long to make, and can be seen at least
+                        raise
                     seconds = time.monotonic() - begun
                     text = f"{len(saved)} picture{'s' if len(saved) > 1 else ''} in {seconds:.1f} seconds."
                     yield {
                         self.status: _status(text, None, warning),
-                        self.result: _enlarged(np.asarray(event[0])),
+                        self.result: result,
                         self.gallery: gallery.shown(self.gallery.GRADIO_CACHE),
                         self.files: [file.name for file in gallery.files()],
                     }
@@ -364,39 +374,69 @@ class GenerateTab:
     def _restored(self, settings: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[Any, Any]:
         """Updates that set the page up as a picture was made. Pictures and maps are not in the file, and stay as they are.
 
+        What the page cannot hold becomes what comes near, or stays as it is, and a warning names it.
+
         Raises:
             ValueError: the file holds something else than such settings.
         """
+        lost: dict[str, Any] = {}  # names and values in the file
         try:
-            return self._restored_sampling(settings, notes) | self._restored_controls(settings, notes)
-        except (TypeError, KeyError, AttributeError, IndexError) as error:
-            raise ValueError("the settings in this picture are damaged") from error
+            updates = self._restored_sampling(settings, notes, lost) | self._restored_controls(settings, notes, lost)
+            told = ", ".join(f"{name}: {str(value)[:80]}" for name, value in lost.items())
+        except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(DAMAGED) from error
+        if lost:
+            text = f"Not everything could be taken over as it is in the picture: {told}"
+            gr.Warning(html.escape(self.context.folders.hide_paths(text), quote=False), _SECONDS)
+        return updates
 
-    def _restored_sampling(self, settings: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[Any, Any]:
+    def _restored_sampling(
+        self, settings: Mapping[str, Any], notes: Mapping[str, Any], lost: dict[str, Any]
+    ) -> dict[Any, Any]:
         updates: dict[Any, Any] = {self.count: 1, self.add_words: False}
         for component, name in ((self.prompt, "prompt"), (self.negative, "negative_prompt")):
-            updates[component] = settings[name] if isinstance(settings.get(name), str) else ""
+            value = settings.get(name)
+            updates[component] = value if isinstance(value, str) else ""
+            if not isinstance(value, (str, type(None))):
+                lost[name] = value
         named = ((self.steps, "steps"), (self.guidance, "guidance_scale"), (self.eta, "eta"), (self.denoise, "denoise"))
         for slider, name in named:
             if settings.get(name) is not None:
                 check_numbers(**{name: settings[name]})
-                updates[slider] = _within(slider, settings[name])
+                updates[slider] = _within(slider, settings[name], name, lost)
         if settings.get("size") is not None:
-            updates[self.resolution] = _within(self.resolution, min(check_size(settings["size"])))
-        if isinstance(settings.get("seed"), int):
-            updates[self.seed] = settings["seed"]
-        if settings.get("sampler") in _samplers():
-            updates[self.sampler] = settings["sampler"]
+            height, width = check_size(settings["size"])
+            step = int(self.resolution.step)
+            side = max(step, round(min(height, width) / step) * step)  # as a picture's size is rounded
+            updates[self.resolution] = _within(self.resolution, side, "size", {})
+            if updates[self.resolution] != min(height, width):
+                lost["size"] = f"{width} x {height}"
+        seed = settings.get("seed")
+        if isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed <= _LARGEST_SEED:
+            updates[self.seed] = seed
+        elif seed is not None:
+            lost["seed"] = seed
+        listed: gr.components.Component
+        for listed, choices, name, value in (
+            (self.sampler, _samplers(), "sampler", settings.get("sampler")),
+            (self.use, [*_DENOISE], "use", notes.get("use")),
+        ):
+            if value in choices:
+                updates[listed] = value
+            elif value is not None:
+                lost[name] = value
         updates[self.prompt_setting] = OWN_PROMPT  # an automatic prompt is a text now
-        if notes.get("use") in _DENOISE:
-            updates[self.use] = notes["use"]
         return updates
 
-    def _restored_controls(self, settings: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[Any, Any]:
-        controls = notes.get("controls", [])[:CONTROLS]
+    def _restored_controls(
+        self, settings: Mapping[str, Any], notes: Mapping[str, Any], lost: dict[str, Any]
+    ) -> dict[Any, Any]:
+        controls = notes.get("controls", [])
+        if len(controls) > CONTROLS:
+            lost["number of controls"] = len(controls)
         bases = self.context.catalogue.bases()
         if notes and notes.get("base") not in bases:
-            gr.Warning("The base model of this picture is not here; the one that was chosen stays.")
+            lost["base model"] = notes.get("base")
         updates: dict[Any, Any] = {}
         if notes.get("base") in bases:
             updates[self.base] = gr.update(choices=list(bases), value=notes["base"])
@@ -404,31 +444,45 @@ class GenerateTab:
             updates[unit.on] = number < len(controls)
             if number >= len(controls):
                 continue
-            told = controls[number]
+            told, of_it = controls[number], f" of control {number + 1}"
             name, network = told["condition"], None
             if notes.get("base") in bases:
                 networks = unit.networks(bases[notes["base"]])
                 network = told["network"] if told["network"] in networks else next(iter(networks), None)
+                if told["network"] != network:
+                    lost["ControlNet" + of_it] = told["network"]
                 updates[unit.network] = gr.update(choices=networks, value=network)
             if name not in {known for _, known in conditions.choices(ready=True)}:
                 raise ValueError("this picture was made with a condition that is not known here")
-            values = {**told["parameters"], "detect_resolution": told["detect_resolution"]}
+            values: dict[str, Any] = {}
             if name != conditions.READY:
-                conditions.record(name, told["version"]).check_parameters(told["parameters"])
+                values = conditions.record(name, told["version"]).check_parameters(told["parameters"])
+                if told["version"] not in (None, *conditions.versions(name)):
+                    lost["version" + of_it] = told["version"]
+                if told["detect_resolution"] is not None:
+                    slider, side = unit.parameters.detect_resolution, operator.index(told["detect_resolution"])
+                    values["detect_resolution"] = _within(slider, side, "detect_resolution" + of_it, lost)
             updates |= {unit.condition: name, **unit.settings_for(name, network, told["version"], values)}
-            for slider in ("strength", "start", "end", "guess_mode"):
-                value = settings.get(slider)
+            for acts in ("strength", "start", "end", "guess_mode"):
+                value = settings.get(acts)
                 value = value[number] if isinstance(value, list) else value
-                if isinstance(value, bool):
+                if value is None:
+                    continue
+                if acts == "guess_mode":
+                    check_yes_or_no(guess_mode=value)
                     updates[unit.guess_mode] = value
-                elif value is not None:
-                    check_numbers(**{slider: value})
-                    updates[getattr(unit, slider)] = _within(getattr(unit, slider), value)
+                else:
+                    check_numbers(**{acts: value})
+                    updates[getattr(unit, acts)] = _within(getattr(unit, acts), value, acts + of_it, lost)
         return updates
 
 
-def _within(slider: gr.Slider, value: float) -> float:
-    return min(max(value, slider.minimum), slider.maximum)
+def _within(slider: gr.Slider, value: float, name: str, lost: dict[str, Any]) -> float:
+    """A file's value, or what comes nearest within a slider's range; then it is noted in `lost`."""
+    held = min(max(value, slider.minimum), slider.maximum)
+    if held != value:
+        lost[name] = value
+    return held
 
 
 def _samplers() -> list[str]:

@@ -36,14 +36,13 @@ class Catalogue:
 
     def report(self, path: Path) -> Report | None:
         """What a file is; None if it cannot be read."""
-        try:
-            state = path.stat()
-            key = (path, state.st_mtime_ns, state.st_size)
-            if key not in self._reports:
+        key = (path, *_state(path))
+        if key not in self._reports:
+            try:
                 self._reports[key] = identify(path)
-        except (CheckpointError, OSError) as error:
-            logger.warning("%s is left out of the lists: %s", path, error)
-            return None
+            except (CheckpointError, OSError) as error:
+                logger.warning("%s is left out of the lists: %s", path, error)
+                self._reports[key] = None
         return self._reports[key]
 
     def bases(self) -> dict[str, Path]:
@@ -85,6 +84,15 @@ class Catalogue:
             report = self.report(path)
             if report is not None and report.config is not None:
                 yield name, path, report
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """When a file, or anything in a folder, was changed last, its rights included, and its bytes; zeros if it is gone."""
+    try:
+        states = [file.stat() for file in ([path, *path.rglob("*")] if path.is_dir() else [path])]
+    except OSError:
+        return 0, 0
+    return max(max(s.st_mtime_ns, s.st_ctime_ns) for s in states), sum(s.st_size for s in states)
 
 
 def _has_control(report: Report) -> bool:

@@ -1,6 +1,7 @@
 """The Models tab: what a weights file is, loading one, giving a base a ControlNet, and converting."""
 
 import html
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,7 +125,7 @@ class ModelsTab:
         """
         folder = self.context.folders.models[0]
         target = folder / new_name(text, "the new file", suffixes)
-        if target.exists():
+        if os.path.lexists(target):  # also a link that leads nowhere: it would be written through
             raise ValueError(f"{target.name} exists already; choose another name")
         folder.mkdir(parents=True, exist_ok=True)
         return target

@@ -15,7 +15,7 @@ from torch import nn
 from annotator.__main__ import main
 from annotator.canny import CannyDetector
 from annotator.network import LazyNetwork, NetworkDetector, to_tensor
-from annotator.pictures import read_image, save_png, to_uint8
+from annotator.pictures import as_array, read_image, save_png, to_uint8
 from annotator.registry import CONDITIONS, REGISTRY
 from annotator.shuffle import ContentShuffleDetector
 from tests.annotator.cases import case_state_dict, open_cases
@@ -94,6 +94,23 @@ def test_files_that_something_else_made_are_not_overwritten(photos, tmp_path, ca
     assert np.array_equal(maps(target)["a.png"], PHOTOS[1])
 
 
+def test_a_folder_of_something_else_is_not_written_into(photos, tmp_path, capsys):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "will.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("letters")
+    for target in ("letters", "link"):
+        assert main(["canny", str(photos), str(tmp_path / target)]) == 2
+        told = f"{tmp_path / target} already holds will.txt, made by something else; choose another name for the folder"
+        assert capsys.readouterr().err == f"python -m annotator: {told}\n"
+    assert [path.name for path in (tmp_path / "letters").iterdir()] == ["will.txt"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".gitkeep").touch()
+    for _ in range(2):  # the second time it is the command's own folder, whatever else was put there
+        assert main(["canny", str(photos), str(tmp_path / "empty"), "--workers", "1"]) == 0
+        (tmp_path / "empty" / "more.txt").touch()
+    assert "0 written" in capsys.readouterr().out
+
+
 def test_broken_pictures_are_reported_and_the_rest_is_done(photos, tmp_path, capsys):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff nonsense")
     Image.fromarray(PHOTOS[0]).save(photos / "cut.jpg")
@@ -138,6 +155,8 @@ def test_one_picture_at_the_size_of_the_apps(photos, tmp_path, capsys):
         (["canny", "IN", "IN"], "same folder"),
         (["canny", "IN/sub/deep", "IN/a.png"], "is a file"),
         (["canny", "IN/a.png", "OUT.jpg"], ".png"),
+        (["canny", "IN", ""], "OUT: it is empty; give a file or a folder"),
+        (["canny", "", "OUT"], "IN: it is empty"),
         (["canny", "IN/none", "OUT"], "none"),
         (["hed", "IN", "OUT", "--weights", "IN"], "ControlNetHED.pth"),
         (["canny", "IN", "OUT", "--device", "gpu"], "--device"),
@@ -335,6 +354,14 @@ def test_pictures_of_all_kinds_are_read(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     assert np.array_equal(read_image(tmp_path / "grey.png"), grey)
     assert np.array_equal(read_image(tmp_path / "deep.png"), grey)
+    wide = Image.fromarray(grey.astype(np.int32))  # mode I: its 32 bits may hold 8 or 16
+    assert wide.mode == "I" and np.array_equal(as_array(wide), grey)
+    assert np.array_equal(as_array(Image.fromarray(grey.astype(np.int32) * 257)), grey)
+    dark = Image.fromarray(np.full((2, 2), 255, np.uint16))
+    assert dark.mode == "I;16" and as_array(dark).max() == 0
+    for wrong in (-1, 2**16):
+        with pytest.raises(ValueError, match=f"it holds numbers from .*{wrong}"):
+            as_array(Image.fromarray(np.full((2, 2), wrong, np.int32)))
     palette = Image.fromarray(PHOTOS[0][:20, :30]).convert("P")
     palette.save(tmp_path / "palette.png")
     assert read_image(tmp_path / "palette.png").shape == (20, 30, 3)

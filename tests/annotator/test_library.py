@@ -7,7 +7,7 @@ import pytest
 
 from annotator.depth_anything import DepthAnythingDetector
 from annotator.library import find_model
-from annotator.weights import Hub, WeightsError
+from annotator.weights import CKPTS, Hub, WeightsError
 from tests.annotator import tiny_models
 
 MODEL = "owner/some-model"
@@ -53,6 +53,19 @@ def test_the_hubs_cache_serves_without_a_network(tmp_path, monkeypatch):
         find_model(Hub(MODEL, cache_dir=str(tmp_path)), "owner/other")
     with pytest.raises(WeightsError, match="owner/missing"):
         find_model(Hub("owner/missing", cache_dir=str(tmp_path)), MODEL)
+
+
+def test_where_a_models_folder_belongs_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("ANNOTATOR_CKPTS", str(tmp_path))
+    with pytest.raises(WeightsError) as raised:
+        find_model(None, "owner/missing")
+    told = str(raised.value)
+    assert told.startswith(
+        f"cannot get the model owner/missing: not in {CKPTS / 'missing'}, {tmp_path / 'missing'}; fetching"
+    )
+    assert f"put its folder at {tmp_path / 'missing'}, or name" in told
+    assert "the environment variable ANNOTATOR_CKPTS, or it as weights (--weights)" in told
 
 
 def test_the_missing_library_is_named_before_anything_is_fetched(monkeypatch):

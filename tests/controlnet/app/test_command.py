@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from cldm.results import read_png_text
-from controlnet.app import main
+from controlnet.app import command, main
 from controlnet.app.command import build_parser
 from tests.controlnet.app.conftest import site_in
 from tests.controlnet.app.test_http import call, filled, listener
@@ -24,11 +24,22 @@ from tests.controlnet.app.test_http import call, filled, listener
         (["--runs", "{file}"], "--runs: .* is a file"),
         (["--prot", "3"], "unrecognized arguments: --prot 3"),
         (["--device", "warp"], "no device warp"),
+        (["--password", ""], "--password is empty; give a password"),
+        (["--runs", "{file}-link"], "--runs: .* is a file or a broken link"),
+        (["--outputs", "{file}/below"], "--outputs: cannot write into .*/file/below: Not a directory"),
+        (["--outputs", "/proc/outputs"], "--outputs: cannot write into /proc/outputs: No such file"),
+        (["--host", "no.such.host.invalid"], "--host: no.such.host.invalid is no address of this machine"),
+        (["--host", "192.0.2.1"], "--host: 192.0.2.1 is no address of this machine"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "DO_NOT_TRACK"):
+        monkeypatch.setenv(name, "")  # which the command sets
     (tmp_path / "file").touch()
+    (tmp_path / "file-link").symlink_to("file-link")
     try:
         status = main([argument.format(file=tmp_path / "file") for argument in arguments])
     except SystemExit as end:  # of the parser
@@ -36,6 +47,15 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capfd, monkeypatch)
     assert status == 2
     told = capfd.readouterr().err
     assert re.search(message, told) and told.startswith("controlnet app: ") and told.count("\n") == 1
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_an_empty_variable_is_no_password(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(command.PASSWORD_VARIABLE, "")
+    assert main(["--host", "0.0.0.0"]) == 2
+    assert "the variable CONTROLNET_PASSWORD is empty; give a password" in capfd.readouterr().err
+    assert command._password(build_parser().parse_args(["--password", "x"])) == "x"
 
 
 def test_a_port_that_is_taken(tmp_path, capfd, monkeypatch):
@@ -46,7 +66,8 @@ def test_a_port_that_is_taken(tmp_path, capfd, monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert main(["--port", str(taken.getsockname()[1]), "--device", "cpu"]) == 2
-    assert "cannot listen on 127.0.0.1" in capfd.readouterr().err
+        told = f"cannot listen on 127.0.0.1: port {taken.getsockname()[1]} is in use, or not allowed; choose another --port"
+    assert told in capfd.readouterr().err
 
 
 def test_a_password_is_asked_for_and_low_memory_makes_pictures(folder):

@@ -52,6 +52,21 @@ def test_a_map_that_goes_through_an_editor_is_the_same_hint(name):
     assert np.array_equal(chosen.hint_of(shown, 64), made.hint)
 
 
+def test_a_thin_picture_is_refused_before_it_becomes_a_large_one(monkeypatch):
+    thin, detectors = np.zeros((180, 2, 3), np.uint8), Detectors("cpu")
+    monkeypatch.setattr(detectors, "get", lambda info: pytest.fail("it was detected"))
+    message = "picture of 2 x 180 pixels would become one of 92,160 x 1,024: too large, 33,554,432 pixels are allowed"
+    for refused in (
+        lambda: detectors.make_hint(Chosen("canny"), thin, 1024),
+        lambda: detectors.make_hint(Chosen("hed", "1.0", 1024), thin, 64),
+        lambda: Chosen(READY).hint_of(thin, 1024),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    monkeypatch.undo()
+    assert detectors.make_hint(Chosen("canny"), thin, 64).hint.shape == (5760, 64, 3)
+
+
 def test_a_drawing_becomes_a_hint_of_the_size_of_the_result():
     drawing = np.zeros((512, 1024, 3), np.uint8)
     drawing[:256] = 255

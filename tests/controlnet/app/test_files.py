@@ -27,6 +27,16 @@ def test_listings(folders):
     assert list(folders.pairs()) == ["data/pairs"] and list(folders.picture_folders()) == ["data/photos"]
 
 
+def test_links_that_lead_nowhere_or_to_themselves_are_left_out(folders, tmp_path):
+    before = folders.weights()
+    (tmp_path / "models" / "loop.safetensors").symlink_to("loop.safetensors")
+    (tmp_path / "models" / "gone.safetensors").symlink_to("nowhere.safetensors")
+    (tmp_path / "runs" / "one" / "exports" / "loop.safetensors").symlink_to("loop.safetensors")
+    (tmp_path / "outputs").symlink_to("outputs")
+    assert folders.weights() == before
+    assert folders.hide_paths(f"{tmp_path}/models/a.pth: broken") == "models/a.pth: broken"
+
+
 def test_folders_that_are_not_there_are_empty(tmp_path):
     folders = Folders((tmp_path / "a",), (tmp_path / "b",), tmp_path / "c", tmp_path / "d")
     assert list(folders.weights()) == [TINY] and folders.pairs() == folders.picture_folders() == {}

@@ -27,10 +27,21 @@ def test_each_visitor_has_a_folder_of_his_own(tmp_path):
     assert settings["prompt"] == "x" and notes == {"base": "b"}
 
 
-@pytest.mark.parametrize("key", ["../x", "", "a" * 31, "A" * 32, "a" * 32 + "/..", None, 3, {"a": 1}])
+@pytest.mark.parametrize(
+    "text", ['{"settings": {"prompt": "\\ud800"}}', '{"settings": {"steps": ' + "[" * 100_000 + "]" * 100_000 + "}}"]
+)
+def test_settings_that_no_page_can_show_are_damaged(tmp_path, text):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, text)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(ValueError, match="the settings in this picture are damaged"):
+        read_notes(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("key", ["../x", "", "a" * 31, "A" * 32, "a" * 32 + "/..", None, 3, {"a": 1}, ["a"]])
 def test_keys_that_are_none(tmp_path, key):
     assert visitor_key(key) != key
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises(ValueError, match="this browser's key is not known"):
         Gallery(tmp_path, key).files()
 
 
@@ -70,6 +81,8 @@ def test_errors_are_sentences_without_markup_paths_or_stacks(caplog):
         assert text in str(raised.value.message) and raised.value.__cause__ is None
     assert "KeyError" in caplog.text  # what is no mistake of a visitor is in the log
     assert complaint(ValueError("a b")) == "A b"
+    assert complaint(ValueError("control.pth: is broken")) == "control.pth: is broken"
+    assert complaint(OSError(errno.EACCES, "Permission denied", "/x/y")) == "Permission denied: /x/y"
 
     def some():
         yield 1

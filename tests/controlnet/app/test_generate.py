@@ -1,5 +1,7 @@
 """The Generate tab without a browser: each condition that needs no weights from a picture to a picture, and what is refused."""
 
+import errno
+import re
 from types import SimpleNamespace
 
 import gradio as gr
@@ -10,7 +12,7 @@ from PIL import Image
 import annotator
 from cldm import inputs
 from cldm.prompts import DEFAULT_PROMPT, NEGATIVE_PROMPT
-from cldm.results import read_png_text
+from cldm.results import Pictures, read_png_text
 from controlnet.app import conditions
 from controlnet.app.conditions import READY
 from controlnet.app.files import TINY
@@ -238,6 +240,9 @@ def test_pictures_of_a_shape_that_is_not_square_and_several_at_once(tab, data, p
         ({"base": "/etc/passwd"}, "choose a base model from the list"),
         ({"units.0.condition": "nonsense"}, "no annotator 'nonsense'"),
         ({"visitor": "../x"}, "this browser's key is not known"),
+        ({"visitor": ["x"]}, "this browser's key is not known"),
+        ({"base": None}, "choose a base model from the list"),
+        ({"base": [STEERED]}, "choose a base model from the list"),
     ],
 )
 def test_what_cannot_work_is_a_message(tab, data, photo, changes, message):
@@ -302,11 +307,84 @@ def test_settings_that_somebody_made_up_are_refused(tab, settings, notes):
 
 
 def test_numbers_out_of_the_sliders_ranges_are_brought_into_them(tab):
-    updates = tab._restored(
-        {"steps": 900, "guidance_scale": 99, "prompt": ["several"], "seed": 1.5, "sampler": "none"}, {}
+    settings = {"steps": 900, "guidance_scale": 99, "prompt": ["several"], "seed": 1.5, "sampler": "none"}
+    with pytest.warns(UserWarning) as warned:
+        updates = tab._restored(settings, {})
+    (text,) = (str(warning.message) for warning in warned)
+    assert text == (
+        "Not everything could be taken over as it is in the picture: "
+        "prompt: ['several'], steps: 900, guidance_scale: 99, seed: 1.5, sampler: none"
     )
     assert updates[tab.steps] == 150 and updates[tab.guidance] == 30 and updates[tab.prompt] == ""
     assert tab.seed not in updates and tab.sampler not in updates
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"seed": 2**53}, "seed: 9007199254740992"),
+        ({"seed": -1}, "seed: -1"),
+        ({"seed": True}, "seed: True"),
+        ({"guidance_scale": 0.5}, "guidance_scale: 0.5"),
+        ({"size": [200, 264]}, "size: 264 x 200"),
+        ({"size": [32, 64]}, "size: 64 x 32"),
+        ({"seed": "<b>" * 99}, "seed: " + "&lt;b&gt;" * 26 + "&lt;b"),
+    ],
+)
+def test_what_the_page_cannot_hold_is_named(tab, settings, told):
+    with pytest.warns(UserWarning, match=f"{re.escape('as it is in the picture: ' + told)}$"):
+        updates = tab._restored(settings, {})
+    assert tab.seed not in updates
+    assert updates.get(tab.guidance, 1) == 1 and updates.get(tab.resolution, 64) in (64, 192)
+
+
+def test_what_the_page_can_hold_is_taken_over_without_a_word(tab, recwarn):
+    settings = {
+        "seed": 2**53 - 1,
+        "steps": 150,
+        "guidance_scale": 7.3,
+        "size": [192, 256],
+        "strength": 0.5,
+        "guess_mode": True,
+    }
+    control = told("canny") | {"network": OWN, "version": "1.0", "detect_resolution": None}
+    updates = tab._restored(settings, {"base": STEERED, "controls": [control]})
+    assert (updates[tab.seed], updates[tab.steps], updates[tab.guidance]) == (2**53 - 1, 150, 7.3)
+    assert updates[tab.resolution] == 192 and updates[tab.units[0].guess_mode] is True
+    assert not [warning for warning in recwarn if "taken over" in str(warning.message)]
+
+
+def test_controls_that_cannot_be_taken_over_are_named(tab):
+    controls = [told("canny") | {"version": "1.0"}] * 4
+    with pytest.warns(UserWarning) as warned:
+        updates = tab._restored({"strength": 5}, {"base": STEERED, "controls": controls})
+    (text,) = (str(warning.message) for warning in warned)
+    assert "number of controls: 4, ControlNet of control 1: 5, detect_resolution of control 1: 1" in text
+    assert "strength of control 3: 5" in text and updates[tab.units[2].strength] == 2
+    assert updates[tab.units[0].parameters.detect_resolution]["value"] == 64
+    with pytest.warns(UserWarning, match="base model: gone$"):
+        tab._restored({}, {"base": "gone"})
+
+
+def test_a_nested_value_that_is_too_deep_is_damage(tab):
+    deep = []
+    for _ in range(50_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="the settings in this picture are damaged"):
+        tab._restored({"seed": deep}, {})
+
+
+def test_a_picture_that_cannot_be_saved_is_shown(tab, data, photo, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.EACCES, "Permission denied", "/outputs/x.png")
+
+    monkeypatch.setattr(Pictures, "save", full)
+    states = tab._generate(data | {tab.units[0].picture: photo, tab.steps: 1}, SESSION)
+    seen = []
+    with pytest.raises(OSError, match="Permission denied"):
+        for state in states:
+            seen.append(state)
+    assert list(seen[-1]) == [tab.result] and min(seen[-1][tab.result].shape[:2]) == 320
 
 
 def test_conditions_listed_on_the_page():

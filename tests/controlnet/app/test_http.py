@@ -5,7 +5,9 @@ import uuid
 
 import httpx
 import pytest
+from PIL import Image, PngImagePlugin
 
+from cldm.results import PNG_KEY
 from tests.controlnet.app.conftest import SECRET
 
 
@@ -132,6 +134,24 @@ def test_numbers_out_of_range_are_refused(client, config):
         told = call(client, generate["id"], data)
         assert '"success": false' in told or '"success":false' in told
         assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"settings": {"steps": 500}}', "as it is in the picture: steps: 500"),
+        ('{"settings": {"prompt": "\\ud800"}}', "The settings in this picture are damaged"),
+    ],
+)
+def test_settings_of_a_file_that_the_page_cannot_hold_are_said_on_it(client, config, tmp_path, text, message):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, text)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    (path,) = client.post("/gradio_api/upload", files={"files": ("a.png", (tmp_path / "a.png").read_bytes())}).json()
+    (button,) = (one["id"] for one in config["components"] if one["props"].get("elem_id") == "load-file")
+    load = next(one for one in config["dependencies"] if [button, "upload"] in [list(t) for t in one["targets"]])
+    told = call(client, load["id"], [{"path": path, "meta": {"_type": "gradio.FileData"}}])
+    assert message in told and "process_completed" in told
 
 
 def test_a_made_up_visitor_has_no_gallery(client, config):

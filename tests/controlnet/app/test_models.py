@@ -1,5 +1,6 @@
 """Which models can be chosen, which are in memory, and who uses them."""
 
+import shutil
 import threading
 from contextlib import contextmanager
 
@@ -36,6 +37,25 @@ def test_lists(models, folder):
     finally:
         broken.unlink()
         other.unlink()
+
+
+def test_a_file_that_cannot_be_read_is_named_once_until_it_changes(models, folder, caplog):
+    broken = folder / "models" / "broken.safetensors"
+    broken.write_bytes(b"broken")
+    pipeline = folder / "models" / "pipeline"
+    (pipeline / "unet").mkdir(parents=True)
+    (pipeline / "model_index.json").write_text("{")
+    try:
+        for _ in range(3):
+            assert list(models.catalogue.bases()) == [TINY, STEERED]
+        assert caplog.text.count("broken.safetensors is left out") == caplog.text.count("pipeline is left out") == 1
+        broken.write_bytes((folder / "models" / "steered.safetensors").read_bytes())
+        (pipeline / "unet" / "config.json").write_text("{")
+        assert "models/broken.safetensors" in models.catalogue.bases()
+        assert caplog.text.count("pipeline is left out") == 2  # it is being copied: what lies deeper counts, too
+    finally:
+        broken.unlink()
+        shutil.rmtree(pipeline)
 
 
 def test_one_model_is_in_memory_and_the_one_used_longest_ago_goes(models):

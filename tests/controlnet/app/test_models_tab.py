@@ -31,7 +31,17 @@ def test_load_it_loads_what_generate_then_uses(tab, monkeypatch):
     assert f"**{TINY}** is loaded" in tab._load(TINY)
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "models", None, ""])
+def test_a_link_that_leads_nowhere_is_not_written_through(tab, folder):
+    link = folder / "models" / "link.safetensors"
+    link.symlink_to(folder / "elsewhere.safetensors")
+    try:
+        with pytest.raises(ValueError, match=r"link.safetensors exists already; choose another name"):
+            tab._target(link.name)
+    finally:
+        link.unlink()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "models", None, "", ["models"]])
 def test_what_is_no_model_is_not_loaded(tab, name):
     with pytest.raises(ValueError, match="choose a base model"):
         tab._load(name)
