@@ -16,6 +16,7 @@ same command is given again, and ends with the same weights as one that was not.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def train(s: Settings) -> None:
         held_out = HeldOut(data, sampling, s.precision, weights, s.condition)
         if s.pictures_before and run.step == 0 and is_first:
             before, scores = held_out.sample(model.to(device), "before training")
-            run.note_before(before, scores)
+            run.note_before(before, scores, held_out.told())
         if s.cache:
             use_cache(data, model.to(device), s)
 
@@ -158,7 +159,8 @@ def open_data(s: Settings, run: RunFolder) -> TrainingData:
             "shards are streamed: none of their samples are held out, the pictures show samples that are trained on"
         )
         return TrainingData.from_shards(shards)
-    pairs = check_once(MyDataset(s.data, leave_out=s.broken == "leave_out"), s.broken, run.path / "data.json")
+    dataset = MyDataset(s.data, leave_out=s.broken == "leave_out")
+    pairs = check_once(dataset, s.broken, run.path / "data.json", s.held_out, begun=run.checkpoint is not None)
     data = TrainingData(pairs, hold_out(len(pairs), s.held_out))
     few = "" if data.held_out else "; with so few the pictures show pairs that are trained on"
     logging.info("%d pairs to train on, %d held out%s", data.trained, data.held_out, few)
@@ -196,7 +198,7 @@ def frozen_precision(s: Settings) -> str:
 
 def use_cache(data: TrainingData, model: ControlLDM, s: Settings) -> None:
     """Train from what the encoders make of pictures and prompts, kept beside the data, and without the encoders in memory."""
-    folder = Path(s.data)
+    folder = Path(os.path.abspath(s.data))  # "." has no name
     cache = make_cache(model, data.pairs, folder.with_name(folder.name + ".cache"), s.precision)
     data.pairs = CachedPairs(data.pairs, cache)
     if s.empty_prompts:
@@ -222,10 +224,10 @@ def finish(
     assert run.checkpoint is not None  # the last step is saved
     load_trained(model, run.checkpoint, identity)
     with model.ema_scope():
+        write_trained(run.result, model, weights)  # first: whatever happens to the pictures, it is there
         after, scores = held_out.sample(model, f"after {run.step} steps")
-        before, scores_before = run.noted_before()
+        before, scores_before = run.noted_before(held_out.told())
         held_out.save(run.path / "result.png", [after] if before is None else [before, after])
-        write_trained(run.result, model, weights)
     run.finish({"steps": run.step, "before": scores_before, "after": scores})
 
 

@@ -1,9 +1,10 @@
 """Configurations: finding the packaged YAML files, reading them, and `key=value` overrides of a script's settings."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -63,6 +64,8 @@ def load_config(path: str | Path) -> DictConfig:
     found = resolve(path, ".yaml")
     try:
         config = OmegaConf.load(found)
+        if isinstance(config, DictConfig):
+            OmegaConf.resolve(config)  # a reference to nothing is found here, and not when it is read
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{found} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
@@ -83,22 +86,33 @@ def model_section(config: Mapping[str, Any], source: str | Path = "the configura
 def override(settings: S, arguments: Sequence[str]) -> S:
     """A dataclass of settings with `key=value` arguments applied, each checked against the field's type.
 
+    A text is taken as it stands; other values are read as YAML reads them.
+
     Raises:
         ConfigError: an argument that is not `key=value`, an unknown key (the known ones are listed), or a value of another type.
     """
     if not is_dataclass(settings):
         raise TypeError("settings must be a dataclass instance")
     known = [f.name for f in fields(settings)]
+    types = get_type_hints(type(settings))
     arguments = _joined(arguments)
+    texts: dict[str, Any] = {}
+    others = []
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument!r} is not of the form key=value; the keys are {', '.join(known)}")
         if key not in known:
-            raise ConfigError(f"unknown setting {key!r}; the settings are {', '.join(known)}")
+            nearest = get_close_matches(key, known, 1)
+            meant = f"; did you mean {nearest[0]}? The settings are " if nearest else "; the settings are "
+            raise ConfigError(f"unknown setting {key!r}{meant}{', '.join(known)}")
+        if types[key] is str:  # YAML would make a number of 007, and cut "a #2" short
+            texts[key] = value
+        else:
+            others.append(argument)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(settings), OmegaConf.from_dotlist(list(arguments)))
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+        merged = OmegaConf.merge(OmegaConf.structured(settings), OmegaConf.from_dotlist(others))
+        return replace(OmegaConf.to_object(merged), **texts)  # type: ignore[type-var, return-value]
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{' '.join(arguments)}: {str(error).splitlines()[0]}") from error
 

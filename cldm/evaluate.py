@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cldm.arguments import check_numbers, list_seeds
 from cldm.checkpoint import identify
 from cldm.checkpoint.names import CONTROL_PREFIX
 from cldm.checkpoint.recognising import SCHEDULE_KEYS
@@ -47,7 +48,12 @@ def evaluate(a: argparse.Namespace) -> dict[str, Any]:
     for name in ("pairs", "batch_size"):
         if getattr(a, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(a, name)}")
-    hints, targets, prompts, numbers, pairs = held_out(a.folder, a.pairs)
+    try:
+        check_numbers(guidance_scale=a.guidance_scale)
+        hints, targets, prompts, numbers, pairs = held_out(a.folder, a.pairs)
+        list_seeds([a.seed, a.seed + len(hints) - 1], 2)  # of the first and the last picture
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     device = device_option(a.device)
     score = make_score(a, hints, targets, pairs)
     model = load_model(a.checkpoint, a.base, a.config).to(device).eval()

@@ -10,6 +10,7 @@ Shapes: N pictures, H W pixels.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import cv2
@@ -212,6 +213,14 @@ COMPARISONS: Mapping[str, Comparison] = {
 DETECTED = (*COMPARISONS, "openpose")
 
 
+def check_condition(condition: str) -> None:
+    """Raise ConfigError if there is no score for the condition."""
+    if condition not in DETECTED:
+        nearest = get_close_matches(condition, DETECTED, 1)
+        meant = f"did you mean {nearest[0]}? There are" if nearest else "there are"
+        raise ConfigError(f"there is no score for the condition {condition!r}; {meant}: {', '.join(DETECTED)}")
+
+
 class Fidelity:
     """A score: a condition's detector is run on pictures, and what it finds is compared with the hints.
 
@@ -242,8 +251,7 @@ class Fidelity:
     ) -> None:
         from annotator import describe, load
 
-        if condition not in DETECTED:
-            raise ConfigError(f"there is no score for the condition {condition!r}; there are: {', '.join(DETECTED)}")
+        check_condition(condition)
         posed = targets if condition == "openpose" else ()  # what poses are looked for in
         if posed is None:
             raise ValueError("poses are compared with those in the target pictures, which are missing")

@@ -185,9 +185,10 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
 def _prompt_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """One job for each line of a file of prompts."""
     try:
-        lines = args.source.read_text(encoding="utf-8-sig").splitlines()
+        text = args.source.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{args.source} is not a text in UTF-8: {error}") from error
+    lines = text.removesuffix("\n").split("\n")  # at nothing else that may stand in a prompt, such as U+2028
     digits = len(str(len(lines)))
     count = 0
     for number, line in enumerate(lines, 1):

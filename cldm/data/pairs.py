@@ -233,7 +233,13 @@ class PairDataset(Dataset):
             status = path.stat()
         except OSError as error:
             raise DataError(f"{path} is missing") from error
-        return f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}"
+        # A listing may name a whole path in a folder that was named by a relative one.
+        name = (
+            path.relative_to(self.root)
+            if path.is_relative_to(self.root)
+            else path.resolve().relative_to(self.root.resolve())
+        )
+        return f"{name} {status.st_size} {status.st_mtime_ns}"
 
     def _changes_items(self) -> bool:
         return type(self).__getitem__ is not PairDataset.__getitem__

@@ -12,8 +12,10 @@ import itertools
 import json
 import logging
 import random
+import re
+import tarfile
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 HINTS = ("source", "hint", "control", "conditioning")
 TARGETS = ("target", "jpg", "jpeg", "png", "webp", "image")
 TEXT_KEYS = ("prompt", "text", "caption")  # in `KEY.json`
+_META = r"__[^/]*__($|/)"  # files about an archive itself
 _AHEAD = 50  # batches that are looked through for a replacement of a broken sample
 
 Sample = dict[str, Any]
@@ -202,17 +205,56 @@ class ShardStream(IterableDataset):
         return stage(samples) if self.shuffle > 1 else samples
 
 
-def read_samples(shards: Sequence[str]) -> Iterator[Sample]:
-    """Undecoded samples of shards, one after the other; hidden files are passed over, and what cannot be read of a shard, warned of."""
+def _log(shard: str, message: str) -> None:
+    logger.warning("%s: %s", shard, message)
 
-    def warn(error: Exception) -> bool:
-        logger.warning("a shard cannot be read to its end: %s", " ".join(map(str, error.args)) or type(error).__name__)
+
+def read_samples(shards: Sequence[str], complain: Callable[[str, str], None] = _log) -> Iterator[Sample]:
+    """Undecoded samples of shards, one after the other; hidden files are passed over.
+
+    Args:
+        complain: told the shard and what is wrong with it where it cannot be read to its end; the other shards are read on.
+    """
+    _webdataset()
+    from webdataset.tariterators import group_by_keys
+
+    reading = ""
+
+    def files() -> Iterator[dict[str, Any]]:
+        nonlocal reading
+        for reading in shards:
+            try:
+                yield from _files_of(reading)
+            except Exception as error:  # of a command, a server, a decompression: other shards may be sound
+                complain(reading, f"the shard cannot be read to its end: {error or type(error).__name__}")
+            yield {}  # the end of a shard, at which its last sample ends
+
+    def doubled(error: Exception) -> bool:
+        complain(reading, str(error.args[0]) if error.args else type(error).__name__)
         return True
 
-    def visible(name: str) -> bool:
-        return not any(part.startswith(".") for part in name.split("/") if part != ".")
+    return iter(group_by_keys(files(), handler=doubled))
 
-    return iter(_webdataset().tarfile_samples(({"url": url} for url in shards), handler=warn, select_files=visible))
+
+def _files_of(shard: str) -> Iterator[dict[str, Any]]:
+    """The files of a shard, as `webdataset` groups them to samples.
+
+    Raises:
+        DataError: the archive breaks off between two files, which `tarfile` alone would take for its end.
+        Exception: of `webdataset`, `tarfile` or a decompression, where it breaks off elsewhere.
+    """
+    with tarfile.open(fileobj=_webdataset().gopen(shard), mode="r|*") as opened:
+        archive: Any = opened
+        for member in archive:
+            archive.members = []  # it would keep a note of every file
+            hidden = any(part.startswith(".") for part in member.name.split("/") if part != ".")
+            if not member.isreg() or hidden or re.match(_META, member.name):
+                continue
+            file = archive.extractfile(member)
+            if file is not None:
+                yield {"fname": member.name, "data": file.read(), "__url__": shard}
+        if archive.fileobj.tell() <= archive.offset:  # behind the last file a block of zeros is read
+            raise DataError("the mark of its end is missing, and perhaps files before it")
 
 
 def name_of(sample: Sample) -> str:
@@ -274,7 +316,7 @@ def _prompt(sample: Sample) -> str:
 
 
 def check_shards(shards: Sequence[str], workers: int | None = None, progress: bool = True) -> tuple[int, list[Problem]]:
-    """Decode every sample once; returns their number and what is wrong, by place in the stream."""
+    """Decode every sample once; returns their number and what is wrong, by place in the stream, or of a shard as a whole."""
 
     def check(numbered: tuple[int, Sample]) -> Problem | None:
         number, sample = numbered
@@ -285,15 +327,22 @@ def check_shards(shards: Sequence[str], workers: int | None = None, progress: bo
         return None
 
     count, problems = 0, []
-    numbered = enumerate(read_samples(shards))
+    empty = set(shards)
+
+    def complain(shard: str, message: str) -> None:
+        empty.discard(shard)
+        problems.append(Problem(-1, shard, message))
+
+    numbered = enumerate(read_samples(shards, complain))
     with (
         tqdm(desc="checking shards", unit="sample", disable=None if progress else True) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
         while portion := list(itertools.islice(numbered, 64)):  # what is held in memory
+            empty -= {sample["__url__"] for _, sample in portion}
             for found in pool.map(check, portion):
                 bar.update()
                 count += 1
                 if found is not None:
                     problems.append(found)
-    return count, problems
+    return count, problems + [Problem(-1, shard, "there is no sample in it") for shard in shards if shard in empty]

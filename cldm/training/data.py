@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,24 +127,34 @@ def hold_out(count: int, wanted: int | None) -> int:
     return wanted
 
 
-def check_once(dataset: SizedItems, broken: str, note: Path) -> SizedItems:
-    """The data set without what is broken; what was found is noted, so that a run that goes on need not look again.
+def check_once(
+    dataset: SizedItems, broken: str, note: Path, held_out: int | None = None, begun: bool = False
+) -> SizedItems:
+    """The data set without what is broken; what was found is noted, so that a run that goes on need not look at all again.
 
     Args:
         broken: "stop" at broken pairs, or "leave_out".
         note: the file to note it in. Of several processes one looks, while the others wait.
+        held_out: how many pairs are to be held out; see `hold_out`.
+        begun: the run has trained on what was noted: warn if these are other pairs.
 
     Raises:
         DataError: pairs are broken, and `broken` is "stop".
     """
-    names = [name_of(dataset, i) for i in range(len(dataset))]
+    names = [os.path.normpath(name_of(dataset, i)) for i in range(len(dataset))]
     with locked(note):
-        try:
-            known = json.loads(note.read_text(encoding="utf-8"))
-            if known["names"] == names:
-                return dataset if not known["left_out"] else _without(dataset, set(known["left_out"]))
-        except (OSError, ValueError, KeyError, TypeError):  # not noted yet
-            pass
+        before, left_out = _noted(note)
+        if before == names:
+            known = _without(dataset, set(left_out)) if left_out else dataset
+            if _is_sound(known, held_out):
+                return known
+        elif before is not None and begun:
+            added, removed = len(set(names) - set(before)), len(set(before) - set(names))
+            what = f"{added} added, {removed} removed" if added or removed else "in another order"
+            logger.warning(
+                "the pairs are not those that this run has trained on until now (%s); which are held out may have changed",
+                what,
+            )
         usable = checked(dataset, broken)
         kept = set(range(len(dataset)))
         if usable is not dataset and isinstance(usable, Selected):
@@ -151,6 +162,29 @@ def check_once(dataset: SizedItems, broken: str, note: Path) -> SizedItems:
         left_out = [i for i in range(len(dataset)) if i not in kept]
         write_whole(note, json.dumps({"names": names, "left_out": left_out}).encode())
         return usable
+
+
+def _noted(note: Path) -> tuple[list[str] | None, list[int]]:
+    """Names of the pairs when they were checked, and which were left out; (None, []) if that is not noted."""
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        return list(map(os.path.normpath, known["names"])), list(known["left_out"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, []
+
+
+def _is_sound(dataset: SizedItems, held_out: int | None) -> bool:
+    """Whether pairs that were sound once still seem so: all by their headers, those to look at by all of their pictures.
+
+    What else has broken is replaced while training.
+    """
+    try:
+        shown = TrainingData(dataset, hold_out(len(dataset), held_out)).shown()
+        for index in range(min(len(shown), HELD_OUT)):
+            shown[index]
+    except (DataError, OSError):
+        return False
+    return True
 
 
 def _without(dataset: Items, left_out: set[int]) -> Selected:

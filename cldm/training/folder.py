@@ -2,6 +2,8 @@
 
 import io
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,18 @@ from cldm.files import locked, sha256_of, write_whole
 from cldm.settings import noted_settings, write_settings
 from cldm.training.checkpoints import checkpoints_in, newest_checkpoint
 from cldm.training.settings import Settings, changes
+from ldm.files.locating import locate
 from ldm.util import ConfigError
+
+# What a run writes at the top of its folder, after its settings.
+MADE = (
+    "model.safetensors", "result.png", "result.json", "curves.png", "metrics.csv", "data.json", "before.npz", "weights.json",
+    "control_ini.safetensors", "control_ini.json",
+)  # fmt: skip
+# Settings that the note of a run names, whatever the version that wrote it.
+SIGNS = ("data", "out", "steps")
+
+logger = logging.getLogger(__name__)
 
 
 def own_rank() -> int:
@@ -52,18 +65,28 @@ class RunFolder:
         """Note the results of the run's last step, `steps` among them; the last thing that a run does."""
         write_whole(self.path / "result.json", json.dumps(numbers, indent=1).encode())
 
-    def note_before(self, pictures: np.ndarray, scores: dict[str, float]) -> None:
-        """Keep pictures (N, H, W, 3) that were made before the first step, and their scores, until the run ends."""
+    def note_before(self, pictures: np.ndarray, scores: dict[str, float], of: str) -> None:
+        """Keep pictures (N, H, W, 3) that were made before the first step, and their scores, until the run ends.
+
+        Args:
+            of: a text that tells what they were made of, and how.
+        """
         file = io.BytesIO()
-        np.savez(file, pictures=pictures, scores=json.dumps(scores))
+        np.savez(file, pictures=pictures, scores=json.dumps(scores), of=of)
         write_whole(self.path / "before.npz", file.getvalue())
 
-    def noted_before(self) -> tuple[np.ndarray | None, dict[str, float]]:
-        """What `note_before` kept; (None, {}) if nothing."""
+    def noted_before(self, of: str) -> tuple[np.ndarray | None, dict[str, float]]:
+        """What `note_before` kept; (None, {}) if nothing, or if it was made of something else than the text `of` tells."""
         path = self.path / "before.npz"
         if not path.is_file():
             return None, {}
         with np.load(path) as kept:
+            if "of" not in kept or str(kept["of"]) != of:
+                logger.warning(
+                    "the pictures from before training are left out: since then the held-out pairs, or the settings of the "
+                    "pictures, have changed"
+                )
+                return None, {}
             return kept["pictures"], json.loads(str(kept["scores"]))
 
     @property
@@ -85,9 +108,13 @@ class RunFolder:
         A run that has not saved a checkpoint yet (it ran out of memory, say) may begin again with any settings.
 
         Raises:
-            ConfigError: a run with other settings is here.
+            ConfigError: a run with other settings is here, or files that are not a run's and would be written over, or the weights
+                to begin with are a file that the run writes.
         """
         noted = noted_settings(self.note)
+        if own_rank() == 0:  # another process may find what this one has just written
+            self._refuse_foreign(noted)
+        self._refuse_own(settings)
         changed = changes(noted, settings) if noted is not None else []
         if changed and self.checkpoint is not None:
             more = (
@@ -101,7 +128,36 @@ class RunFolder:
             )
         if own_rank() == 0:
             write_settings(self.note, settings)
+            if self.checkpoint is None:  # what an earlier start made before the first step is made anew
+                (self.path / "before.npz").unlink(missing_ok=True)
         return noted is not None and not changed
+
+    def _refuse_foreign(self, noted: dict[str, Any] | None) -> None:
+        """Raise ConfigError if a file in the place of one that the run writes is not a run's."""
+        if noted is not None and not all(name in noted for name in SIGNS):
+            raise ConfigError(f"{self.note} is not the note of a training run; choose another out")
+        found = [name for name in MADE if os.path.lexists(self.path / name)] if noted is None else []
+        if found:
+            raise ConfigError(
+                f"{self.path} holds {', '.join(found)} without a run's settings.json, and training would write over "
+                f"{'it' if len(found) == 1 else 'them'}; choose another out"
+            )
+
+    def _refuse_own(self, settings: Settings) -> None:
+        """Raise ConfigError if the weights to begin with are a file that the run writes, also by another name or a link."""
+        name = "weights" if settings.weights else "base"
+        written = [self.result, *([] if settings.weights else [self.path / "control_ini.safetensors"])]
+        if not any(path.exists() for path in written):
+            return
+        given = locate(getattr(settings, name))
+        # A folder may hold links to the files that it stands for.
+        parts = [given, *(given.glob("*") if given.is_dir() else ())]
+        for path in written:
+            if path.exists() and any(part.exists() and part.samefile(path) for part in parts):
+                raise ConfigError(
+                    f"{name}={getattr(settings, name)} is {path}, which the run would write over; choose another out, or give "
+                    "that file another name first"
+                )
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

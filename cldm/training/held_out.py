@@ -1,5 +1,7 @@
 """The held-out pairs of a run: sampled before, while and after it trains, scored, and shown in one picture."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from cldm.training.gain import ControlGain
 from cldm.training.instrument import Instrument
 from cldm.training.pictures import HeldOutPictures
 from cldm.training.precision import forward_context
+from ldm.util import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class HeldOut:
             recognised, or for no score.
 
     Raises:
-        ConfigError, ValueError: there is no score for the condition, or its detector's weights are missing.
+        ConfigError: there is no score for the condition, or its detector cannot be had here, such as without its weights.
     """
 
     data: TrainingData
@@ -52,13 +55,24 @@ class HeldOut:
         pairs = [p for p in getattr(shown, "pairs", []) if isinstance(p, Pair)][:HELD_OUT]
         self._drawn = drawn_score(pairs) if pairs and not self.condition else None
         self.hints, self.targets, self.prompts = pictures_of(shown, len(pairs) if self._drawn else SHOWN)
+        self.score_of(0, torch.device("cpu"))  # what it lacks is found now, and not after the training
+
+    def told(self) -> str:
+        """A text that differs where pictures of the hints cannot be compared: of other pairs, or made in another way."""
+        digest = hashlib.sha256(json.dumps([self.hints.shape, self.prompts]).encode())
+        digest.update(self.hints.tobytes())
+        digest.update(self.targets.tobytes())
+        return f"{digest.hexdigest()} steps {self.sampling.steps} guidance_scale {self.sampling.guidance_scale}"
 
     def score_of(self, count: int, device: torch.device) -> Score | None:
         """Scores pictures of the first `count` hints."""
         if self._drawn:
             return self._drawn
         if self.condition:
-            return Fidelity(self.condition, self.hints[:count], self.targets[:count], device=device)
+            try:
+                return Fidelity(self.condition, self.hints[:count], self.targets[:count], device=device)
+            except (ValueError, ImportError) as error:  # weights or a package that is missing: the user's to mend
+                raise ConfigError(f"condition={self.condition}: {error}") from error
         return None
 
     def sample(self, model: ControlLDM, when: str) -> tuple[np.ndarray, dict[str, float]]:

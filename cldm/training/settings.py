@@ -1,10 +1,12 @@
 """The settings of a training run: what each means, what it may be, and what may change when the run goes on."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from cldm.config import override
+from cldm.evaluation import check_condition
 from cldm.settings import check_counts, setting
 from cldm.training.engine import check_precision
 from cldm.training.optim import OPTIMIZERS, SCHEDULES
@@ -99,6 +101,7 @@ MAY_CHANGE = frozenset(
 )
 # These may change if the number of pairs in a step, which is their product, does not.
 PAIRS_OF_A_STEP = ("batch_size", "accumulate", "devices", "num_nodes")
+PATHS = ("config", "base", "weights", "data")
 
 
 def parse_settings(arguments: Sequence[str]) -> Settings:
@@ -169,6 +172,8 @@ def check(s: Settings) -> None:
         )
     if not 0 <= s.seed < 2**32:
         raise ConfigError(f"seed must be between 0 and 2**32 - 1, found {s.seed}")
+    if s.condition:
+        check_condition(s.condition)
 
 
 def pairs_of_a_step(values: dict[str, Any]) -> int:
@@ -185,6 +190,8 @@ def changes(noted: dict[str, Any], s: Settings) -> list[str]:
     """
     before = asdict(Settings()) | {k: v for k, v in noted.items() if k in {f.name for f in fields(Settings)}}
     now = asdict(s)
+    for values in (before, now):  # the same place may be written in several ways
+        values.update({name: os.path.normpath(values[name]) for name in PATHS if values[name]})
     changed = [
         name for name in now if name not in MAY_CHANGE and name not in PAIRS_OF_A_STEP and before[name] != now[name]
     ]

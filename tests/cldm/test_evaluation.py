@@ -258,6 +258,8 @@ def test_a_control_alone_on_its_base(work):
         (["--condition", "canny", "--parameter", "sigma"], "name=value"),
         (["--condition", "canny", "--parameter", "sigma=3"], "no parameter"),
         (["--condition", "fill", "--device", "warp"], "no device warp"),
+        (["--condition", "fill", "--seed", "-5"], "-5"),
+        (["--condition", "fill", "--guidance-scale", "nan"], "guidance_scale must be a number"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(work, capsys, monkeypatch, more, message):

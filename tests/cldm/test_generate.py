@@ -136,6 +136,13 @@ def test_files_of_prompts(folder, tmp_path):
     assert sorted(p.name for p in (tmp_path / "json").iterdir()) == ["1_0.png", "2_7.png"]
     second = read_png_text(tmp_path / "json" / "2_7.png")
     assert second["settings"]["negative_prompt"] == "n" and "hint" not in second["inputs"]
+    # A line ends where training ends it, too: other characters that Python takes for ends of lines belong to a prompt.
+    lines = [json.dumps({"prompt": f"a\u2028b\x85c {i}"}, ensure_ascii=False) for i in range(9)]
+    (folder / "prompt.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    jobs = generate.read_jobs(
+        generate.build_parser().parse_args([str(folder / "prompt.json"), "out", "--weights", "w"])
+    )
+    assert [job.name for job in jobs] == list("123456789") and jobs[0].prompt == "a\u2028b\x85c 0"
 
 
 def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 """The main job's script: a short run from nothing, what it leaves behind, and the mistakes that it must find before training."""
 
+import errno
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,12 +20,20 @@ import tool_train_tiny
 import tutorial_dataset
 import tutorial_train
 from cldm.checkpoint import add_control, identify
+from cldm.data.checking import Selected
 from cldm.data.fill import generate_fill
+from cldm.data.pairs import DataError
+from cldm.evaluation import Sampling
 from cldm.model import load_state_dict
+from cldm.settings import write_settings
+from cldm.training import checkpoints
 from cldm.training.checkpoints import WholeFiles, checkpoints_in
+from cldm.training.data import TrainingData, check_once
+from cldm.training.folder import RunFolder
+from cldm.training.held_out import HeldOut
 from cldm.training.metrics import read_metrics
 from cldm.training.presets import PRESETS
-from cldm.training.settings import Settings, parse_settings
+from cldm.training.settings import Settings, changes, parse_settings
 from ldm.files import open_weights
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +134,93 @@ def test_a_broken_note_is_named(data, tmp_path, capsys, note):
     assert tutorial_train.main(arguments(data, tmp_path)) == 2
     assert "is not a JSON object; choose another folder" in capsys.readouterr().err
     assert len([p for p in tmp_path.iterdir() if not p.name.startswith(".")]) == 1
+
+
+@pytest.mark.parametrize("name", ["weights", "base"])
+@pytest.mark.parametrize("way", ["file", "link", "folder"])
+def test_the_weights_to_begin_with_are_not_written_over(data, tmp_path, capsys, name, way):
+    out = tmp_path / "run"
+    out.mkdir()
+    write_settings(out / "settings.json", Settings())
+    (out / "model.safetensors").write_bytes(b"precious")
+    (tmp_path / "link.safetensors").symlink_to(out / "model.safetensors")
+    given = {"file": out / "model.safetensors", "link": tmp_path / "link.safetensors", "folder": out}[way]
+    before = (out / "settings.json").read_bytes()
+    assert tutorial_train.main(arguments(data, out, **{name: given})) == 2
+    error = capsys.readouterr().err
+    assert f"{name}={given} is" in error and "choose another out" in error and error.count("\n") == 1
+    assert (out / "model.safetensors").read_bytes() == b"precious" and (out / "settings.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["settings.json", "model.safetensors", "result.png", "metrics.csv"])
+def test_files_of_others_are_not_written_over(data, tmp_path, capsys, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text('{"theme": "dark"}')
+    assert tutorial_train.main(arguments(data, out)) == 2
+    error = capsys.readouterr().err
+    assert name in error and "choose another out" in error and error.count("\n") == 1
+    assert [p.name for p in out.iterdir() if not p.name.startswith(".")] == [name]
+    (out / name).rename(out / "notes.json")  # files that are in nobody's way may stay
+    assert RunFolder(out).begin(Settings(out=str(out))) is False and (out / "settings.json").is_file()
+
+
+def test_pictures_from_before_belong_to_the_pairs_that_they_show(data, tmp_path, caplog):
+    run, shown = RunFolder(tmp_path), np.zeros((2, 64, 64, 3), np.uint8)
+    run.begin(Settings(out=str(tmp_path)))
+    run.note_before(shown, {"fill/iou": 0.5}, of="pairs 1")
+    assert run.noted_before("pairs 1")[1] == {"fill/iou": 0.5} and not caplog.text
+    assert run.noted_before("pairs 2") == (None, {}) and "left out" in caplog.text
+    run.begin(Settings(out=str(tmp_path)))  # nothing was trained: they are made anew
+    assert run.noted_before("pairs 1") == (None, {})
+
+    def told(pairs, **changes):
+        return HeldOut(TrainingData(pairs, 2), Sampling(**changes), "32-true", TINY).told()
+
+    pairs = tutorial_dataset.MyDataset(data)
+    assert told(pairs) == told(pairs, seed=3) != told(pairs, steps=3) != told(Selected(pairs, range(20)), steps=3)
+
+
+def test_a_result_is_there_even_if_its_pictures_fail(data, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no pictures")
+
+    monkeypatch.setattr(HeldOut, "sample", fail)
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="no pictures"):
+        tutorial_train.main(arguments(data, out, steps=1, pictures=0, pictures_before=False))
+    assert (out / "model.safetensors").is_file() and not (out / "result.json").exists()
+
+
+def test_a_full_disk_is_one_line(data, tmp_path, capsys, monkeypatch):
+    """torch makes an error of its own of the system's."""
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    @contextmanager
+    def whole_file(path):
+        yield Full()
+
+    monkeypatch.setattr(checkpoints, "whole_file", whole_file)
+    assert tutorial_train.main(arguments(data, tmp_path, steps=1, pictures=0, pictures_before=False)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error.startswith("tutorial_train.py: ") and "No space left on device" in error and "step-00000001.ckpt" in error
+    )
+
+
+def test_a_score_that_cannot_be_had_is_found_before_training(data, tmp_path, capsys, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ValueError("there is no hed.pth")
+
+    monkeypatch.setattr("annotator.load", missing)
+    out = tmp_path / "run"
+    changes = {"pictures": 0, "pictures_before": False, "condition": "hed"}
+    assert tutorial_train.main(arguments(data, out, **changes)) == 2
+    assert "condition=hed: there is no hed.pth" in capsys.readouterr().err.splitlines()[-1]
+    assert not (out / "checkpoints").exists()
 
 
 def test_a_run_of_an_older_version_is_left_alone(data, tmp_path, capsys):
@@ -236,12 +334,32 @@ def test_presets_are_settings_that_arguments_override():
     assert parse_settings(["batch_size=3", "preset=8gb", "steps", "=", "30"]).batch_size == 3
 
 
+@pytest.mark.parametrize("text", ["007", "1e3", "hash #2", "yes", "${data}", "", "None", "[a", "x=y", "'q'", "~"])
+def test_texts_are_taken_as_they_stand(text):
+    settings = parse_settings(
+        ["weights=before", f"out={text}", f"weights={text}", "condition=", "held_out=", "ema=1e-1"]
+    )
+    assert (settings.out, settings.weights, settings.condition) == (text, text, "")
+    assert (settings.held_out, settings.ema) == (None, 0.1)
+
+
+def test_one_folder_written_in_two_ways_is_no_other_setting():
+    noted = asdict(Settings(data="sets/x", config="cldm_tiny"))
+    assert (
+        changes(noted, Settings(data="./sets//x/"))
+        == []
+        == changes(noted | {"data": "a/../sets/x/"}, Settings(data="sets/x"))
+    )
+    assert changes(noted, Settings(data="sets/y", weights="w")) == ["weights", "data"]
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [
         ("steps=0", "steps must be at least 1"),
         ("steps=many", "many"),
-        ("stepz=3", "unknown setting 'stepz'"),
+        ("stepz=3", "unknown setting 'stepz'; did you mean steps?"),
+        ("=3", "unknown setting ''; the settings are preset"),
         ("steps", "key=value"),
         ("learning_rate=-1", "learning_rate must be positive"),
         ("learning_rate=nan", "learning_rate must be positive"),
@@ -267,7 +385,8 @@ def test_presets_are_settings_that_arguments_override():
         ("recompute=some", "recompute must be one of none"),
         ("frozen_precision=8", "frozen_precision must be one of"),
         ("broken=ignore", "broken must be one of stop"),
-        ("condition=cany", "cany"),
+        ("condition=cany", "'cany'; did you mean canny?"),
+        ("condition=zzz", "'zzz'; there are: canny"),
         ("strategy=fsdp", "fsdp"),
         ("clip=-1", "clip must be zero or a positive number"),
     ],
@@ -313,6 +432,51 @@ def test_broken_data_is_found_before_training_or_left_out(data, tmp_path, capsys
     with caplog.at_level("INFO"):
         assert tutorial_train.main(arguments(folder, out, **quick, broken="leave_out")) == 0
     assert "7 pairs to train on, 2 held out" in caplog.text
+
+
+def test_pairs_that_break_or_change_between_two_starts(tmp_path, caplog, capsys):
+    folder, note = tmp_path / "fill", tmp_path / "data.json"
+    generate_fill(folder, count=24, size=64, palette="clear", progress=False)
+
+    def look(broken="stop", begun=True):
+        caplog.clear()
+        dataset = tutorial_dataset.MyDataset(folder, leave_out=broken == "leave_out")
+        return len(check_once(dataset, broken, note, 4, begun))
+
+    (folder / "fill.json").unlink()  # it says how many there are
+    assert look() == look() == 24 and not caplog.text
+    whole = (folder / "target" / "22.png").read_bytes()
+    (folder / "target" / "3.png").write_bytes(b"no picture")
+    (folder / "target" / "22.png").write_bytes(whole[:-40])  # its header is sound; it is held out
+    with pytest.raises(DataError, match="3.png does not decode.*22.png.*broken=leave_out"):
+        look()
+    assert look("leave_out") == look("leave_out") == 22
+    (folder / "target" / "22.png").write_bytes(whole[:-40] + whole[-40:])
+    lines = (folder / "prompt.json").read_text().splitlines()
+    (folder / "prompt.json").write_text("\n".join([lines[0], *lines[4:]]))  # the broken one is gone, too
+    assert look() == 21 and "0 added, 3 removed" in caplog.text
+    assert look() == 21 and not caplog.text
+    (folder / "prompt.json").write_text("\n".join(lines[4:]))
+    assert look(begun=False) == 20 and not caplog.text
+
+
+@pytest.mark.parametrize("where", [".", "../fill"])
+def test_a_cache_of_data_that_are_named_in_another_way(tmp_path, monkeypatch, where):
+    folder = tmp_path / "fill"
+    generate_fill(folder, count=4, size=64, palette="clear", progress=False)
+    entries = map(json.loads, (folder / "prompt.json").read_text().splitlines())
+    whole = [entry | {key: str(folder / entry[key]) for key in ("source", "target")} for entry in entries]
+    relative = tutorial_dataset.MyDataset(folder).fingerprint(2)
+    (folder / "prompt.json").write_text("\n".join(map(json.dumps, whole)))
+    monkeypatch.chdir(folder)
+    assert tutorial_dataset.MyDataset(where).fingerprint(2) == relative
+    made = []
+    monkeypatch.setattr(tutorial_train, "make_cache", lambda model, pairs, path, precision: made.append(path))
+    monkeypatch.setattr(tutorial_train, "release_encoders", lambda model: None)
+    monkeypatch.setattr(tutorial_train, "CachedPairs", lambda pairs, cache: pairs)
+    data = TrainingData(tutorial_dataset.MyDataset(where), 1)
+    tutorial_train.use_cache(data, None, Settings(data=where))
+    assert made == [tmp_path / "fill.cache"]
 
 
 def test_dataset_script(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """WebDataset shards: one order whatever the workers, going on at any batch, and samples that break."""
 
+import gzip
 import io
 import itertools
 import json
@@ -104,6 +105,29 @@ def test_broken_samples_are_replaced_alike_and_counted(shards, workers):
     count, problems = check_shards(find_shards(shards), progress=False)
     assert {p.name[0] for p in problems} >= set("abcde") and count > 21
     assert tutorial_dataset.main(["--check", str(shards)]) == 1
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_shards_that_lack_samples_are_named(shards, tmp_path, capsys, compressed):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    whole = (shards / "0.tar").read_bytes()
+    with tarfile.open(shards / "0.tar") as tar:
+        third = tar.getmembers()[3 * 3].offset
+    cut = gzip.compress(whole[:third]) if compressed else whole[:third]  # between two samples
+    (folder / "cut.tar").write_bytes(cut)
+    write_shard(folder / "empty.tar", [])
+    (folder / "nothing.tar").write_bytes(b"")
+    (folder / "sound.tar").write_bytes(gzip.compress(whole) if compressed else whole)
+    assert tutorial_dataset.main(["--check", str(folder)]) == 1
+    captured = capsys.readouterr()
+    said = {line.split("/")[-1].split(":")[0]: line for line in captured.err.splitlines() if ".tar" in line}
+    assert said.keys() == {"cut.tar", "empty.tar", "nothing.tar"} and "10 of 10 pairs" in captured.out
+    assert (
+        "end is missing" in said["cut.tar"] and "no sample" in said["empty.tar"] and "empty file" in said["nothing.tar"]
+    )
+    for command, status in ((f"cat {folder}/sound.tar", 0), ("true", 1), (f"head -c {third} {shards}/0.tar", 1)):
+        assert tutorial_dataset.main(["--check", f"pipe:{command}"]) == status, command
 
 
 def test_shards_are_told_from_other_data(shards, tmp_path, capsys):
