@@ -103,27 +103,28 @@ def train(s: Settings) -> None:
         for phase in phases:
             if phase.last <= run.step:
                 continue
-            logging.info("steps %d to %d train %s", run.step + 1, phase.last, phase)
-            phase.apply(model)
-            if s.ema:
-                model.average_weights(s.ema)
-            stop, health = StopOnSignal(), SkipBadSteps(last_good=lambda: run.checkpoint)
-            instruments = held_out.instruments(run.path, s.log_every, s.pictures, device)
-            save = SaveCheckpoints(run.checkpoints, s.save_every, s.keep, identity, health.is_good)
-            export = ExportControl(run.path / "exports", s.export_every)
-            trainer = make_trainer(
-                **trainer_options(s, phase.last),
-                callbacks=[
-                    *(SeedSteps(s.seed), health, Dynamics(), *instruments, Curves(run.path, s.log_every)),
-                    *(ShowProgress(), export, stop, save),
-                ],
-                logger=run_loggers(run.path),
-                log_every_n_steps=sys.maxsize,  # the instruments do it
-            )
-            batch_size = at_most(s.batch_size, data, trainer.world_size)
-            micro_batches = run.step * s.accumulate, phase.last * s.accumulate
-            loader = data.loader(trainer, batch_size, *micro_batches, s.seed, s.workers)
-            fit(trainer, model, loader, run.checkpoint, stop, HOW_TO_GO_ON)
+            with StopOnSignal() as stop:
+                logging.info("steps %d to %d train %s", run.step + 1, phase.last, phase)
+                phase.apply(model)
+                if s.ema:
+                    model.average_weights(s.ema)
+                health = SkipBadSteps(last_good=lambda: run.checkpoint)
+                instruments = held_out.instruments(run.path, s.log_every, s.pictures, device)
+                save = SaveCheckpoints(run.checkpoints, s.save_every, s.keep, identity, health.is_good)
+                export = ExportControl(run.path / "exports", s.export_every)
+                trainer = make_trainer(
+                    **trainer_options(s, phase.last),
+                    callbacks=[
+                        *(SeedSteps(s.seed), health, Dynamics(), *instruments, Curves(run.path, s.log_every)),
+                        *(ShowProgress(), export, stop, save),
+                    ],
+                    logger=run_loggers(run.path),
+                    log_every_n_steps=sys.maxsize,  # the instruments do it
+                )
+                batch_size = at_most(s.batch_size, data, trainer.world_size)
+                micro_batches = run.step * s.accumulate, phase.last * s.accumulate
+                loader = data.loader(trainer, batch_size, *micro_batches, s.seed, s.workers)
+                fit(trainer, model, loader, run.checkpoint, stop, HOW_TO_GO_ON)
 
         # Result.
         if s.strategy == "fsdp":  # no process has all weights any more

@@ -121,8 +121,10 @@ def _joined(arguments: Sequence[str]) -> list[str]:
     """Arguments with what a shell has split at spaces around `=` put together again: `steps = 30` is `steps=30`."""
     joined: list[str] = []
     for argument in arguments:
-        continues = argument.startswith("=") or (joined and joined[-1].endswith("=") and "=" not in argument)
-        if continues and joined:
+        before = joined[-1] if joined else ""
+        at_equals = before and "=" not in before and argument.startswith("=")  # steps =30
+        behind_it = before.endswith("=") and "=" not in argument  # steps= 30
+        if at_equals or behind_it:
             joined[-1] += argument
         else:
             joined.append(argument)

@@ -154,6 +154,9 @@ class SeedSteps(pl.Callback):
 class StopOnSignal(pl.Callback):
     """On SIGINT, SIGTERM or SLURM's requeue signal, lets the step finish and then stops the training, on all processes.
 
+    Within it (`with StopOnSignal() as stop`) signals are noted, from before the Trainer is made: while things are set up and imported,
+    KeyboardInterrupt may be swallowed by some library, and Lightning ends the program without a word.
+
     A second Ctrl-C interrupts at once, unless it comes within a second of the first: `torchrun` and `timeout` send each signal
     twice. `SaveCheckpoints`, which must come after this callback, saves the last step.
 
@@ -166,9 +169,16 @@ class StopOnSignal(pl.Callback):
         self.received: int | None = None
         self._since = 0.0
 
+    def __enter__(self) -> "StopOnSignal":
+        self._before = {number: signal.signal(number, self._note) for number in HANDLED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Here and not earlier: Lightning puts its own handlers in place before. `fit` puts back those that were there.
-        for number in HANDLED:
+        for number in HANDLED:  # again: Lightning has put its own in place
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -281,18 +291,15 @@ def fit(
 
     Raises:
         Stopped: a signal asked for it; the last step has been saved.
-        KeyboardInterrupt: Ctrl-C before the first step, or a second one; what came after the newest checkpoint is lost.
+        KeyboardInterrupt: a second Ctrl-C; what came after the newest checkpoint is lost.
     """
     # What is trained is in the checkpoint, the rest came with the weights.
     model.strict_loading = False
-    before = {number: signal.getsignal(number) for number in HANDLED}
     try:
         with quiet_libraries(), ctrl_c_is_an_exception(trainer):
             trainer.fit(model, loader, ckpt_path=resume)
     finally:
         _end_workers()
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if stop.received is not None:
         if stop.received == REQUEUE and trainer.is_global_zero:
             _requeue()
