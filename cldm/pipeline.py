@@ -291,13 +291,14 @@ class ControlPipeline:
                 {True: None, False: 1}[long_prompts] if isinstance(long_prompts, bool) else long_prompts
             )
 
+        as_many_as_needed = long_prompts is True
         with _in_use(self.model), self.low_memory.applied(self.model.first_stage_model):
             begin = None if picture is None else self._encode(picture, paint, canvas)
 
             def sample(texts: Any) -> np.ndarray:
                 nonlocal long_prompts
                 cond, uncond = self._encode_texts(texts, negative_prompt, count, guidance_scale != 1.0, text_options)
-                if long_prompts is True:  # one picture of them, made alone again, needs as many windows
+                if as_many_as_needed:  # one picture of them, made alone again, needs as many windows
                     long_prompts = cond.shape[1] // self.model.cond_stage_model.max_length
                 latents = self._sample(
                     new_sampler(), cond, uncond, controls, guidance_scale, canvas, seeds, begin,

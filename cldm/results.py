@@ -46,6 +46,7 @@ class Pictures(np.ndarray):
             raise ValueError(
                 "these pictures are a part or a copy, which has no settings; ask the pipeline's own result"
             )
+        index = range(len(self))[index]  # an IndexError where there is no such picture
 
         def own(values: list[Any]) -> Any:
             return values[0] if len(values) == 1 else values[index]  # one serves all

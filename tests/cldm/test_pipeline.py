@@ -87,6 +87,10 @@ def test_what_is_made_for_a_picture_is_its_own_too(model):
     read = pipeline(hint(), ["a", "a bird, " * 60], long_prompts=True, **options)
     assert read.settings["long_prompts"] == 3
     assert far(read[0], pipeline(hint(), **read.settings_of(0))[0]) <= 1
+    captioned = pipeline(hint(), lambda picture: "a bird, " * 60, long_prompts=True, **options)
+    assert captioned.settings["long_prompts"] == 3
+    with pytest.raises(IndexError):
+        captioned.settings_of(1)
     one = pipeline(hint(), ["a"], num_samples=2, **options)
     assert one.settings_of(1)["prompt"] == "a" and one.settings_of(1)["seed"] == 6
 

@@ -83,9 +83,10 @@ def rounded_schedule(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
     }
 
     def is_own(key: str) -> bool:
-        values, exact = stored[key], own[key].to(stored[key].device)
-        if values.shape != exact.shape:
+        values, exact = stored[key], own[key]
+        if exact.is_meta or values.shape != exact.shape:
             return False
+        exact = exact.to(values.device)
         tolerance = 2 * torch.finfo(values.dtype).eps
         return torch.allclose(values.float(), exact.to(values.dtype).float(), rtol=tolerance, equal_nan=True)
 
