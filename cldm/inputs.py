@@ -90,9 +90,8 @@ def fit(x: Tensor, size: tuple[int, int]) -> Tensor:
         return x
     scale = max(height / x.shape[2], width / x.shape[3])
     scaled = max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
-    if (
-        scaled[0] * scaled[1] > _MOST_IN_VAIN * height * width
-    ):  # a very thin picture, scaled whole, would fill the memory
+    if scaled[0] * scaled[1] > _MOST_IN_VAIN * height * width:
+        # A very thin picture, scaled whole, would fill the memory.
         x = _middle(x, math.ceil(height / scale), math.ceil(width / scale))
         scaled = max(height, round(x.shape[2] * scale)), max(width, round(x.shape[3] * scale))
     hole = x == HOLE

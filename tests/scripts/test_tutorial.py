@@ -334,7 +334,7 @@ def test_presets_are_settings_that_arguments_override():
     assert parse_settings(["batch_size=3", "preset=8gb", "steps", "=", "30"]).batch_size == 3
 
 
-@pytest.mark.parametrize("text", ["007", "1e3", "hash #2", "yes", "${data}", "", "None", "[a", "x=y", "'q'", "~"])
+@pytest.mark.parametrize("text", ["007", "1e3", "hash #2", "yes", "${data}", "None", "[a", "x=y", "'q'", "~"])
 def test_texts_are_taken_as_they_stand(text):
     settings = parse_settings(
         ["weights=before", f"out={text}", f"weights={text}", "condition=", "held_out=", "ema=1e-1"]
@@ -360,6 +360,8 @@ def test_one_folder_written_in_two_ways_is_no_other_setting():
         ("steps=many", "many"),
         ("stepz=3", "unknown setting 'stepz'; did you mean steps?"),
         ("=3", "unknown setting ''; the settings are preset"),
+        ("out=", "out is empty"),
+        ("data=", "data is empty"),
         ("steps", "key=value"),
         ("learning_rate=-1", "learning_rate must be positive"),
         ("learning_rate=nan", "learning_rate must be positive"),
