@@ -182,8 +182,8 @@ class ControlledUnetModel(UNetModel):
 
 def _check_alike(control_model: ControlNet, unet: ControlledUnetModel) -> None:
     """Raise ConfigError if the ControlNet is no copy of this UNet's encoder, whose outputs it would not fit."""
-    sizes = {key: tuple(entry.shape) for key, entry in unet.state_dict().items()}
-    for key, entry in control_model.state_dict().items():
+    sizes = {key: tuple(entry.shape) for key, entry in unet.state_dict(keep_vars=True).items()}
+    for key, entry in control_model.state_dict(keep_vars=True).items():
         own = key.startswith(("zero_convs", "input_hint_block", "middle_block_out"))
         if not own and sizes.get(key) != tuple(entry.shape):
             there = f"{list(sizes[key])} in the UNet" if key in sizes else "nothing in the UNet"

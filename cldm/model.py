@@ -17,6 +17,7 @@ from cldm.checkpoint.schedule import completed
 from cldm.config import load_config, model_section, resolve
 from ldm.files import CheckpointError, LazyTensor
 from ldm.files.tensors import Tensors, parse_dtype
+from ldm.initial_values import deferred_initial_values
 from ldm.models.diffusion.process import rounded_schedule
 from ldm.util import ConfigError, instantiate_from_config
 
@@ -49,7 +50,8 @@ def create_model(
         config_path: a YAML file, the name of a packaged one (`cldm_v15`, `cldm_v21`, `cldm_tiny`), or its content.
         weights: a file or folder to fill it from, of any layout that has the whole model, or `hf://owner/name[/file]`. The
             model then takes memory only for what is read. What a file need not have (`logvar`) keeps its initial value;
-            anything else missing is an error. Without `weights` all values are initial ones.
+            anything else missing is an error. Without `weights` all values are initial ones, large ones drawn when they are
+            first read, since the published way overwrites them with `load_state_dict`.
         device: of all parameters and buffers; `meta` makes a model without memory.
         dtype: of the weights, e.g. "float16"; float32 by default. The noise schedule stays float32.
 
@@ -67,7 +69,7 @@ def create_model(
     place = torch.device(device if device is not None else "cpu")
     if place.type == "cuda" and place.index is None:  # on fake tensors there need not be one
         place = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    with torch.device("meta" if weights is not None else place):
+    with torch.device("meta" if weights is not None else place), deferred_initial_values():
         model = instantiate_from_config(section)
     if dtype is not None:
         for name, part in model.named_children():  # the schedule belongs to the model itself

@@ -36,6 +36,8 @@ if what == "read":
         kept = file.read()
 elif what == "load":
     kept = create_model(config, weights=path)
+elif what == "create":
+    kept = create_model(config)
 else:
     kept = create_model(config).cpu()
     kept.load_state_dict(load_state_dict(path, location="cpu"))
@@ -66,10 +68,10 @@ def main() -> None:
         }
         write_weights(path, lazy)
         size = path.stat().st_size
-        ways = ("load", "read", "published")
+        ways = ("load", "read", "published", "create")
         runs = [[measure(way, args.config, path) for way in ways] for _ in range(args.pairs)]
-    ratios = sorted(load[0] / read[0] for load, read, _ in runs)
-    loading, reading, published = (statistics.median(run[i][0] for run in runs) for i in range(3))
+    ratios = sorted(load[0] / read[0] for load, read, *_ in runs)
+    loading, reading, published, creating = (statistics.median(run[i][0] for run in runs) for i in range(4))
     memory, twice = (statistics.median(run[i][1] for run in runs) / size for i in (0, 2))
     print(
         f"{args.config}, {size / 1e9:.2f} GB: created and filled in {loading:.2f} s, read in {reading:.2f} s, "
@@ -77,6 +79,7 @@ def main() -> None:
         f"peak memory {memory:.2f} times the file"
     )
     print(f"create_model and load_state_dict, as published: {published:.2f} s, peak memory {twice:.2f} times the file")
+    print(f"of which create_model: {creating:.2f} s")
 
 
 if __name__ == "__main__":
