@@ -76,14 +76,17 @@ def in_float32(model: nn.Module, device: torch.device) -> Iterator[None]:
 def guarded(model: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, what: str) -> Tensor:
     """function(x), which runs `model`; if half precision makes it NaN or infinite, again in float32, with a warning.
 
-    x that is not finite itself passes through. `what` names the work in the warning.
+    The result has the type of x, unless x is whole numbers, such as tokens. x that is not finite itself passes through. `what`
+    names the work in the warning.
     """
     weights = next(model.parameters(), None)
     dtype = weights.dtype if weights is not None else x.dtype
-    out = function(x.to(dtype))
+    given = x.to(dtype) if x.is_floating_point() else x
+    out = function(given)
+    wanted = x.dtype if x.is_floating_point() else out.dtype
     if out.requires_grad or (out.dtype not in HALF and dtype not in HALF) or is_finite(out) or not is_finite(x):
-        return out.to(x.dtype)
-    began = first_broken_module(model, lambda: function(x.to(dtype)))
+        return out.to(wanted)
+    began = first_broken_module(model, lambda: function(given))
     logger.warning(
         "%s in %s is not finite from %s on; it is repeated in float32",
         what,
@@ -91,4 +94,4 @@ def guarded(model: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, w
         began,
     )
     with in_float32(model, x.device):
-        return function(x.float()).to(x.dtype)
+        return function(x.float() if x.is_floating_point() else x).to(wanted)

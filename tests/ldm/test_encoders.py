@@ -291,6 +291,28 @@ def test_a_weight_moves_its_tokens_away_from_the_empty_prompt(make: Any):
     assert torch.allclose(weighted[0], (plain + change[:, None] * (plain - empty))[0], atol=1e-5)
 
 
+OVERFLOWING = [
+    (FrozenCLIPEmbedder, "transformer.text_model.encoder.layers.1.mlp.fc1"),
+    (FrozenOpenCLIPEmbedder, "model.transformer.resblocks.1.mlp.c_fc"),
+]
+
+
+@pytest.mark.parametrize("cls, name", OVERFLOWING)
+@torch.no_grad()
+def test_an_overflow_in_half_precision_is_named_and_repaired(cls: type[nn.Module], name: str, caplog: Any):
+    encoder = filled(cls, width=64, layers=3, heads=4, prompt_options={"weights": True})
+    encoder.get_submodule(name).weight.mul_(1e9).clamp_(-6e4, 6e4)
+    texts = ["a (blue:1.3) circle", "a square"]
+    want = encoder.half().float()(texts)
+    before = {key: value.clone() for key, value in encoder.half().state_dict().items()}
+    got = encoder(texts)
+    assert got.dtype == torch.float16 and relative_error(got.float(), want) < 2e-3
+    assert (
+        f"encoding prompts in float16 is not finite from {name} (Linear) on; it is repeated in float32" in caplog.text
+    )
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
+
+
 def test_options_of_a_process_and_of_one_encoder():
     encoder, own = fill_(small_clip()), fill_(small_clip(prompt_options={"windows": 2}))
     set_default_options(PromptOptions(windows=3))

@@ -49,6 +49,21 @@ def test_ancestral_sampling_of_latents_is_not_clipped():
     assert len(model.p_sample_loop(None, (1, 4, 8, 8), True, None, False, None, 10)[1]) == 4
 
 
+def test_ancestral_sampling_that_overflows_is_repeated_with_the_same_noise(caplog):
+    model = latent_diffusion()
+    nn.init.normal_(model.model.diffusion_model.out[-1].weight, std=0.02)  # zero at first
+    broken = model.model.diffusion_model.input_blocks[1][0].in_layers[2]
+    with torch.no_grad():
+        broken.weight.mul_(1e6).clamp_(-6e4, 6e4)
+    torch.manual_seed(0)
+    want, noise_after = model.half().float().sample(None, 2, verbose=False), torch.randn(3)
+    torch.manual_seed(0)
+    got = model.half().sample(None, 2, verbose=False)
+    assert "from model.diffusion_model.input_blocks.1.0.in_layers.2 (Conv2d) on; it is repeated" in caplog.text
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+    assert torch.equal(torch.randn(3), noise_after)
+
+
 def test_ancestral_sampling_cuts_a_longer_conditioning_to_the_batch():
     model = latent_diffusion({"target": "torch.nn.Identity"}, {"in_channels": 6}, conditioning_key="concat")
     assert model.sample({"c_concat": [torch.zeros(3, 2, 8, 8)]}, 2, verbose=False).shape == (2, 4, 8, 8)

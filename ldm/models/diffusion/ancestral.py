@@ -6,6 +6,7 @@ Shapes: B batch, C h w the diffused picture or latent.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,9 @@ class AncestralSampler(Sampler):
         """All steps, or the last `timesteps`, from noise of `shape` (B, C, h, w): the last x, and those kept on the way.
 
         `callback` gets the timestep, `img_callback` x and the timestep.
+
+        Raises:
+            FloatingPointError: NaN in float32; in half precision the run is repeated in float32, with a warning.
         """
         self.make_schedule()
         count = default(timesteps, self.ddpm_num_timesteps)
@@ -110,7 +114,8 @@ class AncestralSampler(Sampler):
         noise = Noise()
         x = noise.normal(shape, self.device) if x_T is None else self._fitted(x_T, shape, "x_T", exact=True)
         denoiser = Denoiser(self.model, guidance, noise, quantize)
-        x, kept = self.loop(x, denoiser, self.table, count, mask, x0, on_step, log_every_t, verbose)
+        run = partial(self.loop, x, denoiser, self.table, count, mask, x0, log_every_t=log_every_t)
+        x, kept = self._finite(run, noise, on_step=on_step, verbose=verbose)
         return x, kept["x_inter"]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ldm.modules.encoders.clip import CLIPTextTransformer, OpenCLIPTextTransformer, quick_gelu
 from ldm.modules.encoders.tokenizer import END, encode, encode_weighted, tokenize, window
+from ldm.modules.precision import guarded
 from ldm.util import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -196,10 +197,10 @@ class FrozenTextEncoder(AbstractEncoder):
                 raise TypeError(f"a prompt must be a string, found {type(prompt).__name__}: {prompt!r}")
         unique = list(dict.fromkeys(prompts))
         tokens, weights = self._windows(unique)  # (U, n, L), (U, n, L) or None
-        states = self.encode_with_transformer(tokens.flatten(0, 1))  # (U * n, L, D)
+        states = self._encode(tokens.flatten(0, 1))  # (U * n, L, D)
         if weights is not None:
             # A weight moves a token's vector away from what an empty prompt has in its place, or towards it.
-            empty = self.encode_with_transformer(self.tokenize("").to(tokens.device))  # (1, L, D)
+            empty = self._encode(self.tokenize("").to(tokens.device))  # (1, L, D)
             states = empty + weights.flatten(0, 1)[:, : states.shape[1], None].to(states) * (states - empty)
         states = states.unflatten(0, tokens.shape[:2]).flatten(1, 2)  # (U, n * L, D)
         if len(unique) == len(prompts):
@@ -209,6 +210,10 @@ class FrozenTextEncoder(AbstractEncoder):
     def encode(self, text: str | Sequence[str]) -> Tensor:
         """Prompts -> (B, windows * L, D)."""
         return self(text)
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        """`encode_with_transformer`; what half precision makes NaN is repeated in float32, with a warning."""
+        return guarded(self, self.encode_with_transformer, tokens, "encoding prompts")
 
     @property
     def _network(self) -> CLIPTextTransformer | OpenCLIPTextTransformer:
