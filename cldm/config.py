@@ -23,11 +23,12 @@ class MissingConfigError(ConfigError, FileNotFoundError):
 _PACKAGED = Path(__file__).parent / "resources"
 _CHECKOUT = Path(__file__).parent.parent
 
-# The YAML files of ControlNet 1.1: all are SD 1.5's configuration; the last one averages the control's outputs.
+# The YAML files of ControlNet 1.1, those of its first depth and tile models too: all are SD 1.5's configuration; that of shuffle
+# averages the control's outputs.
 CONTROLNET_1_1 = {
-    *(f"control_v11p_sd15_{name}" for name in "canny inpaint lineart mlsd normalbae openpose scribble seg softedge".split()),
-    "control_v11f1p_sd15_depth", "control_v11f1e_sd15_tile", "control_v11e_sd15_ip2p", "control_v11p_sd15s2_lineart_anime",
-    "control_v11e_sd15_shuffle",
+    *(f"control_v11p_sd15_{name}" for name in "canny depth inpaint lineart mlsd normalbae openpose scribble seg softedge".split()),
+    "control_v11f1p_sd15_depth", "control_v11f1e_sd15_tile", "control_v11u_sd15_tile", "control_v11e_sd15_ip2p",
+    "control_v11p_sd15s2_lineart_anime", "control_v11e_sd15_shuffle",
 }  # fmt: skip
 
 

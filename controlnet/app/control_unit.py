@@ -143,12 +143,14 @@ class ControlUnit:
 
         watched = {self.condition, self.network, self.parameters.version, self.picture}
         outputs = [*shown, self.note, self.map]
-        listen(self.condition.input, on_condition, watched, outputs, **quick)
-        listen(self.parameters.version.input, on_version, watched, outputs, **quick)
-        listen(self.network.input, on_network, watched, [*outputs, self.condition], **quick)
+        # Not `input`, which lists also send when they are left unchanged.
+        listen(self.condition.select, on_condition, watched, outputs, **quick)
+        listen(self.parameters.version.select, on_version, watched, outputs, **quick)
+        listen(self.network.select, on_network, watched, [*outputs, self.condition], **quick)
         for component in shown:
             if component not in (self.parameters.condition, self.parameters.version):
-                listen(component.input, self._without_stale_map, {self.picture}, [self.map], **quick)
+                changed = component.select if isinstance(component, gr.Dropdown) else component.input
+                listen(changed, self._without_stale_map, {self.picture}, [self.map], **quick)
         listen(self.picture.upload, lambda: None, None, self.map, **quick)
         listen(self.blank.click, draw, self.network, [*outputs, self.picture, self.condition], **quick)
         listen(

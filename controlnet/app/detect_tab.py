@@ -86,9 +86,9 @@ class DetectTab:
         listen, shown = self.context.listen, self.parameters.components
         quick = {"show_progress": "hidden", "queue": False}
         outputs = [*shown, self.note]
-        listen(self.condition.input, self._on_condition, self.condition, outputs, **quick)
+        listen(self.condition.select, self._on_condition, self.condition, outputs, **quick)
         listen(
-            self.parameters.version.input,
+            self.parameters.version.select,
             self._on_condition,
             [self.condition, self.parameters.version],
             outputs,

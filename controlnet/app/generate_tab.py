@@ -151,7 +151,7 @@ class GenerateTab:
             )
         listen(self.use.input, _DENOISE.__getitem__, self.use, self.denoise, **quick)
         chosen = [self.resolution, self.guidance, *(part for unit in self.units for part in (unit.network, unit.note))]
-        listen(self.base.input, self._on_base, {self.base, *(unit.condition for unit in self.units)}, chosen, **quick)
+        listen(self.base.select, self._on_base, {self.base, *(unit.condition for unit in self.units)}, chosen, **quick)
         generated = listen(
             self.generate.click, self._generate, {*self._settings(), self.visitor},
             [self.status, self.result, self.gallery, self.files, *(unit.map for unit in self.units)],

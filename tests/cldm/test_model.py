@@ -234,6 +234,7 @@ def test_configurations_are_found_by_name_and_mistakes_named(tmp_path):
     # ControlNet 1.1's names, as its apps write them
     canny = load_config("./models/control_v11p_sd15_canny.yaml")
     assert canny == load_config("cldm_v15") == load_config("control_v11p_sd15s2_lineart_anime")
+    assert canny == load_config("./models/control_v11u_sd15_tile.yaml") == load_config("control_v11p_sd15_depth")
     shuffle = load_config("./models/control_v11e_sd15_shuffle.yaml")
     assert shuffle.model.params.pop("global_average_pooling") is True and shuffle == canny
     with pytest.raises(ConfigError):

@@ -200,8 +200,10 @@ def test_several_conditions_make_maps_that_can_be_seen_before_sampling(page, sit
     page.choose("Condition", "threshold")
     page.generate()
     assert held
+    page.wait_filled("#map-1")
     for route in held:
         route.continue_()
+    page.wait_empty("#map-1")  # the answers have come, which also set the parameters
     page.tab.unroute("**/run/predict*")
     page.click("How the map is made")
     page.slide("threshold", 40)
@@ -216,6 +218,32 @@ def test_several_conditions_make_maps_that_can_be_seen_before_sampling(page, sit
         expected = annotator.load(one["condition"]).make_hint(photo, resolution=64, **one["parameters"]).hint
         assert text["inputs"]["hint"] == [inputs.fingerprint(inputs.hint_tensor(expected))], one
     assert "untrained" not in page.text("#status")
+
+
+def test_lists_that_were_only_looked_at_change_nothing(page, site, picture):
+    before = made(site)
+    set_up(page)
+    page.upload("#picture-1", picture)
+    page.choose("Condition", "threshold")
+    page.click("How the map is made")
+    page.slide("threshold", 40)
+    page.slide("Guidance", 3)
+    page.slide("Shorter side in pixels", 128)
+    page.click("Make the map")
+    page.wait_filled("#map-1")
+    asked = []
+    page.tab.on("request", lambda request: asked.append(request.url) if "/run/predict" in request.url else None)
+    for label in ("Condition", "ControlNet", "Base model"):
+        page.tab.locator(f'input[aria-label="{label}"]:visible').first.click()
+        page.tab.wait_for_selector('[role="option"]:visible')
+        page.tab.keyboard.press("Escape")
+        page.tab.keyboard.press("Tab")
+    page.generate()
+    assert asked == []
+    (file,) = made(site, before)
+    told = read_png_text(file)
+    assert told["page"]["controls"][0]["parameters"] == {"threshold": 40}
+    assert told["settings"]["guidance_scale"] == 3 and told["settings"]["size"] == [128, 128]
 
 
 def test_a_drawn_scribble_steers(page, site):
