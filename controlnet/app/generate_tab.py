@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import json
 import operator
 import time
 from collections.abc import Iterator, Mapping
@@ -157,6 +158,10 @@ class GenerateTab:
             [self.status, self.result, self.gallery, self.files, *(unit.map for unit in self.units)],
             show_progress_on=self.status, show_progress="minimal", concurrency_id=MODEL_QUEUE, concurrency_limit=1,
         )  # fmt: skip
+        # Said in the browser itself: what the server says could come after the run's own "Stopped.", and would stay.
+        self.stop.click(
+            None, None, self.status, js=f"() => {json.dumps(_status('Stopping ...'))}", api_visibility="private"
+        )
         # A run that waits for its turn is not known to `stops`: the queue itself has to let it go.
         listen(self.stop.click, self._stop, None, self.status, cancels=[generated], **quick)
         listen(
@@ -319,7 +324,7 @@ class GenerateTab:
 
     def _stop(self, request: gr.Request) -> Any:
         stopped = self.context.stops.set(request.session_hash or "")
-        return _status("Stopping ..." if stopped else "Nothing is running.")
+        return gr.skip() if stopped else _status("Nothing is running.")
 
     def _notes(self, data: Mapping[Any, Any], controls: list[Control]) -> dict[str, Any]:
         """What a picture's file tells beside the pipeline's settings, so that the page can be set up as it was."""
