@@ -111,9 +111,11 @@ class RunFolder:
             ConfigError: a run with other settings is here, or files that are not a run's and would be written over, or the weights
                 to begin with are a file that the run writes.
         """
+        # Another process of the run may be ahead. It has noted the settings before all else, so what is found before the note is
+        # read is foreign if there is no note.
+        found = [name for name in MADE if os.path.lexists(self.path / name)]
         noted = noted_settings(self.note)
-        if own_rank() == 0:  # another process may find what this one has just written
-            self._refuse_foreign(noted)
+        self._refuse_foreign(noted, found)
         self._refuse_own(settings)
         changed = changes(noted, settings) if noted is not None else []
         if changed and self.checkpoint is not None:
@@ -126,18 +128,17 @@ class RunFolder:
                 f"{self.path} holds a run with different settings ({', '.join(changed)}); "
                 f"choose another out for a run of its own{more}"
             )
-        if own_rank() == 0:
+        if own_rank() == 0 or noted is None:
             write_settings(self.note, settings)
-            if self.checkpoint is None:  # what an earlier start made before the first step is made anew
-                (self.path / "before.npz").unlink(missing_ok=True)
+        if own_rank() == 0 and self.checkpoint is None:  # what an earlier start made before the first step is made anew
+            (self.path / "before.npz").unlink(missing_ok=True)
         return noted is not None and not changed
 
-    def _refuse_foreign(self, noted: dict[str, Any] | None) -> None:
-        """Raise ConfigError if a file in the place of one that the run writes is not a run's."""
+    def _refuse_foreign(self, noted: dict[str, Any] | None, found: list[str]) -> None:
+        """Raise ConfigError if a file in the place of one that the run writes, of which some were `found`, is not a run's."""
         if noted is not None and not all(name in noted for name in SIGNS):
             raise ConfigError(f"{self.note} is not the note of a training run; choose another out")
-        found = [name for name in MADE if os.path.lexists(self.path / name)] if noted is None else []
-        if found:
+        if found and noted is None:
             raise ConfigError(
                 f"{self.path} holds {', '.join(found)} without a run's settings.json, and training would write over "
                 f"{'it' if len(found) == 1 else 'them'}; choose another out"

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from cldm.data.pairs import DataError
 from cldm.evaluation import Sampling
 from cldm.model import load_state_dict
 from cldm.settings import write_settings
-from cldm.training import checkpoints
+from cldm.training import checkpoints, folder
 from cldm.training.checkpoints import WholeFiles, checkpoints_in
 from cldm.training.data import TrainingData, check_once
 from cldm.training.folder import RunFolder
@@ -35,6 +36,7 @@ from cldm.training.metrics import read_metrics
 from cldm.training.presets import PRESETS
 from cldm.training.settings import Settings, changes, parse_settings
 from ldm.files import open_weights
+from ldm.util import ConfigError
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "models" / "cldm_tiny.safetensors"
@@ -163,6 +165,34 @@ def test_files_of_others_are_not_written_over(data, tmp_path, capsys, name):
     assert [p.name for p in out.iterdir() if not p.name.startswith(".")] == [name]
     (out / name).rename(out / "notes.json")  # files that are in nobody's way may stay
     assert RunFolder(out).begin(Settings(out=str(out))) is False and (out / "settings.json").is_file()
+
+
+def test_a_process_that_is_ahead_of_the_first_one_is_not_another_run(tmp_path, monkeypatch):
+    settings = Settings(out=str(tmp_path / "run"))
+    run = RunFolder(settings.out)
+
+    def second_process_begins():
+        monkeypatch.setattr(folder, "own_rank", lambda: 1)
+        run.begin(settings)
+        (run.path / "data.json").write_text("{}")
+        monkeypatch.setattr(folder, "own_rank", lambda: 0)
+
+    def read_late(note, read=folder.noted_settings):
+        monkeypatch.setattr(folder, "noted_settings", read)
+        second_process_begins()
+        return read(note)
+
+    monkeypatch.setattr(folder, "noted_settings", read_late)
+    run.begin(settings)  # the second one comes in between
+    shutil.rmtree(run.path)
+    second_process_begins()
+    run.begin(settings)
+    (run.path / "settings.json").unlink()
+    for rank in (0, 1):
+        monkeypatch.setattr(folder, "own_rank", lambda rank=rank: rank)
+        with pytest.raises(ConfigError, match="holds data.json without a run's settings.json"):
+            run.begin(settings)
+    assert [path.name for path in run.path.iterdir()] == ["data.json"]
 
 
 def test_pictures_from_before_belong_to_the_pairs_that_they_show(data, tmp_path, caplog):
