@@ -107,9 +107,8 @@ def override(settings: S, arguments: Sequence[str]) -> S:
             nearest = get_close_matches(key, known, 1)
             meant = f"; did you mean {nearest[0]}? The settings are " if nearest else "; the settings are "
             raise ConfigError(f"unknown setting {key!r}{meant}{', '.join(known)}")
-        if not value and getattr(
-            settings, key
-        ):  # as of a variable that is not set; an empty path would be the present folder
+        # As of a shell's variable that is not set; an empty path would be the present folder.
+        if not value and getattr(settings, key):
             raise ConfigError(f"{key} is empty; give a value, or leave {key}= out for the default")
         if types[key] is str:  # YAML would make a number of 007, and cut "a #2" short
             texts[key] = value

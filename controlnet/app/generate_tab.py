@@ -323,8 +323,9 @@ class GenerateTab:
             self.context.stops.done(session, stop)
 
     def _stop(self, request: gr.Request) -> Any:
+        """Stop the tab's run, which then says so itself; one that still waits for its turn, or none, cannot."""
         stopped = self.context.stops.set(request.session_hash or "")
-        return gr.skip() if stopped else _status("Nothing is running.")
+        return gr.skip() if stopped else _status("Stopped.")
 
     def _notes(self, data: Mapping[Any, Any], controls: list[Control]) -> dict[str, Any]:
         """What a picture's file tells beside the pipeline's settings, so that the page can be set up as it was."""
