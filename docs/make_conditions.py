@@ -1,8 +1,9 @@
-"""Make docs/conditions.png: one photograph and every condition that needs no weights, side by side.
+"""Make the pictures of all conditions: docs/conditions.png, and a small one of each in docs/conditions.
 
     python -m docs.make_conditions [PHOTO] [OUT]
 
-Without PHOTO: the astronaut that scikit-image ships (NASA, public domain), as stored with the tests.
+Conditions that need no weights are made of PHOTO: by default the astronaut that scikit-image ships (NASA, public domain), as stored
+with the tests. Those that need weights, which are not kept here, draw what a perfect network would find in a drawn room.
 """
 
 import argparse
@@ -16,9 +17,12 @@ import numpy as np
 import annotator
 from annotator.pictures import HWC3, read_image, save_png
 from annotator.shuffle import ColorShuffleDetector, DownSampleDetector
+from docs.drawn_scene import Scene, answers, draw_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 256
+SCENE_SIZE = 512
+SMALL = 128
 CAPTION = 24
 COLUMNS = 4
 
@@ -53,6 +57,27 @@ def conditions(photo: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "tile_gaussian", hint("tile_gaussian", scale_factor=4.0, blur_strength=4.0).source
 
 
+def scene_conditions(scene: Scene) -> Iterator[tuple[str, np.ndarray]]:
+    """Every condition that needs weights, by name, with its hint for the scene."""
+    for name, (network, output) in answers(scene).items():
+        info = annotator.describe(name)
+        detector = info.detector_class.__new__(info.detector_class)  # its constructor would look for weights
+        vars(detector).update(version=info.version, network=network)
+        condition = annotator.Annotator(info, detector)
+        request = condition.request(scene.picture, scene.size, scene.size)
+        if name == "segmentation":
+            request.parameters["task"] = "panoptic"
+        yield name, condition.finish(request, detector.finish(output, request.view, **request.parameters)).source
+
+
+def small(picture: np.ndarray, size: int = SMALL) -> np.ndarray:
+    """A picture for the table; thin lines on black are made thicker first, as they would fade."""
+    if np.median(picture) < 10:
+        width = max(len(picture) // size - 1, 1)
+        picture = cv2.dilate(picture, np.ones((width, width), dtype=np.uint8))
+    return cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
+
+
 def sheet(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
     """The pictures in rows of four, each under its caption: (H, W, 3), uint8."""
     cells = []
@@ -68,14 +93,20 @@ def sheet(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("photo", nargs="?", type=Path)
-    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "docs" / "conditions.png")
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "docs", help="folder for the pictures")
     args = parser.parse_args(argv)
     try:
         if args.photo is None:
             photo = np.load(ROOT / "tests" / "data" / "annotator" / "canny.npz")["astronaut/input"]
         else:
             photo = HWC3(read_image(args.photo))
-        save_png(args.out, sheet(list(conditions(photo))))
+        panels, scene = list(conditions(photo)), draw_scene(SCENE_SIZE)
+        save_png(args.out / "conditions.png", sheet(panels))
+        save_png(args.out / "conditions" / "drawn_scene.png", small(scene.picture, SIZE))
+        named = [(name, picture) for caption, picture in panels for name in caption.split(", ")]
+        for name, picture in [*reversed(named), *scene_conditions(scene)]:  # of several, the first one is kept
+            if name in annotator.list_annotators():
+                save_png(args.out / "conditions" / f"{name}.png", small(picture))
     except (ValueError, OSError) as err:
         print(f"make_conditions.py: {err}", file=sys.stderr)
         return 2
