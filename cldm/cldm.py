@@ -23,7 +23,7 @@ from cldm.guidance import (
     repeats_latents,
     sum_of_outputs,
 )
-from ldm.models.diffusion.ddpm import LatentDiffusion, drawn_prompts
+from ldm.models.diffusion.ddpm import LatentDiffusion, drawn_prompts, take_start
 from ldm.models.diffusion.guidance import Guidance, Scale, make_guidance
 from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UNetEncoder, UNetModel
 from ldm.modules.diffusionmodules.util import conv_nd, in_own_precision, repeat_rows, weight_of, zero_module
@@ -226,6 +226,7 @@ class ControlLDM(LatentDiffusion):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        start = take_start(kwargs)
         super().__init__(*args, **kwargs)
         unet = self.model.diffusion_model
         if "control" not in inspect.signature(unet.forward).parameters:
@@ -251,6 +252,7 @@ class ControlLDM(LatentDiffusion):
         self.only_mid_control = only_mid_control
         if self.use_ema:
             self.model_ema = LitEma(self)
+        self._start_from(**start)
 
     # -- what is trained ------------------------------------------------------------------------------
 

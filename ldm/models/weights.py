@@ -12,20 +12,34 @@ from ldm.util import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def load_weights(module: nn.Module, path: str | Path, ignore_prefixes: Iterable[str] = (), prefix: str = "") -> None:
+def load_weights(
+    module: nn.Module, path: str | Path, ignore_prefixes: Iterable[str] = (), prefix: str = ""
+) -> list[str]:
     """Load what fits of the file's entries into `module`, and log what was missing or left over.
 
+    A module on the meta device has no memory for values: the file is then not read.
+
     Args:
-        path: whatever `ldm.files.open_weights` opens; nothing in it is executed.
+        path: whatever `ldm.files.open_weights` opens, under the names of this library; nothing in it is executed.
         ignore_prefixes: entries whose keys begin so are left out.
         prefix: taken off the keys that begin with it.
 
+    Returns:
+        the keys of `module` that were missing.
+
     Raises:
-        ConfigError: the file cannot be read, an entry has another shape, or none fits.
+        ConfigError: the file cannot be read or has diffusers' names, an entry has another shape, or none fits.
     """
+    if next(module.parameters()).is_meta:
+        return []
     ignored = tuple(ignore_prefixes)
     try:
         with open_weights(path) as file:
+            if any("down_blocks." in key for key in file):
+                advice = (
+                    "convert its pipeline with `controlnet convert PIPELINE full.safetensors --to full`, and name that"
+                )
+                raise CheckpointError(f"has the names of diffusers, which fit no model here; {advice}", file.path)
             weights = {
                 key.removeprefix(prefix): tensor.read()
                 for key, tensor in file.items()
@@ -37,6 +51,9 @@ def load_weights(module: nn.Module, path: str | Path, ignore_prefixes: Iterable[
         missing, unexpected = module.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ConfigError(f"{path} does not fit {type(module).__name__}: {error}") from error
-    if len(missing) == len(module.state_dict()):
+    if len(unexpected) == len(weights):
         raise ConfigError(f"{path} holds none of the entries of {type(module).__name__}, such as {missing[0]!r}")
-    logger.info("%s: %d entries missing, %d left over", path, len(missing), len(unexpected))
+    level = logging.WARNING if missing else logging.INFO
+    first = f" (first {missing[0]})" if missing else ""
+    logger.log(level, "%s: %d entries missing%s, %d left over", path, len(missing), first, len(unexpected))
+    return missing

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cldm.checkpoint import CheckpointError, add_control, convert
+from cldm.checkpoint.expected import build_entries
 from cldm.config import load_config, override
 from cldm.model import create_model, load_control, load_state_dict, load_weights
 from ldm.files import write_weights
@@ -209,6 +210,32 @@ def test_every_parameter_and_buffer_goes_to_the_device(saved):
     with fake_tensors():
         made = create_model("cldm_tiny", device="cuda")
         assert {t.device.type for t in [*made.parameters(), *made.buffers()]} == {"cuda"}
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_starting_weights_fill_the_control_too(saved, tmp_path, use_ema):
+    _, folder = saved
+    source = tiny_model("sd2", use_ema=use_ema)
+    if use_ema:
+        source.model_ema.num_updates.fill_(7)
+    write_weights(tmp_path / "whole.safetensors", source.state_dict(), progress=False)
+    config = tiny_config("sd2", use_ema=True, ckpt_path=str(tmp_path / "whole.safetensors"))
+    made = create_model(config)
+    assert all(torch.equal(made.state_dict()[key], value) for key, value in source.state_dict().items())
+    assert int(made.model_ema.num_updates) == (7 if use_ema else 0)
+    if not use_ema:  # the average begins at the weights
+        first = made.model_ema.state_dict()["control_modelzero_convs00weight"]
+        assert torch.equal(first, source.control_model.zero_convs[0][0].weight)
+
+
+def test_starting_weights_are_not_read_where_others_follow(saved):
+    model, folder = saved
+    config = tiny_config("sd2", ckpt_path=str(folder / "nowhere.safetensors"))
+    made = create_model(config, weights=folder / "full.safetensors")
+    assert all(torch.equal(made.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert all(t.is_meta for t in create_model(config, device="meta").parameters())
+    OmegaConf.save({"model": config}, folder / "start.yaml")
+    assert build_entries(folder / "start.yaml").keys() == model.state_dict().keys()
 
 
 def test_a_missing_configuration_is_a_file_not_found_error(tmp_path):

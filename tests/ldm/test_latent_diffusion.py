@@ -154,6 +154,25 @@ def test_starting_weights(tmp_path):
             latent_diffusion(ckpt_path=path)
 
 
+def test_starting_weights_that_do_not_fit_are_refused(tmp_path):
+    of_diffusers = {"unet/down_blocks.0.resnets.0.conv1.bias": torch.zeros(1), "logvar": torch.zeros(20)}
+    for entries, message in (({"lora_unet_x": torch.zeros(1)}, "none of the entries"), (of_diffusers, "convert")):
+        torch.save(entries, tmp_path / "other.ckpt")
+        with pytest.raises(ConfigError, match=message):
+            latent_diffusion(cond_stage_config=CLASSES, ckpt_path=str(tmp_path / "other.ckpt"))
+
+
+def test_an_average_that_starting_weights_lack_begins_at_them(tmp_path, caplog):
+    source = latent_diffusion()
+    nn.init.normal_(source.model.diffusion_model.out[2].weight)
+    torch.save(source.state_dict(), tmp_path / "base.ckpt")
+    for only_unet in (False, True):
+        model = latent_diffusion(use_ema=True, ckpt_path=str(tmp_path / "base.ckpt"), load_only_unet=only_unet)
+        assert torch.equal(model.model_ema.diffusion_modelout2weight, source.model.diffusion_model.out[2].weight)
+        partial = [r for r in caplog.records if r.levelname == "WARNING" and "missing (first model_ema." in r.message]
+        assert len(partial) == 1
+
+
 @pytest.mark.parametrize(
     "params, message",
     [

@@ -87,6 +87,15 @@ def _given(conditioning: Sequence[Tensor] | None, name: str, key: str) -> list[T
     return list(conditioning)
 
 
+def take_start(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments of `DDPM._start_from` out of `kwargs`.
+
+    Starting weights fill all modules, so a subclass that adds some calls it when these are there, and not its base class.
+    """
+    names = ("ckpt_path", "ignore_keys", "load_only_unet", "reset_ema", "reset_num_ema_updates")
+    return {"ckpt_path": None} | {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
 class DDPM(AncestralSampling, DiffusionProcess, pl.LightningModule):
     """Gaussian diffusion in picture space.
 
@@ -201,15 +210,16 @@ class DDPM(AncestralSampling, DiffusionProcess, pl.LightningModule):
         reset_num_ema_updates: bool = False,
     ) -> None:
         """Last step of construction, when all modules are there: starting weights, and what becomes of the average."""
+        self.restarted_from_ckpt = ckpt_path is not None
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys, load_only_unet)
             if reset_ema and self.use_ema:
-                self.model_ema = LitEma(self.model)
+                self.model_ema = LitEma(self.averaged_module())
         if reset_num_ema_updates and self.use_ema:
             self.model_ema.reset_num_updates()
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
-        """Load what fits of a weights file.
+        """Load what fits of a weights file; the average begins at the loaded weights where the file has none.
 
         Args:
             path: safetensors or torch file.
@@ -219,10 +229,10 @@ class DDPM(AncestralSampling, DiffusionProcess, pl.LightningModule):
         Raises:
             ConfigError: the file cannot be read, has entries of another shape, or none that fits.
         """
-        if only_model:
-            load_weights(self.model, path, ignore_keys, prefix="model.")
-        else:
-            load_weights(self, path, ignore_keys)
+        module, prefix = (self.model, "model.") if only_model else (self, "")
+        missing = load_weights(module, path, ignore_keys, prefix)
+        if self.use_ema and (only_model or "model_ema.num_updates" in missing):
+            self.model_ema = LitEma(self.averaged_module())
 
     # -- loss ---------------------------------------------------------------------------------------
 
@@ -472,9 +482,7 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
             conditioning_key = "concat" if concat_mode else "crossattn"
         if cond_stage_config == "__is_unconditional__" and not force_null_conditioning:
             conditioning_key = None
-        # Starting weights also fill the first stage and the conditioning's encoder, which are not there before the end.
-        names = ("ckpt_path", "ignore_keys", "load_only_unet", "reset_ema", "reset_num_ema_updates")
-        start = {"ckpt_path": None} | {name: kwargs.pop(name) for name in names if name in kwargs}
+        start = take_start(kwargs)
         super().__init__(*args, **kwargs | {"conditioning_key": conditioning_key})
         self.clip_denoised = False  # latents are not confined to [-1, 1]
         self.num_timesteps_cond = 1
@@ -492,7 +500,6 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
             self.scale_factor = scale_factor
         self.instantiate_first_stage(first_stage_config)
         self.instantiate_cond_stage(cond_stage_config)
-        self.restarted_from_ckpt = start["ckpt_path"] is not None
         self._start_from(**start)
 
     def instantiate_first_stage(self, config: Mapping[str, Any]) -> None:
