@@ -144,7 +144,9 @@ def initial_values(wanted: Tensors) -> Tensors:
         if key.startswith(_ZEROS):
             made[key] = zeros(tensor.shape, tensor.dtype)
         elif key == _POSITION_IDS:
-            made[key] = LazyTensor.of(torch.arange(tensor.shape[-1], dtype=tensor.dtype).expand(tensor.shape))
+            made[key] = LazyTensor.of(
+                torch.arange(tensor.shape[-1], dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+            )
     return made
 
 
@@ -152,7 +154,7 @@ def _fresh_hint_encoder(shapes: dict[str, tuple[int, ...]]) -> Tensors:
     """The values that the convolutions of a new hint encoder have, always the same; the last one's are zero."""
     weights = [key for key in shapes if key.endswith(".weight")]
     made: Tensors = {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(_SEED)
         for key in weights:
             out_channels, in_channels, *kernel = shapes[key]

@@ -167,7 +167,7 @@ class _Conversion:
                 if not unet:
                     raise CheckpointError("holds no base model to take the difference to; name one with --base")
                 difference = with_prefix(combined(torch.sub, control, unet), CONTROL_PREFIX)
-                return {**difference, DIFFERENCE: LazyTensor.of(torch.ones(1))}
+                return {**difference, DIFFERENCE: LazyTensor.of(torch.ones(1, device="cpu"))}
             case "diffusers":
                 converted, _ = to_diffusers("controlnet", control)
                 if not folder:

@@ -73,7 +73,7 @@ def check_fits(tensors: Tensors, config: str | Path, path: Path) -> None:
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
     """Zeros, made when they are read."""
-    return LazyTensor(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+    return LazyTensor(shape, dtype, lambda: torch.zeros(shape, dtype=dtype, device="cpu"))
 
 
 def digest_of(path: Path) -> str:

@@ -43,7 +43,8 @@ def completed(tensors: Tensors, source: ModelWeights, config: str | Path | None)
     if not schedule.keys() >= SCHEDULE_KEYS - {"logvar"}:
         schedule = schedule_tensors(model_params(config), source) | schedule
     if any(key.startswith(CONTROL_PREFIX) for key in tensors):
-        logvar = torch.full(schedule["betas"].shape, float(model_params(config).get("logvar_init", 0.0)))
+        value = float(model_params(config).get("logvar_init", 0.0))
+        logvar = torch.full(schedule["betas"].shape, value, device="cpu")
         schedule.setdefault("logvar", LazyTensor.of(logvar))
     else:
         schedule.pop("logvar", None)  # as published base models

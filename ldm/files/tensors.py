@@ -163,7 +163,7 @@ class OpenFile:
         count = math.prod(shape)
         if stride is not None and count:  # from the first number to the last, gaps included
             count = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        flat = torch.empty(count, dtype=dtype)
+        flat = torch.empty(count, dtype=dtype, device="cpu")  # whatever torch's default device is
         self._read_into(start, flat.view(torch.uint8).numpy().data)
         return flat.view(shape) if stride is None or not count else flat.as_strided(shape, stride).contiguous()
 

@@ -87,6 +87,19 @@ def test_initial_values_are_those_of_the_model() -> None:
             assert torch.equal(entry.read(), model[key]), key
 
 
+def test_the_default_device_does_not_matter(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
+    add_control(base, tmp_path / "wanted.safetensors", progress=False)
+    with torch.device("meta"):
+        add_control(base, tmp_path / "full.safetensors", progress=False)
+        convert(tmp_path / "full.safetensors", tmp_path / "pipeline", "diffusers-pipeline", progress=False)
+        convert(tmp_path / "pipeline", tmp_path / "back.safetensors", "full", progress=False)
+        convert(tmp_path / "full.safetensors", tmp_path / "d.pth", "difference", base=base, progress=False)
+    assert same(
+        read_state_dict(tmp_path / "full.safetensors"), wanted := read_state_dict(tmp_path / "wanted.safetensors")
+    )
+    assert same(read_state_dict(tmp_path / "back.safetensors"), wanted)
+
+
 def test_a_control_in_the_input_is_kept(full: dict[str, Tensor], tmp_path: Path) -> None:
     source, output = saved(tmp_path / "in.pt", without(full, "logvar")), tmp_path / "out.safetensors"
     added = add_control(source, output, **QUIET)

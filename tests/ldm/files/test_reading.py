@@ -69,6 +69,12 @@ def test_torch_files(tmp_path: Path, tensors: dict[str, Tensor], format: str, de
             assert same(got, want) and got.is_contiguous(), key
 
 
+def test_the_default_device_does_not_matter(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.pth")
+    with torch.device("meta"):
+        assert read_state_dict(tmp_path / "a.pth")["a"].tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_four_wrappings_are_too_many(tmp_path: Path, format: str) -> None:
     content: object = {"w": torch.ones(2)}
