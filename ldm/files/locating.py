@@ -53,7 +53,7 @@ def choose_weights(names: Iterable[str]) -> str | None:
 
 def _fetch(address: str) -> Path:
     """A file or folder of the hub, in the cache of `huggingface_hub`; what is there already is not fetched again."""
-    match = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+?)(?:@([\w./-]+?))?(?:/([^@]+?))?/?", address)
+    match = re.fullmatch(r"hf:/{1,2}([\w.-]+/[\w.-]+?)(?:@((?:refs/pr/)?[\w.-]+))?(?:/([^@]+?))?/?", address)
     if match is None:
         raise CheckpointError("write hf://owner/name or hf://owner/name/file, with @revision after the name", address)
     repository, revision, inside = match[1], match[2], match[3] or ""
@@ -74,7 +74,7 @@ def _fetch(address: str) -> Path:
         elif isinstance(error, errors.RepositoryNotFoundError):
             reason = f"the hub has no repository {repository!r}, or it needs a login (`hf auth login`)"
         elif isinstance(error, errors.EntryNotFoundError):
-            reason = f"{repository!r} has no file {inside!r}"
+            reason = f"{repository!r} has no {inside!r}" if inside else f"{repository!r} holds no folder of diffusers"
         elif not isinstance(error, errors.HfHubHTTPError | errors.HFValidationError):
             reason = f"the hub cannot be reached ({reason})"
         advice = "Check the name, or download it elsewhere and give the path of the file"
@@ -86,10 +86,13 @@ def _fetch_folder(hub: Any, repository: str, revision: str | None, inside: str) 
     try:
         names = hub.HfApi().list_repo_files(repository, revision=revision)
     except Exception as unreachable:
-        try:
-            return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True)) / inside
+        try:  # no patterns: newer versions refuse a snapshot of which only some files were fetched
+            cached = hub.snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[])
         except Exception:
             raise unreachable from None
+        if not Path(cached, inside).is_dir():
+            raise unreachable
+        return Path(cached, inside)
     folders: dict[str, set[str]] = {}
     for folder, name in map(posixpath.split, names):
         folders.setdefault(folder, set()).add(name)
@@ -100,4 +103,6 @@ def _fetch_folder(hub: Any, repository: str, revision: str | None, inside: str) 
         shards = f"{stem}*-of-*{kind}" if chosen.endswith(".json") else chosen
         wanted += [posixpath.join(folder, name) for name in held if name.endswith(".json") or fnmatch(name, shards)]
     wanted = [name for name in wanted if name.startswith(f"{inside}/" if inside else "")]
+    if not wanted:
+        raise hub.utils.EntryNotFoundError(inside)
     return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)) / inside

@@ -45,7 +45,31 @@ def test_a_folder_of_the_hub(snapshot: Path) -> None:
         write_weights(snapshot / component / "diffusion_pytorch_model.safetensors", tensors, progress=False)
     (snapshot / "model_index.json").write_text(json.dumps({"unet": ["a", "b"], "vae": ["a", "b"]}))
     assert read_state_dict("hf://owner/name").keys() == {"unet/unet", "vae/vae"}
-    assert read_state_dict("hf://owner/name/vae").keys() == {"vae"}
+    for address in ("hf://owner/name/vae", "hf://owner/name@main/vae/"):
+        assert read_state_dict(address).keys() == {"vae"}
+    with pytest.raises(
+        CheckpointError, match="cannot be fetched: the hub cannot be reached, and it is not in the cache"
+    ):
+        open_weights("hf://owner/name/unet_2")
+
+
+def test_a_folder_that_was_fetched_in_part_is_read_without_the_hub(snapshot: Path) -> None:
+    """Newer versions of the library note which files a snapshot has, and refuse one that lacks some unless told otherwise."""
+    write_weights(snapshot / "model.safetensors", {"w": torch.ones(1)}, progress=False)
+    files = {name: {"size": 1, "blob_id": "0" * 40} for name in ("model.safetensors", "other.bin")}
+    trees = snapshot.parents[1] / "trees"
+    trees.mkdir()
+    (trees / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": files}))
+    assert read_state_dict("hf://owner/name").keys() == {"w"}
+
+
+def test_revisions_may_be_of_a_pull_request(snapshot: Path) -> None:
+    reference = snapshot.parents[1] / "refs" / "refs" / "pr" / "3"
+    reference.parent.mkdir(parents=True)
+    reference.write_text(COMMIT)
+    write_weights(snapshot / "model.safetensors", {"w": torch.ones(1)}, progress=False)
+    for address in ("hf://owner/name@refs/pr/3", "hf://owner/name@refs/pr/3/model.safetensors"):
+        assert read_state_dict(address).keys() == {"w"}
 
 
 def test_of_a_folder_only_what_is_read_is_fetched(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +86,9 @@ def test_of_a_folder_only_what_is_read_is_fetched(snapshot: Path, monkeypatch: p
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: read + unread)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate("hf://owner/name") == snapshot and sorted(fetched) == sorted(read)
+    with pytest.raises(CheckpointError, match="'owner/name' has no 'text'. Check the name"):
+        locate("hf://owner/name/text")
+    (snapshot / "vae").mkdir()
     assert locate("hf://owner/name/vae") == snapshot / "vae" and fetched == [f"vae/{stem}.bin"]
 
 
