@@ -74,7 +74,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 return part
             if id(part) not in built:
                 if isinstance(part, LazyTensor):
-                    held += part.nbytes
+                    held += part.nbytes + part.gaps
                     check_repetition(held, size)
                     made: Any = part.read()
                 elif isinstance(part, dict):

@@ -11,6 +11,7 @@ or compared, and texts that the file could have compared over and over (keys, na
 
 from __future__ import annotations
 
+import math
 import pickletools
 import struct
 from collections.abc import Callable
@@ -119,7 +120,9 @@ class Unpickler:
         """Account for building `count` items."""
         self._budget -= count
         if self._budget < 0:
-            raise CheckpointError(f"the pickle needs more than {MAX_INSTRUCTIONS:,} instructions")
+            raise CheckpointError(
+                f"the pickle needs more than {MAX_INSTRUCTIONS:,} instructions; save its state dict alone"
+            )
 
     def _take(self, count: int | None) -> list[Any]:
         """Take the last `count` items off the stack, or all since the last mark."""
@@ -245,7 +248,8 @@ class Unpickler:
         start = storage.offset * storage.dtype.itemsize + offset * dtype.itemsize
         if start + reach * dtype.itemsize > (storage.offset + storage.count) * storage.dtype.itemsize:
             raise CheckpointError("the pickle builds a tensor that reaches beyond its storage")
-        return LazyTensor(shape, dtype, partial(self._read, storage.key, start, dtype, shape, stride))
+        gaps = max(0, reach - math.prod(shape)) * dtype.itemsize
+        return LazyTensor(shape, dtype, partial(self._read, storage.key, start, dtype, shape, stride), gaps)
 
     def _read(self, key: str, start: int, *kind: Any) -> Tensor:
         return self._file.read_tensor(self.starts[key] + start, *kind)

@@ -41,11 +41,16 @@ _MAX_NUMBER = 2**62
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LazyTensor:
-    """A tensor whose values are read when asked for; `read` gives it on the CPU."""
+    """A tensor whose values are read when asked for; `read` gives it on the CPU.
+
+    Attributes:
+        gaps: bytes between its numbers in a file, which are read with it.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor] = field(repr=False)
+    gaps: int = 0
 
     @property
     def numel(self) -> int:

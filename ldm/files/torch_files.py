@@ -141,7 +141,7 @@ def _weights(file: OpenFile, format: str, unpickler: Unpickler, top: Any) -> Wei
     missing = next((key for key in unpickler.storages if key not in unpickler.starts), None)
     if missing is not None:
         raise CheckpointError(f"tensor storage {missing[:40]!r} is missing from the file")
-    check_repetition(sum(tensor.nbytes for tensor in tensors.values()), file.size)
+    check_repetition(sum(tensor.nbytes + tensor.gaps for tensor in tensors.values()), file.size)
     return WeightsFile(
         file.path,
         format,
@@ -154,9 +154,10 @@ def _weights(file: OpenFile, format: str, unpickler: Unpickler, top: Any) -> Wei
 
 
 def check_repetition(held: int, size: int) -> None:
-    """Refuse a file of `size` bytes whose tensors hold far more: they show the same bytes over and over."""
+    """Refuse a file of `size` bytes of which far more would be read: its tensors show the same bytes over and over."""
     if held > 4 * size + 2**20:
-        raise CheckpointError("its tensors repeat the same bytes until they are many times larger than the file")
+        problem = "its tensors repeat the same bytes until they are many times larger than the file"
+        raise CheckpointError(f"{problem}; save a clone() of each")
 
 
 def _wrapper(level: dict) -> str | None:

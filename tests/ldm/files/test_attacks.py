@@ -15,7 +15,7 @@ import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +274,26 @@ def test_many_views_of_one_storage_are_not_multiplied(tmp_path: Path) -> None:
     beside = dictionary(state_dict=dictionary(w=tensor()), optimizer_states=dictionary(**views))
     with pytest.raises(CheckpointError, match="many times larger"):
         read_checkpoint(torch_zip(tmp_path / "w.pth", program(beside)))
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_wide_views_are_read_a_few_times_at_most(tmp_path: Path, same: bool) -> None:
+    """A column of a matrix is read with all that lies between its numbers, so all columns would take quadratic time."""
+    for size in (400, 800, 1600):
+        matrix = torch.zeros(size, size)
+        columns = [matrix[:, 0]] * size if same else list(matrix.unbind(1))
+        torch.save({f"w{i}": column for i, column in enumerate(columns)}, tmp_path / "w.pth")
+        with cheap(2**23):
+            refused(tmp_path / "w.pth", "many times larger than the file; save a clone")
+    few = {f"w{i}": column for i, column in enumerate(torch.arange(30.0).view(10, 3).unbind(1))}
+    for content in (few, {"state_dict": {"w": few["w0"]}, "optimizer": few}):
+        torch.save(content, tmp_path / "w.pth")
+        read_checkpoint(tmp_path / "w.pth")
+    assert torch.equal(read_checkpoint(tmp_path / "w.pth")["optimizer"]["w2"], few["w2"])
+    beside = [matrix[:, 0]] if same else columns  # what a checkpoint shows many times is read once
+    torch.save({"state_dict": {"w": torch.ones(1)}, "optimizer": beside * 2}, tmp_path / "w.pth")
+    with nullcontext() if same else pytest.raises(CheckpointError, match="many times larger"):
+        read_checkpoint(tmp_path / "w.pth")
 
 
 # Pickles that ask for much.
