@@ -1,7 +1,8 @@
 """Writing weights files, one tensor at a time.
 
-Everything is written under another name beside its target and renamed when it is complete and on the disk. What ends the
-process in order removes what was begun; a kill leaves `.NAME.xxxxxxxx.partial`, which nothing takes for weights.
+Everything is written under another name beside its target, or inside it where that is a folder which exists, and renamed when
+it is complete and on the disk. What ends the process in order removes what was begun; a kill leaves `.NAME.xxxxxxxx.partial`,
+which nothing takes for weights.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ldm.files.tensors import SAFETENSORS_NAMES, STORAGE_NAMES, LazyTensor, Tens
 TORCH_SUFFIXES = SUFFIXES[1:]
 _ALIGNMENT = 64  # bytes; where torch.save places tensors in its archives, so that they can be mapped
 _SPARE = 1 << 20  # bytes of a file beyond its tensors': header or directory
+_PARTIAL = ".partial"  # the end of a temporary name
 _NAME_START = 40  # characters of its target's name that a temporary name begins with: the whole may be too long
 
 Content = Mapping[str, Tensor | LazyTensor] | dict[str, Any] | str
@@ -101,15 +103,10 @@ def _write(
     """Write files below `path`, or itself where the name is ""; they take their places when all are complete."""
     with about(path, "written"):
         place = _follow(path)
-        total = 0
-        for name, content in contents.items():
-            if not isinstance(content, bytes):
-                _check_storable(Path(name or path).suffix.lower(), content, metadata)
-                total += sum(tensor.nbytes for tensor in content.values())
-        needed, free = total + _SPARE * len(contents), shutil.disk_usage(place.parent).free
-        if needed > free:
-            sizes = f"needs {needed / 1e6:,.1f} MB of disk, and {free / 1e6:,.1f} MB are free"
-            raise CheckpointError(f"{sizes}; choose another disk, or free some of this one")
+        files = {name: content for name, content in contents.items() if not isinstance(content, bytes)}
+        for name, content in files.items():
+            _check_storable(Path(name or path).suffix.lower(), content, metadata)
+        total = check_room(place, files.values())
         shown = "".join(character if character.isprintable() else "?" for character in path.name)
         options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "disable": None if progress else True}
         with _temporary(place) as temporary, tqdm(desc=shown, total=total, **options) as bar:
@@ -124,14 +121,23 @@ def _write(
                         _write_safetensors(file, content, {"format": "pt", **metadata}, bar.update)
                     file.flush()
                     os.fsync(file.fileno())
-            if place.is_file() and not overwrite:  # it may have appeared in the meantime
-                raise CheckpointError("was created by someone else while this was being written")
-            if not (place.is_dir() and any(place.iterdir())):
+            check_output(path, overwrite, None if "" in contents else contents)  # it may have appeared in the meantime
+            if not place.is_dir():
                 os.replace(temporary, place)
                 return
             for name in contents:
                 (place / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary / name, place / name)
+
+
+def check_room(place: Path, files: Iterable[Tensors]) -> int:
+    """Raise unless the disk has room for files of these tensors in or beside `place`; returns the tensors' bytes."""
+    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in files]
+    needed, free = sum(sizes) + _SPARE * len(sizes), shutil.disk_usage(_folder_of(place)).free
+    if needed > free:
+        problem = f"needs {needed / 1e6:,.1f} MB of disk, and {free / 1e6:,.1f} MB are free"
+        raise CheckpointError(f"{problem}; choose another disk, or free some of this one", place)
+    return sum(sizes)
 
 
 def check_output(
@@ -167,7 +173,7 @@ def check_output(
         if place.is_dir() != folder:
             raise CheckpointError("is a file; name a folder" if folder else "is a folder; name a file")
         if files is not None:
-            if not any(place.iterdir()):
+            if all(part.name.endswith(_PARTIAL) for part in place.iterdir()):
                 return
             _check_folder(place, set(files))
         if not overwrite:
@@ -215,10 +221,15 @@ def _check_storable(suffix: str, tensors: Tensors, metadata: Mapping[str, str]) 
             raise CheckpointError(f"{text[:100]!r} is not valid text and cannot be written") from error
 
 
+def _folder_of(place: Path) -> Path:
+    """The folder in which something is written: one that exists may be on a disk of its own, with permissions of its own."""
+    return place if place.is_dir() else place.parent
+
+
 @contextmanager
 def _temporary(place: Path) -> Iterator[Path]:
-    """A free name beside `place`; what still has it at the end is removed."""
-    temporary = place.with_name(f".{place.name[:_NAME_START]}.{uuid.uuid4().hex[:8]}.partial")
+    """A free name beside `place`, or in it; what still has it at the end is removed."""
+    temporary = _folder_of(place) / f".{place.name[:_NAME_START]}.{uuid.uuid4().hex[:8]}{_PARTIAL}"
     try:
         yield temporary
     finally:

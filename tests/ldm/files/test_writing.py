@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -225,6 +226,49 @@ def test_folders_that_are_refused(tmp_path: Path, name: str, content: str, match
     (tmp_path / "home" / "thesis.tex").touch()
     with pytest.raises(CheckpointError, match="something else in it"):
         write_folder(tmp_path / "home", CONTENT, overwrite=True, progress=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "thesis.tex"])
+def test_what_appears_while_writing_is_not_replaced(tmp_path: Path, name: str) -> None:
+    target = tmp_path / "out"
+
+    def appear() -> torch.Tensor:
+        target.mkdir(exist_ok=True)
+        (target / name).write_text("mine")
+        return torch.ones(2)
+
+    entries = {"a": LazyTensor((2,), torch.float32, appear)}
+    with pytest.raises(CheckpointError, match="something else in it"):
+        write_folder(target, {"config.json": {}, "diffusion_pytorch_model.safetensors": entries}, progress=False)
+    assert [path.name for path in target.iterdir()] == [name] and (target / name).read_text() == "mine"
+    with pytest.raises(CheckpointError, match="is a folder"):
+        write_weights(
+            target.with_name("x.pt"), {"a": LazyTensor((2,), torch.float32, lambda: _make(tmp_path / "x.pt"))}
+        )
+    assert sorted(os.listdir(tmp_path)) == ["out", "x.pt"]
+
+
+def _make(folder: Path) -> torch.Tensor:
+    folder.mkdir()
+    return torch.ones(2)
+
+
+def test_a_folder_that_exists_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a disk of its own, have permissions of its own, or be the one in which the shell stands."""
+    target = tmp_path / "out"
+    target.mkdir(mode=0o770)
+    target.chmod(0o2770)
+    (target / ".out.01234567.partial").touch()  # of a process that was killed
+    before = target.stat()
+    monkeypatch.chdir(target)
+    measured: list[Path] = []
+    disk_usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (measured.append(path), disk_usage(path))[1])
+    write_folder(target, CONTENT, progress=False)
+    write_folder(target, CONTENT, overwrite=True, progress=False)
+    after = target.stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode) and set(measured) == {target}
+    assert sorted(os.listdir()) == [".out.01234567.partial", *sorted(CONTENT)]
 
 
 def test_inputs_are_never_outputs(tmp_path: Path) -> None:
