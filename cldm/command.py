@@ -125,7 +125,9 @@ def _terminable() -> Iterator[None]:
 def run_tool(program: str, work: Callable[[], Iterable[str]]) -> int:
     """Do the work of a tool that makes files of others, and show the lines that it returns; exit status as of `run_command`."""
     lines: list[str] = []
-    status = run_command(program, lambda: lines.extend(work()), interrupted="interrupted; nothing was written")
+    status = run_command(
+        program, lambda: lines.extend(work()), interrupted="interrupted; what was incomplete is removed"
+    )
     for line in lines:
         show(line)
     return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -29,8 +30,10 @@ from cldm.checkpoint.schedule import PREDICTIONS, completed, scheduler_config
 from ldm.files import CheckpointError, LazyTensor, check_output, write_folder, write_weights
 from ldm.files.errors import about
 from ldm.files.locating import SUFFIXES
-from ldm.files.tensors import Tensors
-from ldm.files.writing import TORCH_SUFFIXES
+from ldm.files.tensors import Tensors, cast
+from ldm.files.writing import TORCH_SUFFIXES, check_room
+
+logger = logging.getLogger(__name__)
 
 _UNET_FILE, _TEXT_FILE = "diffusion_pytorch_model.safetensors", "model.safetensors"
 # Metadata that another file must not inherit: about the bytes of the file they were in, or said anew.
@@ -119,9 +122,18 @@ def convert(
             job = job.without_control()
             outputs.append((beside, job, job.content("diffusers-pipeline" if folder else "base", folder)))
         options: dict[str, Any] = {"dtype": dtype, "overwrite": overwrite, "progress": progress}
+        contents = [content for _, _, content in outputs]
+        if folder:
+            contents = [files[name] for files in contents for name in files if name.endswith(SUFFIXES)]
+        check_room(output, [cast(tensors, dtype, SCHEDULE_KEYS) for tensors in contents])
         for path, job, content in outputs:
-            pooling = job.pooling and to != "base"
-            model.notes += write_model(path, content, model, job.prediction, pooling, folder, **options)
+            try:
+                pooling = job.pooling and to != "base"
+                model.notes += write_model(path, content, model, job.prediction, pooling, folder, **options)
+            except BaseException:
+                if path == beside:
+                    logger.warning("%s was written, and %s was not", output, beside)
+                raise
             model.notes.append(f"wrote {path}")
         return [*(base_model.notes if base_model else ()), *model.notes]
 

@@ -1,6 +1,7 @@
 """Adding, moving and taking out a ControlNet."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from cldm.checkpoint.control import initial_values, join_control
 from cldm.checkpoint.schedule import completed
 from cldm.config import load_config
 from cldm.model import create_model
-from ldm.files import CheckpointError, LazyTensor, open_weights, read_state_dict, write_weights
+from ldm.files import CheckpointError, LazyTensor, open_weights, read_state_dict, write_weights, writing
 from ldm.util import ConfigError
 from tests.checkpoint.files import CONTROL, TEXT, UNET, VAE, only, same, saved, tiny_full, without
 from tests.parity import load_json
@@ -231,6 +232,30 @@ def test_a_base_that_was_trained_too_is_exported_beside_the_control(
     assert any("--base" in line and "--with-base" in line for line in lines)
     convert(locked, tmp_path / "third.pth", "control-plain", with_base=True, **QUIET)
     assert same(read_state_dict(tmp_path / "third_base.pth"), without(full, CONTROL, "logvar"))
+
+
+def test_of_two_outputs_what_was_written_is_said(
+    base: Path, full: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    model, output = saved(tmp_path / "full.safetensors", full), tmp_path / "c.safetensors"
+    needed = (tmp_path / "full.safetensors").stat().st_size
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))  # not enough, with some to spare
+    with pytest.raises(CheckpointError, match="MB are free"):
+        convert(model, output, "control", with_base=True, **QUIET)
+    assert not output.exists() and "was written" not in caplog.text
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    other = writing._write_safetensors
+
+    def stop(file, tensors, *rest):
+        if "model.diffusion_model.out.2.bias" in tensors:
+            raise KeyboardInterrupt
+        other(file, tensors, *rest)
+
+    monkeypatch.setattr(writing, "_write_safetensors", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, output, "control", with_base=True, **QUIET)
+    assert output.exists() and f"{output} was written, and {tmp_path / 'c_base.safetensors'} was not" in caplog.text
 
 
 def test_differences_are_near_exact_and_marked(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
