@@ -93,6 +93,8 @@ def _stays(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return False
     if func == _SET_DATA:
         return rest[0] is tensor
+    if kwargs.get("memory_format", torch.preserve_format) != torch.preserve_format:
+        return False
     like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return func(like, *rest, **kwargs) is like
 

@@ -51,6 +51,7 @@ READS = {
     "compiled": lambda m: torch.compile(m, backend="eager")(torch.zeros(1, 3, 5, 5)),
     "inference": torch.inference_mode()(lambda m: m(torch.zeros(1, 3, 5, 5))),
     "double": lambda m: m.double().float(),
+    "channels last": lambda m: m.to(memory_format=torch.channels_last),
     "one by one, backwards": lambda m: [p.flatten()[0].item() for p in reversed(list(m.parameters()))],
     "numpy": lambda m: [p.data.numpy() for p in m.parameters()],
     "print": lambda m: repr(list(m.parameters())),
