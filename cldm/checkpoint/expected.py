@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,38 +27,49 @@ logger = logging.getLogger(__name__)
 TABLE_SUFFIX = ".entries.json"
 
 
-def model_params(config: str | Path) -> Mapping[str, Any]:
+Config = str | Path | Mapping[str, Any]  # a configuration's name, its file, or its content
+
+
+def model_params(config: Config) -> Mapping[str, Any]:
     """The parameters of the model that a configuration names.
 
     Raises:
         ConfigError: there is no such configuration, or it is none of a model.
     """
-    params = model_section(load_config(config), config).get("params") or {}
+    params = _section(config).get("params") or {}
     if not isinstance(params, Mapping):
-        raise ConfigError(f"{config}: `params` of its model must be a mapping")
+        name = "the configuration" if isinstance(config, Mapping) else config
+        raise ConfigError(f"{name}: `params` of its model must be a mapping")
     return params
 
 
-def expected_entries(config: str | Path) -> Tensors:
-    """What the state dict of a configuration (its name or path) holds; read, the entries are zeros."""
-    return dict(_expected_entries(resolve(config, ".yaml")))
+def _section(config: Config) -> Mapping[str, Any]:
+    return model_section(config) if isinstance(config, Mapping) else model_section(load_config(config), config)
+
+
+def expected_entries(config: Config) -> Tensors:
+    """What the state dict of a configuration holds; read, the entries are zeros."""
+    if isinstance(config, Mapping):
+        return build_entries(config)
+    path = resolve(config, ".yaml")
+    return dict(_expected_entries(path, digest_of(path)))
 
 
 @lru_cache(maxsize=8)
-def _expected_entries(path: Path) -> Tensors:
+def _expected_entries(path: Path, digest: str) -> Tensors:
     table = path.with_suffix(TABLE_SUFFIX)
-    if table.is_file():
+    with suppress(OSError, ValueError, LookupError, TypeError):  # there is none, or it is of something else
         content = json.loads(table.read_text(encoding="utf-8"))
-        if content["configuration"] == digest_of(path):
+        if content["configuration"] == digest:
             return {key: zeros(tuple(shape), DTYPES[dtype]) for key, shape, dtype in content["entries"]}
         logger.info("%s is not that of %s any more: the model is built to find its entries", table, path)
     return build_entries(path)
 
 
-def build_entries(config: str | Path) -> Tensors:
+def build_entries(config: Config) -> Tensors:
     """The same from the model itself, which is made without memory."""
     with torch.device("meta"):
-        model = instantiate_from_config(model_section(load_config(config), config))
+        model = instantiate_from_config(_section(config))
     return {key: zeros(tuple(value.shape), value.dtype) for key, value in model.state_dict().items()}
 
 

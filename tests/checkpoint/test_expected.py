@@ -36,6 +36,23 @@ def test_a_changed_configuration_is_built_instead(tmp_path, caplog):
     assert "the model is built" in caplog.text
 
 
+def test_a_configuration_may_change_while_it_is_used(tmp_path):
+    text, key = resolve("cldm_tiny", ".yaml").read_text(), "control_model.input_hint_block.0.weight"
+    for channels in (3, 5):
+        (tmp_path / "own.yaml").write_text(text.replace("hint_channels: 3", f"hint_channels: {channels}"))
+        assert expected_entries(tmp_path / "own.yaml")[key].shape == (16, channels, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "table", ["{}", "[1]", "not JSON", '{"configuration": "DIGEST", "entries": [["a", [1], "x"]]}']
+)
+def test_a_table_of_something_else_is_none(tmp_path, table):
+    path = tmp_path / "own.yaml"
+    path.write_text(resolve("cldm_tiny", ".yaml").read_text())
+    path.with_suffix(TABLE_SUFFIX).write_text(table.replace("DIGEST", digest_of(path)))
+    assert expected_entries(path).keys() == expected_entries("cldm_tiny").keys()
+
+
 if __name__ == "__main__":
     for packaged in PACKAGED:
         resolve(packaged, ".yaml").with_suffix(TABLE_SUFFIX).write_text(table_of(packaged), encoding="utf-8")
