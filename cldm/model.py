@@ -5,20 +5,22 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from cldm.checkpoint.expected import Config
 from cldm.checkpoint.names import CONTROL_PREFIX
 from cldm.checkpoint.opening import ModelWeights, open_model
-from cldm.checkpoint.recognising import POOLING, SCALE_FACTOR, SCHEDULE_KEYS
+from cldm.checkpoint.recognising import EMA_PREFIX, POOLING, SCALE_FACTOR, SCHEDULE_KEYS
 from cldm.checkpoint.schedule import completed
 from cldm.config import load_config, model_section, resolve
 from ldm.files import CheckpointError, LazyTensor
 from ldm.files.tensors import Tensors, parse_dtype
 from ldm.initial_values import deferred_initial_values
 from ldm.models.diffusion.process import rounded_schedule
+from ldm.modules.ema import LitEma
 from ldm.util import ConfigError, instantiate_from_config
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def get_state_dict(d: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @torch.inference_mode(False)  # its parameters must be ordinary ones wherever it is called
 def create_model(
-    config_path: str | Path | Mapping[str, Any],
+    config_path: Config,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -69,14 +71,22 @@ def create_model(
     place = torch.device(device if device is not None else "cpu")
     if place.type == "cuda" and place.index is None:  # on fake tensors there need not be one
         place = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    with torch.device("meta" if weights is not None else place), deferred_initial_values():
-        model = instantiate_from_config(section)
-    if dtype is not None:
-        for name, part in model.named_children():  # the schedule belongs to the model itself
-            if name != "model_ema":
-                part.to(parse_dtype(dtype))
+
+    def build(where: torch.device) -> Any:
+        with where, deferred_initial_values():
+            model = instantiate_from_config(section)
+        if dtype is not None:
+            for name, part in model.named_children():  # the schedule belongs to the model itself
+                if name != "model_ema":
+                    part.to(parse_dtype(dtype))
+        return model
+
+    model = build(place if weights is None else torch.device("meta"))
     if weights is not None:
-        _load(model, weights, OPTIONAL, place)
+        _load(model, weights, OPTIONAL, place, config_path)
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            model = build(place)  # some values are in no file, such as those of a buffer that is not persistent
+            _load(model, weights, OPTIONAL, place, config_path)
     if weights is None and place.type == "cpu":
         return model
     # After loading on the CPU too: this tells Lightning that the model is not on the meta device any more.
@@ -95,7 +105,7 @@ def load_state_dict(ckpt_path: str | Path, location: str | torch.device = "cpu")
             only `load_control` can add to its base.
     """
     with open_model(ckpt_path, any_layout=True) as opened:
-        tensors = _for_filling(opened)
+        tensors = _for_filling(opened, opened.report.config)
         with ThreadPoolExecutor(_READERS) as pool:
             state_dict = dict(
                 zip(tensors, pool.map(lambda key: tensors[key].read().to(location), tensors), strict=True)
@@ -115,11 +125,11 @@ def load_state_dict(ckpt_path: str | Path, location: str | torch.device = "cpu")
     return state_dict
 
 
-def _for_filling(opened: ModelWeights) -> Tensors:
-    """All tensors of a file, with those that a pipeline of diffusers leaves out."""
+def _for_filling(opened: ModelWeights, config: Config | None) -> Tensors:
+    """All tensors of a file, with those of the configuration's model that a pipeline of diffusers leaves out."""
     if opened.report.layout != "diffusers-pipeline":
         return {**opened.tensors, **opened.ema}
-    tensors, notes = completed(opened.tensors, opened, opened.report.config)
+    tensors, notes = completed(opened.tensors, opened, config)
     opened.notes.extend(notes)
     return tensors
 
@@ -170,7 +180,13 @@ def load_weights(model: nn.Module, path: str | Path, optional: Iterable[str] = O
     return _load(model, path, tuple(optional), torch.device("cpu"))
 
 
-def _load(model: nn.Module, path: str | Path, optional: tuple[str, ...], device: torch.device) -> LoadReport:
+def _load(
+    model: nn.Module,
+    path: str | Path,
+    optional: tuple[str, ...],
+    device: torch.device,
+    config: Config | None = None,
+) -> LoadReport:
     with open_model(path, any_layout=True) as opened:
         scale, own = opened.report.told.get(SCALE_FACTOR), getattr(model, "scale_factor", None)
         if scale is not None and isinstance(own, float) and abs(own - scale) > 1e-4 * scale:
@@ -179,7 +195,13 @@ def _load(model: nn.Module, path: str | Path, optional: tuple[str, ...], device:
                 opened.path,
             )
         _check_prediction(model, opened)
-        report = _fill(model, _for_filling(opened), opened.path, optional, device)
+        tensors = _for_filling(opened, opened.report.config if config is None else config)
+        average = [key for key in model.state_dict() if key.startswith(EMA_PREFIX)]
+        begins = hasattr(model, "averaged_module") and any(key not in tensors for key in average)
+        report = _fill(model, tensors, opened.path, optional, device, EMA_PREFIX if begins else None)
+        if begins:
+            cast(Any, model).model_ema = LitEma(cast(Any, model).averaged_module()).float()
+            report.notes.append("the EMA begins at the weights, as the file has none")
         report.ignored.extend(opened.left_out)
         report.notes.extend([*opened.notes, *_apply_pooling(model, opened)])
     logger.info("%s: %s", path, report)
@@ -263,10 +285,17 @@ def _apply_pooling(model: nn.Module, opened: ModelWeights) -> list[str]:
 
 
 def _fill(
-    model: nn.Module, tensors: Tensors, path: Path, optional: tuple[str, ...], device: torch.device
+    model: nn.Module,
+    tensors: Tensors,
+    path: Path,
+    optional: tuple[str, ...],
+    device: torch.device,
+    left_out: str | None = None,
 ) -> LoadReport:
-    """Fill a module; what lies on the meta device gets memory on `device`."""
-    places = dict(model.state_dict(keep_vars=True))
+    """Fill a module but for keys that begin with `left_out`; what lies on the meta device gets memory on `device`."""
+    places = {
+        k: t for k, t in model.state_dict(keep_vars=True).items() if left_out is None or not k.startswith(left_out)
+    }
     missing = [key for key in places if key not in tensors]
     wrong = [key for key in places if key in tensors and tensors[key].shape != tuple(places[key].shape)]
     needed = [key for key in missing if not key.startswith(optional) or places[key].is_meta]
@@ -276,21 +305,27 @@ def _fill(
     schedule = {key: tensors[key].read() for key in SCHEDULE_KEYS & tensors.keys()}
     own_schedule = rounded_schedule(schedule, places)
 
-    def read(key: str) -> None:
-        value, place = tensors[key].read(), places[key]
+    keys_of: dict[int, list[str]] = {}  # by tensor: tied weights are one parameter under several keys
+    for key in report.loaded:
+        if key not in own_schedule:
+            keys_of.setdefault(id(places[key]), []).append(key)
+
+    def read(keys: list[str]) -> None:
+        place, value = places[keys[-1]], tensors[keys[-1]].read()
         if not place.is_meta:
             with torch.no_grad():
                 place.copy_(value)
             return
-        parent, _, name = key.rpartition(".")
-        owner, value = model.get_submodule(parent), value.to(device, place.dtype)
-        if name in owner._parameters:
-            owner._parameters[name] = nn.Parameter(value, requires_grad=place.requires_grad)
-        else:
-            owner._buffers[name] = value
+        made = value.to(device, place.dtype)
+        if isinstance(place, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=place.requires_grad)
+        for key in keys:
+            parent, _, name = key.rpartition(".")
+            owner = model.get_submodule(parent)
+            (owner._parameters if name in owner._parameters else owner._buffers)[name] = made
 
     with ThreadPoolExecutor(_READERS) as pool:
-        list(pool.map(read, [key for key in report.loaded if key not in own_schedule]))
+        list(pool.map(read, keys_of.values()))
     return report
 
 

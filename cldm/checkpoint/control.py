@@ -13,7 +13,7 @@ from cldm.checkpoint.converting import pooling_of, prediction_of, write_model
 from cldm.checkpoint.expected import check_fits, expected_entries, model_params, zeros
 from cldm.checkpoint.names import CONTROL_PREFIX, TEXT_PREFIX, UNET_PREFIX, with_prefix
 from cldm.checkpoint.opening import ModelWeights, combined, open_model, take_parts
-from cldm.checkpoint.recognising import POOLING, part_of
+from cldm.checkpoint.recognising import EMA_PREFIX, POOLING, part_of
 from cldm.checkpoint.schedule import completed
 from ldm.files import CheckpointError, LazyTensor, check_output
 from ldm.files.errors import about
@@ -102,7 +102,7 @@ def join_control(base: ModelWeights, control: ModelWeights | None, config: str |
     Raises:
         CheckpointError: entries are missing or of another shape.
     """
-    expected = expected_entries(config)
+    expected = {key: tensor for key, tensor in expected_entries(config).items() if not key.startswith(EMA_PREFIX)}
     given, notes = dict(base.tensors), list(base.notes)
     if control is not None:
         if not control.has(CONTROL_PREFIX):

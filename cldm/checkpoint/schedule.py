@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cldm.checkpoint.expected import expected_entries, model_params, zeros
+from cldm.checkpoint.expected import Config, expected_entries, model_params, zeros
 from cldm.checkpoint.names import CONTROL_PREFIX, TEXT_PREFIX, is_open_clip, part
 from cldm.checkpoint.opening import ModelWeights
 from cldm.checkpoint.recognising import SCHEDULE_KEYS
@@ -28,7 +27,7 @@ _MAX_STEPS = 100_000
 _PRECISION = 1e-5  # relative difference of betas that are the same, in float32
 
 
-def completed(tensors: Tensors, source: ModelWeights, config: str | Path | None) -> tuple[Tensors, list[str]]:
+def completed(tensors: Tensors, source: ModelWeights, config: Config | None) -> tuple[Tensors, list[str]]:
     """The tensors of a model with what a checkpoint holds beside them, and notes on that.
 
     It is the noise schedule of `source`, whose UNet it is, and zeros for the weights of SD 2.x's text encoder that nothing

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from cldm.checkpoint import ModelWeights, add_control, convert, identify, transfer_control
@@ -121,6 +122,18 @@ def test_control_from_any_layout(
     assert same(without(got, CONTROL, "logvar"), without(want, CONTROL, "logvar"))
     for key in only(want, CONTROL):
         assert torch.allclose(got[key], want[key], atol=1e-6 if layout == "difference" else 0, rtol=0), key
+
+
+def test_a_configuration_with_an_average_needs_none_in_the_file(base: Path, tmp_path: Path) -> None:
+    config = load_config("cldm_tiny")
+    config.model.params.use_ema = True
+    OmegaConf.save(config, tmp_path / "own.yaml")
+    added = add_control(base, tmp_path / "out.safetensors", config=tmp_path / "own.yaml", **QUIET)
+    assert (
+        not any(key.startswith("model_ema.") for key in added.tensors)
+        and "control_model.time_embed.0.bias" in added.tensors
+    )
+    assert create_model(tmp_path / "own.yaml", weights=tmp_path / "out.safetensors").use_ema
 
 
 def test_averages_are_dropped_and_files_unwrapped(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:

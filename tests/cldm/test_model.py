@@ -135,6 +135,73 @@ def test_a_pipeline_of_diffusers_fills_a_model_and_gives_its_state_dict(tmp_path
     assert create_model("cldm_tiny").load_state_dict(read)
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_pipeline_of_other_widths_fills_a_model(tmp_path, as_file):
+    """Its family is unknown, so its noise schedule is that of the configuration that was given."""
+    config = load_config("cldm_tiny")
+    params = config.model.params
+    params.linear_end = 0.02
+    for part in (params.unet_config, params.control_stage_config):
+        part.params.update(model_channels=96, context_dim=48)
+    params.cond_stage_config.params.width = 48
+    OmegaConf.save(config, tmp_path / "wide.yaml")
+    wide = create_model(config)
+    write_weights(tmp_path / "full.safetensors", wide.state_dict(), progress=False)
+    convert(
+        tmp_path / "full.safetensors",
+        tmp_path / "p",
+        "diffusers-pipeline",
+        config=tmp_path / "wide.yaml",
+        progress=False,
+    )
+    (tmp_path / "p" / "scheduler" / "scheduler_config.json").unlink()
+    loaded = create_model(tmp_path / "wide.yaml" if as_file else config, weights=tmp_path / "p")
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in wide.state_dict().items())
+
+
+class OwnText(torch.nn.Module):
+    """A user's text encoder: a buffer that no file holds, and a weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+
+class TiedText(OwnText):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.scale
+
+
+@pytest.mark.parametrize("name", ["OwnText", "TiedText"])
+def test_networks_of_ones_own_are_filled(tmp_path, name):
+    config = tiny_config("sd2", cond_stage_config={"target": f"{__name__}.{name}"})
+    made = create_model(config)
+    write_weights(tmp_path / "full.safetensors", made.state_dict(), progress=False)
+    loaded = create_model(config, weights=tmp_path / "full.safetensors")
+    text = loaded.cond_stage_model
+    assert text.head.weight is text.embedding.weight and len(list(loaded.parameters())) == len(list(made.parameters()))
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in made.state_dict().items())
+    assert name == "TiedText" or float(text.scale) == 2
+
+
+def test_an_average_that_a_file_lacks_begins_at_the_weights(saved, caplog):
+    model, folder = saved
+    loaded = create_model(tiny_config("sd2", use_ema=True), weights=folder / "full.safetensors", dtype="float16")
+    average = loaded.model_ema.state_dict()
+    name = "control_model.zero_convs.0.0.weight"
+    half = model.state_dict()[name].half()
+    assert torch.equal(average[name.replace(".", "")], half.float()) and int(average["num_updates"]) == 0
+    report = load_weights(loaded, folder / "full.safetensors")
+    assert "the EMA begins at the weights, as the file has none" in report.notes
+    before = loaded.model_ema
+    write_weights(folder / "averaged.safetensors", loaded.state_dict(), progress=False)
+    load_weights(loaded, folder / "averaged.safetensors")
+    assert loaded.model_ema is before
+
+
 def test_an_incomplete_file_is_never_silent(tmp_path, caplog):
     state_dict = create_model("cldm_tiny").state_dict()
     del state_dict["model.diffusion_model.out.2.bias"]
