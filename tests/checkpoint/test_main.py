@@ -57,6 +57,17 @@ def test_names_in_a_file_cannot_write_to_the_terminal(tmp_path: Path, capsys: py
     assert "\x1b" not in out and "?[2J" in out and "\nfamily fake" not in out
 
 
+@pytest.mark.parametrize("files", [1, 40])
+def test_a_reader_may_stop_early(tmp_path: Path, files: int) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pt")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "cldm.checkpoint", *[str(tmp_path / "w.pt")] * files]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    os.close(writer)
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_as_a_command(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "w.pt")
     command = [sys.executable, "-m", "cldm.checkpoint", str(tmp_path / "w.pt")]
