@@ -203,10 +203,12 @@ def transfer_control(
         if not control.has(CONTROL_PREFIX):
             raise CheckpointError("holds no ControlNet", control.path)
         for model, kind, name in ((old, "unet", "UNet"), (control, "control", "ControlNet"), (new, "unet", "UNet")):
-            if missing := [key for key in model.report.missing if part_of(key) == kind]:
+            report = model.report
+            missing = [key for key in report.missing if part_of(key) == kind]
+            if missing and not any(part_of(key) == kind for key in (*report.extra, *report.mismatched)):
                 problem = f"its {name} is incomplete: {len(missing)} entries are missing, first {missing[0]!r}"
                 raise CheckpointError(problem, model.path)
-            model.note_gaps()  # shapes may be another family's, as long as the three files agree
+            model.note_gaps()  # it may be of another architecture, as long as the three files agree
         old.check_same_kind(new)
         notes = [*old.notes, *new.notes, *control.notes]
         unets = new.part(UNET_PREFIX), old.part(UNET_PREFIX)
@@ -219,9 +221,10 @@ def transfer_control(
             for prefix in (UNET_PREFIX, CONTROL_PREFIX):
                 moved = combined(lambda tensor, n, o: tensor + (n - o), control.part(prefix), *unets)
                 tensors |= with_prefix(moved, prefix)
-        copies = (CONTROL_PREFIX + key for key in unets[1] if key.startswith(_ENCODER))
-        # Of a model of an unknown family, nothing else tells whether the ControlNet is complete.
-        if missing := [key for key in copies if key not in tensors]:
+        needed = [CONTROL_PREFIX + key for key in unets[1] if key.startswith(_ENCODER)]
+        needed += [f"{_ZEROS[0]}{key.split('.')[1]}.0.weight" for key in unets[1] if key.startswith("input_blocks.")]
+        # Of another architecture, nothing else tells whether the ControlNet is complete.
+        if missing := [key for key in needed if key not in tensors]:
             raise CheckpointError(f"its ControlNet is incomplete: {missing[0]!r} is missing", control.path)
         tensors, taken, lacking = take_parts(tensors, (new, control, old))
         notes += taken + [f"none of the files has a {name}, nor has the output" for name in lacking]

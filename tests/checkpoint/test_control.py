@@ -357,6 +357,23 @@ def test_transfer_refuses_what_is_incomplete(
         transfer_control(**files, output=tmp_path / "out.pt", **QUIET)
 
 
+@pytest.mark.parametrize("multipliers", [[1, 2], [1, 1, 1, 1, 2]])
+def test_transfer_between_models_of_other_depths(tmp_path: Path, multipliers: list[int]) -> None:
+    """They have the widths of a known family, and other levels: what counts is that the three files agree."""
+    config = load_config("cldm_tiny")
+    for part in (config.model.params.unet_config, config.model.params.control_stage_config):
+        part.params.update(channel_mult=multipliers, attention_resolutions=[1])
+    model = create_model(config).state_dict()
+    base, trained = (saved(tmp_path / f"{i}.pt", {k: v + i for k, v in model.items()}) for i in range(2))
+    transfer_control(base, trained, base, tmp_path / "out.pt", **QUIET)
+    got = read_state_dict(tmp_path / "out.pt")
+    for key, value in only(model, CONTROL).items():
+        torch.testing.assert_close(got[key], value + 1)
+    cut = saved(tmp_path / "cut.pt", without({k: v + 1 for k, v in model.items()}, CONTROL + "zero_convs.3."))
+    with pytest.raises(CheckpointError, match="its ControlNet is incomplete: .*zero_convs.3.0.weight"):
+        transfer_control(base, cut, base, tmp_path / "no.pt", **QUIET)
+
+
 def test_transfer_refuses_what_is_incomplete_in_an_unknown_family(full: dict[str, Tensor], tmp_path: Path) -> None:
     wide = {key: tensor.repeat(1, 2) if key.endswith("attn2.to_k.weight") else tensor for key, tensor in full.items()}
     base = saved(tmp_path / "base.pt", without(wide, CONTROL))
