@@ -321,7 +321,7 @@ def _fill(
             made = nn.Parameter(made, requires_grad=place.requires_grad)
         for key in keys:
             parent, _, name = key.rpartition(".")
-            owner = model.get_submodule(parent)
+            owner: Any = model.get_submodule(parent)
             (owner._parameters if name in owner._parameters else owner._buffers)[name] = made
 
     with ThreadPoolExecutor(_READERS) as pool:

@@ -104,8 +104,8 @@ def _write(
     with about(path, "written"):
         place = _follow(path)
         files = {name: content for name, content in contents.items() if not isinstance(content, bytes)}
-        for name, content in files.items():
-            _check_storable(Path(name or path).suffix.lower(), content, metadata)
+        for name, tensors in files.items():
+            _check_storable(Path(name or path).suffix.lower(), tensors, metadata)
         total = check_room(place, files.values())
         shown = "".join(character if character.isprintable() else "?" for character in path.name)
         options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "disable": None if progress else True}
