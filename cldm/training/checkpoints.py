@@ -193,13 +193,18 @@ def load_trained(model: pl.LightningModule, path: Path, base: Mapping[str, str])
 
 def trained_names(model: pl.LightningModule) -> set[str]:
     """Names of the parameters that are trained, as the state dict has them."""
-    return {name.replace("_fsdp_wrapped_module.", "") for name, p in model.named_parameters() if p.requires_grad}
+    return {_plain(name) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def names_in_optimizer(model: pl.LightningModule, optimizer: torch.optim.Optimizer) -> list[str]:
     """The parameters' names in the order in which the optimizer numbers them."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): _plain(name) for name, p in model.named_parameters()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the wrappers that FSDP puts around modules."""
+    return name.replace("_fsdp_wrapped_module.", "")
 
 
 def _restore_position(checkpoint: dict[str, Any], batches: int) -> None:
@@ -217,8 +222,6 @@ def _restore_position(checkpoint: dict[str, Any], batches: int) -> None:
 def _restore_optimizer(checkpoint: dict[str, Any], model: pl.LightningModule) -> None:
     """Give each parameter that is trained now the optimizer's memory of it; those trained from here on have none yet."""
     saved = checkpoint["optimizer_states"][0]
-    if any(isinstance(key, str) for key in saved["state"]):  # of FSDP, whose states have names
-        return
     by_name = {name: saved["state"][i] for i, name in enumerate(checkpoint["optimizer_names"]) if i in saved["state"]}
     configured: Any = model.configure_optimizers()
     optimizer = configured["optimizer"] if isinstance(configured, dict) else configured

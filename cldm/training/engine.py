@@ -39,9 +39,17 @@ def make_trainer(**options: Any) -> pl.Trainer:
     """Lightning's Trainer; a device, strategy or precision that cannot be had is a ConfigError."""
     with quiet_libraries():
         try:
-            return pl.Trainer(**options)
+            trainer = pl.Trainer(**options)
         except (ValueError, MisconfigurationException, ModuleNotFoundError) as error:
             raise ConfigError(f"training cannot be set up: {' '.join(str(error).split())}") from error
+    check_sharding(trainer)
+    return trainer
+
+
+def check_sharding(trainer: pl.Trainer) -> None:
+    """Raise ConfigError for FSDP without a GPU, at which torch would fail later."""
+    if isinstance(trainer.strategy, FSDPStrategy) and trainer.strategy.root_device.type == "cpu":
+        raise ConfigError("strategy=fsdp needs GPUs; strategy=ddp trains on CPUs too")
 
 
 def check_precision(precision: str) -> None:
@@ -88,17 +96,11 @@ def _strategy(name: str, processes: int) -> Any:
     if name == "ddp" or (name == "auto" and processes > 1):
         # Buffers (the schedule, moving averages) are equal on all processes without being sent in each step.
         return DDPStrategy(broadcast_buffers=False)
-    if name != "fsdp":
-        return name
-    # Weights, gradients and optimizer state are shared out over the devices, block by block.
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    if name == "fsdp":
+        from cldm.training.sharding import ShardedStrategy  # with parts of torch that other runs do without
 
-    from ldm.modules.attention import SpatialTransformer
-    from ldm.modules.diffusionmodules.openaimodel import ResBlock
-
-    return FSDPStrategy(
-        auto_wrap_policy=ModuleWrapPolicy({ResBlock, SpatialTransformer}), use_orig_params=True, state_dict_type="full"
-    )
+        return ShardedStrategy()
+    return name
 
 
 def make_loader(data: Dataset, batches: Sampler[list[int]] | None, workers: int, pin_memory: bool) -> DataLoader:
