@@ -28,7 +28,7 @@ from cldm.data.fill import PALETTES, draw_fill, palette_named
 from cldm.data.leaves import draw_leaves
 from cldm.data.scenes import describe_scene, draw_scene
 from cldm.settings import check_counts, explain, is_continued, setting, write_settings
-from cldm.training.engine import ctrl_c_is_an_exception, make_trainer
+from cldm.training.engine import check_precision, ctrl_c_is_an_exception, make_trainer
 from cldm.training.metrics import MetricsFile
 from ldm.files import check_output, open_weights, write_weights
 from ldm.models.autoencoder import AutoencoderKL
@@ -278,6 +278,17 @@ def train(settings: Settings) -> None:
     )
     if settings.size < 64 or settings.size % 64:
         raise ConfigError(f"size must be a multiple of 64, found {settings.size}")
+    for name in ("vae_precision", "unet_precision"):
+        check_precision(getattr(settings, name), name)
+    for name in ("vae_lr", "unet_lr"):
+        if not 0 < getattr(settings, name) < float("inf"):
+            raise ConfigError(f"{name} must be positive, found {getattr(settings, name)}")
+    for name, highest in (("vae_kl_weight", float("inf")), ("empty_prompts", 1), ("threads", 1024)):
+        if not 0 <= getattr(settings, name) <= highest:
+            raise ConfigError(f"{name} must be between 0 and {highest}, found {getattr(settings, name)}")
+    for name in ("vae_half_steps", "vae_steps", "unet_steps"):
+        if getattr(settings, name) < 2:
+            raise ConfigError(f"{name} must be at least 2, of which one warms up, found {getattr(settings, name)}")
     config = load_config(settings.config).model
     for palette in (settings.palette, settings.vae_palette):
         palette_named(palette)

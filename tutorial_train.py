@@ -39,8 +39,17 @@ from cldm.training.checkpoints import ExportControl, SaveCheckpoints, load_train
 from cldm.training.curves import Curves
 from cldm.training.data import TrainingData, check_once, hold_out
 from cldm.training.dynamics import Dynamics
-from cldm.training.engine import SeedSteps, ShowProgress, StopOnSignal, fit, make_trainer, run_options
-from cldm.training.folder import RunFolder, own_rank
+from cldm.training.engine import (
+    SeedSteps,
+    ShowProgress,
+    StopOnSignal,
+    fit,
+    make_trainer,
+    own_rank,
+    requeued,
+    run_options,
+)
+from cldm.training.folder import RunFolder
 from cldm.training.health import SkipBadSteps
 from cldm.training.held_out import HeldOut
 from cldm.training.metrics import run_loggers
@@ -59,7 +68,7 @@ HOW_TO_GO_ON = "the same command goes on from there"
 def train(s: Settings) -> None:
     """Data, model, training, result: read it from top to bottom."""
     run = RunFolder(s.out)
-    with run.in_use():
+    with run.in_use(), requeued(HOW_TO_GO_ON):
         run.begin(s)
         if run.is_finished(s.steps):
             logging.info(
@@ -97,7 +106,7 @@ def train(s: Settings) -> None:
             before, scores = held_out.sample(model.to(device), "before training")
             run.note_before(before, scores, held_out.told())
         if s.cache:
-            use_cache(data, model.to(device), s)
+            use_cache(data, model.to(device), run, s)
 
         # Training, in phases that differ in what is trained.
         for phase in phases:
@@ -160,7 +169,7 @@ def open_data(s: Settings, run: RunFolder) -> TrainingData:
             "shards are streamed: none of their samples are held out, the pictures show samples that are trained on"
         )
         return TrainingData.from_shards(shards)
-    dataset = MyDataset(s.data, leave_out=s.broken == "leave_out")
+    dataset = MyDataset(s.data, leave_out=True)  # what is left out is a problem like others, which the check reports
     pairs = check_once(dataset, s.broken, run.path / "data.json", s.held_out, begun=run.checkpoint is not None)
     data = TrainingData(pairs, hold_out(len(pairs), s.held_out))
     few = "" if data.held_out else "; with so few the pictures show pairs that are trained on"
@@ -181,7 +190,7 @@ def prepare(model: ControlLDM, s: Settings, device: torch.device) -> None:
     if s.sample_steps > model.num_timesteps:
         raise ConfigError(f"sample_steps must be at most {model.num_timesteps}, found {s.sample_steps}")
     allow_tf32(s.tf32)
-    cast_frozen(model, frozen_precision(s))
+    cast_frozen(model, frozen_precision(s, device))
     set_recompute(model, s.recompute)
     if s.channels_last:
         use_channels_last(model)
@@ -190,17 +199,23 @@ def prepare(model: ControlLDM, s: Settings, device: torch.device) -> None:
         model.model.diffusion_model.compile()
 
 
-def frozen_precision(s: Settings) -> str:
+def frozen_precision(s: Settings, device: torch.device) -> str:
     """In what precision weights are kept that are not trained."""
     if s.frozen_precision or s.strategy == "fsdp":  # which joins weights, so that they must be of one precision
         return s.frozen_precision or "fp32"
-    return {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(s.precision, "fp32")
+    # On a CPU float16 weights and 16-mixed do not go together: its group normalisation wants weights in float32.
+    half = "fp32" if device.type == "cpu" else "fp16"
+    return {"bf16-mixed": "bf16", "16-mixed": half}.get(s.precision, "fp32")
 
 
-def use_cache(data: TrainingData, model: ControlLDM, s: Settings) -> None:
-    """Train from what the encoders make of pictures and prompts, kept beside the data, and without the encoders in memory."""
+def use_cache(data: TrainingData, model: ControlLDM, run: RunFolder, s: Settings) -> None:
+    """Train from what the encoders make of pictures and prompts, kept beside the data if possible, without the encoders in memory."""
     folder = Path(os.path.abspath(s.data))  # "." has no name
-    cache = make_cache(model, data.pairs, folder.with_name(folder.name + ".cache"), s.precision)
+    folder = folder.with_name(folder.name + ".cache")
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        folder = run.path / "cache"
+        logging.info("nothing can be written beside the data; the cache is kept in %s", folder)
+    cache = make_cache(model, data.pairs, folder, s.precision)
     data.pairs = CachedPairs(data.pairs, cache)
     if s.empty_prompts:
         model.ucg_training = {"context": {"p": s.empty_prompts, "val": cache.empty_context}}

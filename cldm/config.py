@@ -84,6 +84,14 @@ def model_section(config: Mapping[str, Any], source: str | Path = "the configura
     return section
 
 
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    int | None: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+
+
 def override(settings: S, arguments: Sequence[str]) -> S:
     """A dataclass of settings with `key=value` arguments applied, each checked against the field's type.
 
@@ -98,7 +106,7 @@ def override(settings: S, arguments: Sequence[str]) -> S:
     types = get_type_hints(type(settings))
     arguments = _joined(arguments)
     texts: dict[str, Any] = {}
-    others = []
+    merged = OmegaConf.structured(settings)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
@@ -113,12 +121,12 @@ def override(settings: S, arguments: Sequence[str]) -> S:
         if types[key] is str:  # YAML would make a number of 007, and cut "a #2" short
             texts[key] = value
         else:
-            others.append(argument)
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(settings), OmegaConf.from_dotlist(others))
-        return replace(OmegaConf.to_object(merged), **texts)  # type: ignore[type-var, return-value]
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{' '.join(arguments)}: {str(error).splitlines()[0]}") from error
+            try:
+                merged.merge_with_dotlist([argument])
+            except (OmegaConfBaseException, YAMLError) as error:
+                kind = _KINDS.get(types[key], "a value of its type")
+                raise ConfigError(f"{key} must be {kind}, found {value!r}") from error
+    return replace(OmegaConf.to_object(merged), **texts)  # type: ignore[type-var, return-value]
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

@@ -194,6 +194,7 @@ def read_prompts(
     for path in photos:
         if listing is not None:
             where, text = by_file.get(path.resolve(), (f"{listing} does not name it", ""))
+            where = where if text or path.resolve() not in by_file else f"{where} has an empty text"
         else:
             where, text = _read_beside(path)
         if text:

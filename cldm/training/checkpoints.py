@@ -15,6 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from torch.optim.lr_scheduler import LambdaLR
 
 from cldm.checkpoint.converting import pooling_of, prediction_of, write_model
 from cldm.checkpoint.opening import open_model
@@ -83,7 +84,8 @@ class SaveCheckpoints(pl.Callback):
         every: optimizer steps between two of them.
         keep: how many are kept.
         base: name and hash of the weights that the run began with; see `base_of`.
-        is_good: asked before saving; a state that it refuses is not saved.
+        is_good: whether the last step was a good one. After a bad one nothing is saved but at the end, and no file is deleted: the
+            older ones may be better.
     """
 
     def __init__(
@@ -105,15 +107,14 @@ class SaveCheckpoints(pl.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        if step % self.every == 0 or step >= trainer.max_steps or trainer.should_stop:
+        ends = step >= trainer.max_steps or trainer.should_stop
+        if ends or (step % self.every == 0 and self.is_good()):
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save the present state; every process must call this. The oldest checkpoints beyond `keep` are deleted after it."""
-        if not self.is_good():
-            return
         trainer.save_checkpoint(self.path(trainer.global_step))
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self.is_good():
             for path in list(checkpoints_in(self.folder).values())[: -self.keep]:
                 path.unlink(missing_ok=True)
 
@@ -229,6 +230,14 @@ def _restore_optimizer(checkpoint: dict[str, Any], model: pl.LightningModule) ->
     if names == checkpoint["optimizer_names"]:
         return
     state = {i: by_name[name] for i, name in enumerate(names) if name in by_name}
+    if isinstance(configured, dict):  # there may be more groups than the saved schedule knows of
+        schedule: LambdaLR = configured["lr_scheduler"]["scheduler"]
+        step = checkpoint["lr_schedulers"][0]["last_epoch"]
+        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        of_groups = {"base_lrs": schedule.base_lrs, "_last_lr": rates, "lr_lambdas": [None] * len(rates)}
+        checkpoint["lr_schedulers"][0] |= of_groups
     checkpoint["optimizer_states"][0] = {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 

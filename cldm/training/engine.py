@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -52,11 +53,11 @@ def check_sharding(trainer: pl.Trainer) -> None:
         raise ConfigError("strategy=fsdp needs GPUs; strategy=ddp trains on CPUs too")
 
 
-def check_precision(precision: str) -> None:
-    """Raise ConfigError for a precision in which trained weights would not be float32, and so lose small updates."""
+def check_precision(precision: str, name: str = "precision") -> None:
+    """Raise ConfigError for a precision, of the setting `name`, in which trained weights would not be float32 and lose small updates."""
     if precision not in PRECISIONS:
         raise ConfigError(
-            f"precision must be one of {', '.join(PRECISIONS)}, found {precision!r}; weights that are trained stay in "
+            f"{name} must be one of {', '.join(PRECISIONS)}, found {precision!r}; weights that are trained stay in "
             "float32, so bf16-mixed is what saves time and memory"
         )
 
@@ -309,6 +310,35 @@ def fit(
             signal.SIGINT if stop.received == signal.SIGINT else signal.SIGTERM,
             f"stopped after step {trainer.global_step}, which is saved; {how_to_go_on}",
         )
+
+
+@contextmanager
+def requeued(how_to_go_on: str) -> Iterator[None]:
+    """Within it SLURM's requeue signal stops the program in order and has the job run again, also where no step is under way.
+
+    Raises:
+        Stopped: the signal has come, outside of a `StopOnSignal`.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # one is enough
+        if own_rank() == 0:
+            _requeue()
+        raise Stopped(signal.SIGTERM, f"stopped before the next step; {how_to_go_on}")
+
+    if REQUEUE is None:
+        yield
+        return
+    before = signal.signal(REQUEUE, stop)
+    try:
+        yield
+    finally:
+        signal.signal(REQUEUE, before)
+
+
+def own_rank() -> int:
+    """This process's number among those of the run; 0 where it is the only one."""
+    return getattr(rank_zero_only, "rank", 0)
 
 
 def _requeue() -> None:

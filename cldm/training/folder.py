@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from cldm.files import locked, sha256_of, write_whole
 from cldm.settings import noted_settings, write_settings
 from cldm.training.checkpoints import checkpoints_in, newest_checkpoint
+from cldm.training.engine import own_rank
 from cldm.training.settings import Settings, changes
 from ldm.files.locating import locate
 from ldm.util import ConfigError
@@ -28,11 +28,6 @@ MADE = (
 SIGNS = ("data", "out", "steps")
 
 logger = logging.getLogger(__name__)
-
-
-def own_rank() -> int:
-    """This process's number among those of the run; 0 where it is the only one."""
-    return getattr(rank_zero_only, "rank", 0)
 
 
 class RunFolder:
@@ -130,9 +125,20 @@ class RunFolder:
             )
         if own_rank() == 0 or noted is None:
             write_settings(self.note, settings)
-        if own_rank() == 0 and self.checkpoint is None:  # what an earlier start made before the first step is made anew
-            (self.path / "before.npz").unlink(missing_ok=True)
+        if own_rank() == 0:
+            self._remove_unfinished()
+            if self.checkpoint is None:  # what an earlier start made before the first step is made anew
+                (self.path / "before.npz").unlink(missing_ok=True)
         return noted is not None and not changed
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a kill has left of a checkpoint, an export or the result that was being written; each may take gigabytes."""
+        for folder in (self.checkpoints, self.path / "exports"):
+            for pattern in (".*.tmp", ".*.partial"):
+                for path in folder.glob(pattern):
+                    path.unlink(missing_ok=True)
+        for path in self.path.glob(f".{self.result.name}.*.partial"):
+            path.unlink(missing_ok=True)
 
     def _refuse_foreign(self, noted: dict[str, Any] | None, found: list[str]) -> None:
         """Raise ConfigError if a file in the place of one that the run writes, of which some were `found`, is not a run's."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from cldm.arguments import LIMITS
 from cldm.config import override
 from cldm.evaluation import check_condition
 from cldm.settings import check_counts, setting
@@ -136,8 +137,9 @@ def check(s: Settings) -> None:
             raise ConfigError(f"{name} must be zero or a positive number, found {getattr(s, name)}")
     if not 0 < s.learning_rate < float("inf"):
         raise ConfigError(f"learning_rate must be positive, found {s.learning_rate}")
-    if not s.guidance_scale > 0:
-        raise ConfigError(f"guidance_scale must be positive, found {s.guidance_scale}")
+    highest_scale = LIMITS["guidance_scale"][1]
+    if not 0 < s.guidance_scale <= highest_scale:
+        raise ConfigError(f"guidance_scale must be above 0 and at most {highest_scale:g}, found {s.guidance_scale}")
     for name, highest in (("empty_prompts", 1.0), ("ema", 1.0)):
         if not 0 <= getattr(s, name) <= highest:
             raise ConfigError(f"{name} must be between 0 and {highest:g}, found {getattr(s, name)}")

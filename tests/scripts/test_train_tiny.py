@@ -48,7 +48,11 @@ def test_stages_go_on_with_the_same_settings_alone(tmp_path, capsys, monkeypatch
     assert "unknown settings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argument", ["palette=pale", "out=.", "config=nowhere", "size=50", "vae_batch=0"])
+@pytest.mark.parametrize(
+    "argument",
+    ["palette=pale", "out=.", "config=nowhere", "size=50", "vae_batch=0", "vae_steps=1", "unet_precision=bf16mixed"]
+    + ["unet_lr=nan", "empty_prompts=5", "threads=-1"],
+)
 def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys, argument):
     assert tool_train_tiny.main([*arguments(tmp_path), argument]) == 2
     error = capsys.readouterr().err

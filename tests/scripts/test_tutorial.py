@@ -31,6 +31,7 @@ from cldm.training import checkpoints, folder
 from cldm.training.checkpoints import WholeFiles, checkpoints_in
 from cldm.training.data import TrainingData, check_once
 from cldm.training.folder import RunFolder
+from cldm.training.health import SkipBadSteps
 from cldm.training.held_out import HeldOut
 from cldm.training.metrics import read_metrics
 from cldm.training.presets import PRESETS
@@ -282,6 +283,44 @@ def test_a_rate_that_is_too_large_ends_the_run_and_keeps_the_last_good_weights(d
         assert all(bool(torch.isfinite(value).all()) for value in state.values())
 
 
+def test_a_last_step_that_is_left_out_is_saved_and_deletes_nothing(data, tmp_path, monkeypatch, caplog):
+    def bad_from_step_2_on(health, trainer, model, loss):
+        health._finite, health._names = torch.tensor(trainer.global_step < 1), []
+
+    monkeypatch.setattr(SkipBadSteps, "on_before_backward", bad_from_step_2_on)
+    out = tmp_path / "run"
+    argv = arguments(data, out, steps=3, save_every=1, keep=1, log_every=99, ema=0.5, pictures_before=False)
+    assert tutorial_train.main(argv) == 0
+    first, last = (WholeFiles().load_checkpoint(path) for path in checkpoints_in(out / "checkpoints").values())
+    assert (first["global_step"], last["global_step"]) == (1, 3) and caplog.text.count("is left out") == 2
+    for key, value in first["state_dict"].items():  # the average too, and how many steps it has seen
+        assert torch.equal(value, last["state_dict"][key]), key
+
+
+def test_what_a_kill_left_half_written_is_removed(data, tmp_path):
+    run, settings = RunFolder(tmp_path / "run"), Settings(data=str(data), out=str(tmp_path / "run"))
+    run.begin(settings)
+    left = [run.checkpoints / ".step-00000002.ckpt.12345678.tmp", run.path / ".model.safetensors.12345678.partial"]
+    kept = [run.checkpoints / "step-00000001.ckpt", run.path / ".notes"]
+    run.checkpoints.mkdir()
+    for path in (*left, *kept):
+        path.write_bytes(b"begun")
+    run.begin(settings)
+    assert all(path.is_file() for path in kept) and not any(path.exists() for path in left)
+
+
+def test_16_mixed_on_a_cpu(data, tmp_path):
+    argv = arguments(data, tmp_path / "run", steps=1, precision="16-mixed", pictures=0, pictures_before=False)
+    assert tutorial_train.main(argv) == 0
+
+
+def test_a_cache_of_data_beside_which_nothing_can_be_written(data, tmp_path, monkeypatch):
+    argv = arguments(data, tmp_path / "run", steps=1, cache=True, pictures=0, pictures_before=False)
+    monkeypatch.setattr(tutorial_train.os, "access", lambda path, mode: False)  # root may write anywhere
+    assert tutorial_train.main(argv) == 0
+    assert list((tmp_path / "run" / "cache").rglob("*.safetensors"))
+
+
 def test_small_sets_fit_the_defaults(tmp_path, caplog):
     generate_fill(tmp_path / "five", count=5, size=64, palette="clear", progress=False)
     argv = arguments(tmp_path / "five", tmp_path / "run", steps=1, batch_size=32, pictures_before=False)
@@ -420,6 +459,10 @@ def test_one_folder_written_in_two_ways_is_no_other_setting():
         ("condition=cany", "'cany'; did you mean canny?"),
         ("condition=zzz", "'zzz'; there are: canny"),
         ("strategy=fsdp", "fsdp"),
+        ("guidance_scale=150", "guidance_scale must be above 0 and at most 100, found 150"),
+        ("steps=1e3", "steps must be a whole number, found '1e3'"),
+        ("held_out=few", "held_out must be a whole number, found 'few'"),
+        ("compile=ja", "compile must be true or false, found 'ja'"),
         ("clip=-1", "clip must be zero or a positive number"),
     ],
 )
@@ -466,6 +509,23 @@ def test_broken_data_is_found_before_training_or_left_out(data, tmp_path, capsys
     assert "7 pairs to train on, 2 held out" in caplog.text
 
 
+def test_a_caption_that_is_missing_stops_the_run_or_its_pair_is_left_out(tmp_path, capsys, caplog):
+    folder = tmp_path / "captions"
+    generate_fill(tmp_path / "fill", count=6, size=64, palette="clear", progress=False)
+    for part in ("source", "target"):
+        shutil.copytree(tmp_path / "fill" / part, folder / part)
+    entries = [{"file": f"target/{i}.png", "text": "" if i == 3 else f"prompt {i}"} for i in range(6)]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    quick = {"steps": 1, "held_out": 2, "pictures": 0, "pictures_before": False}
+    for _ in range(2):
+        assert tutorial_train.main(arguments(folder, tmp_path / "run", **quick)) == 2
+        error = capsys.readouterr().err
+        assert "3.png has no prompt" in error and "line 4 has an empty text" in error and "broken=leave_out" in error
+    with caplog.at_level("INFO"):
+        assert tutorial_train.main(arguments(folder, tmp_path / "run", **quick, broken="leave_out")) == 0
+    assert "3 pairs to train on, 2 held out" in caplog.text
+
+
 def test_pairs_that_break_or_change_between_two_starts(tmp_path, caplog, capsys):
     folder, note = tmp_path / "fill", tmp_path / "data.json"
     generate_fill(folder, count=24, size=64, palette="clear", progress=False)
@@ -507,7 +567,7 @@ def test_a_cache_of_data_that_are_named_in_another_way(tmp_path, monkeypatch, wh
     monkeypatch.setattr(tutorial_train, "release_encoders", lambda model: None)
     monkeypatch.setattr(tutorial_train, "CachedPairs", lambda pairs, cache: pairs)
     data = TrainingData(tutorial_dataset.MyDataset(where), 1)
-    tutorial_train.use_cache(data, None, Settings(data=where))
+    tutorial_train.use_cache(data, None, RunFolder(tmp_path / "run"), Settings(data=where))
     assert made == [tmp_path / "fill.cache"]
 
 

@@ -368,7 +368,8 @@ class DDPM(AncestralSampling, DiffusionProcess, pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.use_ema:
+        # Without gradients the step was left out, and the weights are those that the average has had already.
+        if self.use_ema and any(p.grad is not None for p in self.trained_parameters()):
             self.model_ema(self.averaged_module())
 
     def averaged_module(self) -> nn.Module:

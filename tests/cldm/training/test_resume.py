@@ -1,10 +1,12 @@
 """A run that is stopped or killed at any moment, and given again, ends bit for bit as one that was left alone."""
 
+import os
 import signal
 import time
 
 import pytest
 
+from cldm.command import Stopped
 from cldm.data.fill import generate_fill
 from cldm.training import engine
 from cldm.training.checkpoints import checkpoints_in
@@ -94,6 +96,21 @@ def test_ctrl_c_before_the_first_step(data, tmp_path):
     assert said.startswith("stopped after step ") and checkpoints_in(tmp_path / "run" / "checkpoints")
 
 
+def test_a_cluster_that_ends_the_job_between_steps_runs_it_again(monkeypatch):
+    asked = []
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.setattr(engine.subprocess, "run", lambda command, check: asked.append(command))
+    before = signal.getsignal(signal.SIGUSR1)
+    with (
+        pytest.raises(Stopped, match="the same command goes on") as stopped,
+        engine.requeued("the same command goes on"),
+    ):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(1)
+    assert stopped.value.status == 143 and asked == [["scontrol", "requeue", "42"]]
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
 def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
     clock = iter([100.0, 100.9, 101.1])
     monkeypatch.setattr(engine.time, "monotonic", lambda: next(clock))
@@ -109,7 +126,15 @@ def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
     [
         {"accumulate": 2, "batch_size": 1, "workers": 2, "schedule": "cosine", "warmup": 2, "clip": 1.0},
         {"precision": "bf16-mixed", "min_snr": 5, "noise_offset": 0.1, "cache": True, "empty_prompts": 0.5},
-        {"reconnect_at": 3, "unlock_at": 5, "unlock": "all", "unlock_learning_rate": 1e-4, "ema": 0.9},
+        {
+            "reconnect_at": 3,
+            "unlock_at": 5,
+            "unlock": "all",
+            "unlock_learning_rate": 1e-4,
+            "ema": 0.9,
+            "schedule": "cosine",
+            "warmup": 2,
+        },
     ],
     ids=["accumulation", "mixed", "phases"],
 )
