@@ -168,9 +168,11 @@ def check(s: Settings) -> None:
         raise ConfigError(
             "reconnect_at connects all outputs after so many steps; only_mid_control=true never does. Leave one out"
         )
-    if s.strategy == "fsdp" and (s.ema or s.export_every or s.reconnect_at or s.unlock_at):
+    alone = s.ema or s.export_every or s.reconnect_at or s.unlock_at or s.optimizer == "adamw8bit"
+    if s.strategy == "fsdp" and alone:
         raise ConfigError(
-            "strategy=fsdp goes with none of ema, export_every, reconnect_at and unlock_at; leave them out, or use ddp"
+            "strategy=fsdp goes with none of ema, export_every, reconnect_at, unlock_at and optimizer=adamw8bit; leave them "
+            "out, or use ddp"
         )
     if not 0 <= s.seed < 2**32:
         raise ConfigError(f"seed must be between 0 and 2**32 - 1, found {s.seed}")

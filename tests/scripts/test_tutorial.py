@@ -34,6 +34,7 @@ from cldm.training.folder import RunFolder
 from cldm.training.health import SkipBadSteps
 from cldm.training.held_out import HeldOut
 from cldm.training.metrics import read_metrics
+from cldm.training.optim import OPTIMIZERS
 from cldm.training.presets import PRESETS
 from cldm.training.settings import Settings, changes, parse_settings
 from ldm.files import open_weights
@@ -307,6 +308,17 @@ def test_what_a_kill_left_half_written_is_removed(data, tmp_path):
         path.write_bytes(b"begun")
     run.begin(settings)
     assert all(path.is_file() for path in kept) and not any(path.exists() for path in left)
+
+
+def test_the_8_bit_optimizer_goes_on_from_its_checkpoint(data, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(tutorial_train, "optimizer_config", lambda name, device: OPTIMIZERS[name])  # on a CPU, too
+    quick = {"optimizer": "adamw8bit", "unlock_at": 2, "pictures": 0, "pictures_before": False}
+    assert tutorial_train.main(arguments(data, tmp_path / "whole", steps=4, **quick)) == 0
+    for steps in (3, 4):  # the second phase begins between two steps, and is then interrupted
+        assert tutorial_train.main(arguments(data, tmp_path / "parts", steps=steps, **quick)) == 0
+    whole, parts = (load_state_dict(tmp_path / run / "model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 def test_16_mixed_on_a_cpu(data, tmp_path):
