@@ -28,16 +28,20 @@ from annotator.network import choose_device
 from annotator.options import RaisingParser
 from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
+from annotator.weights import fingerprint
 from cldm.arguments import check_numbers
 from cldm.checkpoint import identify
 from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
 from cldm.command import help_text, run_command
+from cldm.config import resolve
 from cldm.model import OPTIONAL, add_control, create_model, load_control, load_weights
 from cldm.pipeline import SAMPLER_NAMES, ControlPipeline
 from cldm.prompts import DEFAULT_PROMPT
 from cldm.results import read_png_text
 from cldm.terminal import show
+from ldm.files.errors import about
+from ldm.files.locating import locate
 from ldm.util import ConfigError
 
 PROGRAM = "python -m cldm.generate"
@@ -249,9 +253,10 @@ def unfinished(jobs: Sequence[Job], target: Path, settings: dict[str, Any], forc
             except ValueError:
                 found = None
             if found != job.notes(settings, seed):
-                raise ConfigError(
-                    f"{file} is there already and was made in another way; choose another folder, or --force"
-                )
+                how = "in another way"
+                if isinstance(found, dict) and "files" not in found:
+                    how = "by an older version, which noted the names of weights and not their content"
+                raise ConfigError(f"{file} is there already and was made {how}; choose another folder, or --force")
         if missing:
             todo.append((job, missing))
     return todo
@@ -301,6 +306,20 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
     return options | {"prompt_weights": not args.plain_prompts}
 
 
+def files_used(args: argparse.Namespace) -> list[str]:
+    """Weights and configuration, each by name and content, as training writes every model under the same name.
+
+    The content is hashed, in a second or two a gigabyte: by time and size a copy of the same weights would count as others.
+    """
+    used = [(file, locate(file)) for file in (args.weights, *args.control)]
+    used += [(args.config, resolve(args.config, ".yaml"))] if args.config else []
+    noted = []
+    for given, path in used:
+        with about(path):
+            noted.append(f"{Path(given).name} {fingerprint(path)}")
+    return noted
+
+
 def _one_or_each(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
@@ -316,8 +335,7 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     options = call_options(args)
     check_numbers(**{name: getattr(args, name) for name in ("steps", "guidance_scale", "eta", "denoise")})
-    files = [Path(file).name for file in (args.weights, *args.control)]
-    settings = json.loads(json.dumps({**options, "weights": files, "dtype": args.dtype}))
+    settings = json.loads(json.dumps({**options, "files": files_used(args), "dtype": args.dtype}))
     todo = unfinished(jobs, args.target, settings, args.force)
     total = sum(len(job.seeds) for job in jobs)
     missing = sum(len(seeds) for _, seeds in todo)

@@ -1,17 +1,19 @@
 """`python -m cldm.generate`: one hint, a folder, a file of prompts; going on; mistakes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cldm import generate
+from cldm.config import resolve
 from cldm.model import create_model
 from cldm.pipeline import ControlPipeline
-from cldm.results import read_png_text, read_settings
+from cldm.results import read_png_text, read_settings, write_settings_png
 from tests.parity import fill_
 
 LOADED: dict = {}
@@ -20,8 +22,6 @@ LOADED: dict = {}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Hints, and weights of the tiny model: whole, and as base and ControlNet apart."""
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("generate")
     model = create_model("cldm_tiny")
     model.load_state_dict(load_file("models/cldm_tiny.safetensors"), strict=False)
@@ -104,6 +104,39 @@ def test_a_folder_goes_on_where_it_stopped(folder, tmp_path, capsys):
     assert "made in another way" in capsys.readouterr().err and first.stat().st_mtime_ns == before
     assert run(folder, "hints", tmp_path, "--prompt", "blue", "--force") == 0
     assert read_settings(first)["prompt"] == "blue"
+
+
+def test_pictures_of_other_weights_do_not_mix(folder, tmp_path, capsys):
+    """Not even if these were put in the place of those before, under the same name and of the same size."""
+    weights, copy = (tmp_path / name / "model.safetensors" for name in ("run", "copy"))
+    for path in (weights, copy):
+        path.parent.mkdir()
+        shutil.copy(folder / "whole.safetensors", path)
+    config = tmp_path / "own.yaml"
+    config.write_text(resolve("cldm_tiny", ".yaml").read_text())
+    command = [folder, "hints/a.png", tmp_path / "out", "--config", str(config)]
+    assert run(*command, weights=weights) == 0
+    capsys.readouterr()
+    assert run(*command, weights=copy) == 0  # the same content
+    assert "1 were there already" in capsys.readouterr().out
+    state_dict = load_file(weights)
+    state_dict["control_model.zero_convs.0.0.bias"] += 1
+    save_file(state_dict, weights)
+    assert weights.stat().st_size == copy.stat().st_size
+    assert run(*command, weights=weights) == 2
+    assert "made in another way" in capsys.readouterr().err
+    config.write_text(config.read_text() + "# changed\n")
+    assert run(*command, weights=copy) == 2
+
+
+def test_pictures_of_an_older_version_are_told_apart(folder, tmp_path, capsys):
+    assert run(folder, "hints/a.png", tmp_path) == 0
+    noted = read_png_text(tmp_path / "a_0.png")
+    del noted["command"]["files"]
+    noted["command"]["weights"] = ["whole.safetensors"]
+    write_settings_png(tmp_path / "a_0.png", np.zeros((64, 64, 3), np.uint8), noted)
+    assert run(folder, "hints/a.png", tmp_path) == 2
+    assert "made by an older version, which noted the names of weights" in capsys.readouterr().err
 
 
 def test_a_killed_run_loses_only_what_was_not_written(folder, tmp_path, capsys, monkeypatch):
