@@ -119,24 +119,27 @@ def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], forc
         ValueError: the folder holds something else than maps with these settings, and `force` does not say to write all the same.
     """
     note, settings = target / SETTINGS, json.loads(json.dumps(settings))
-    try:
-        found = json.loads(note.read_bytes()) if note.exists() else None
-    except ValueError:
-        found = {}
-    present = next((job.target for job in jobs if job.target.exists()), None)
-    if found is None and not force:
-        others = sorted(path for path in target.iterdir() if path.name[0] != ".") if target.is_dir() else []
-        if others:
-            other = present or others[0]
-            raise ValueError(
-                f"{target} already holds {other.name}, made by something else; choose another name for the folder"
-            )
-    elif present and found != settings and not force:
+    others = sorted(path.name for path in target.iterdir() if path.name[0] != ".") if target.is_dir() else []
+    if others and not note.exists() and not force:
+        raise ValueError(
+            f"{target} already holds {others[0]}, made by something else; choose another name for the folder"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings).encode()
+    try:  # of several processes that start at once, one notes its settings, and the others find them
+        with open(note, "xb") as file:
+            file.write(text)
+    except FileExistsError:
+        try:
+            found = json.loads(note.read_bytes())
+        except ValueError:
+            found = None
         changed = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-        reason = f"holds maps made with other settings ({', '.join(changed) or note.name})"
-        raise ValueError(f"{target} {reason}; choose another folder, or --force to make such files anew")
-    if found != settings or force:
-        write_whole(note, json.dumps(settings).encode())
+        if found != settings and not force:
+            reason = f"is for maps made with other settings ({', '.join(changed) or note.name})"
+            raise ValueError(f"{target} {reason}; choose another folder, or --force to make such files anew") from None
+        if force:
+            write_whole(note, text)
     since = note.stat().st_mtime_ns
 
     def is_done(job: Job) -> bool:
@@ -174,7 +177,11 @@ def _run(args: argparse.Namespace) -> int:
     def write(job: Job, hint: Hint) -> None:
         save_png(job.target, getattr(hint, SAVED[args.save]))
 
-    failed = len(run_with_bar(args.program, args, annotator, todo, read, write, len(jobs)))
+    try:
+        failed = len(run_with_bar(args.program, args, annotator, todo, read, write, len(jobs)))
+    finally:
+        if many and all(path.name[0] == "." for path in args.target.iterdir()):
+            (args.target / SETTINGS).unlink(missing_ok=True)  # no map was made, so the next run may have other settings
     line = f"{len(todo) - failed} written to {args.target}"
     if len(todo) < len(jobs):
         line += f", {len(jobs) - len(todo)} were there already"

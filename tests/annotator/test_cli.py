@@ -86,6 +86,31 @@ def test_a_run_that_made_nothing_binds_nothing(photos, tmp_path, capsys):
     assert main(["canny", str(photos), str(target), "--workers", "1"]) == 0
 
 
+def test_maps_of_other_settings_do_not_mix_under_other_names(photos, tmp_path, capsys):
+    target = str(tmp_path / "maps")
+    assert main(["canny", str(photos / "sub"), target]) == 0
+    save_png(tmp_path / "more" / "other.png", PHOTOS[0])
+    for command in (["tile"], ["canny", "--low-threshold", "5"]):
+        assert main([command[0], str(tmp_path / "more"), target, *command[1:]]) == 2
+        assert "made with other settings" in capsys.readouterr().err
+    assert main(["canny", str(tmp_path / "more"), target]) == 0
+    assert list(maps(tmp_path / "maps")) == ["b.png", "deep/c d.png", "other.png"]
+
+
+def test_of_two_processes_with_different_settings_one_is_refused(photos, tmp_path, capsys, monkeypatch):
+    """The second one starts when the first has noted its settings, and has made no map yet."""
+    first, target = CannyDetector.detect, str(tmp_path / "maps")
+    second = []
+
+    def detect(self, *args, **parameters):
+        second.append(second or main(["tile", str(photos), target]))
+        return first(self, *args, **parameters)
+
+    monkeypatch.setattr(CannyDetector, "detect", detect)
+    assert main(["canny", str(photos), target, "--workers", "1"]) == 0
+    assert second[0] == 2 and "other settings (condition" in capsys.readouterr().err
+
+
 def test_files_that_something_else_made_are_not_overwritten(photos, tmp_path, capsys):
     target = tmp_path / "maps"
     save_png(target / "a.png", PHOTOS[1])
@@ -308,6 +333,7 @@ def test_inpainting_keeps_its_hole_and_takes_masks(photos, tmp_path, capsys):
     target = tmp_path / "maps"
     assert main(["inpaint", str(photos), str(target)]) == 1  # no picture has a hole
     assert capsys.readouterr().err.count("needs a mask") == 3
+    assert not list(target.iterdir())  # so that the same folder will do for the right command
     masks = tmp_path / "masks"
     for name in ("a", "sub/b", "sub/deep/c d"):
         mask = np.zeros((50, 50), np.uint8)
