@@ -17,10 +17,12 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -339,7 +341,7 @@ def run(args: argparse.Namespace) -> int:
     todo = unfinished(jobs, args.target, settings, args.force)
     total = sum(len(job.seeds) for job in jobs)
     missing = sum(len(seeds) for _, seeds in todo)
-    failed = 0
+    written = 0
     if todo:
         home = torch.device("cpu") if args.offload else device
         steered = any(path is not None for job in jobs for path in job.hints)
@@ -347,15 +349,19 @@ def run(args: argparse.Namespace) -> int:
         pipeline = ControlPipeline(model, device=device, **{name: getattr(args, name) for name in _MEMORY})
         with tqdm(total=total, initial=total - missing, unit="picture", disable=None) as bar:
             for job, seeds in todo:
-                complaint = _make(pipeline, job, seeds, options, settings, args.target, bar)
-                if complaint is not None:
-                    failed += len(seeds)
-                    tqdm.write(f"{args.program}: {job.name}: {' '.join(complaint.split())}", file=sys.stderr)
-    parts = [f"{missing - failed} written to {args.target}"]
+                try:
+                    for _ in _make(pipeline, job, seeds, options, settings, args.target):
+                        written += 1
+                        bar.update()
+                except (ValueError, FloatingPointError) as error:
+                    if not written and isinstance(error, ValueError):
+                        _check_options(pipeline, job, options, args.seed)
+                    tqdm.write(f"{args.program}: {job.name}: {' '.join(str(error).split())}", file=sys.stderr)
+    parts = [f"{written} written to {args.target}"]
     parts += [f"{total - missing} were there already"] if total > missing else []
-    parts += [f"{failed} failed"] if failed else []
+    parts += [f"{missing - written} failed"] if written < missing else []
     show(", ".join(parts))
-    return 1 if failed else 0
+    return 1 if written < missing else 0
 
 
 def _make(
@@ -365,25 +371,43 @@ def _make(
     options: dict[str, Any],
     settings: dict[str, Any],
     target: Path,
-    bar: tqdm,
-) -> str | None:
-    """Make and write the pictures of a job, one at a time; what is wrong with its files or its result, if anything."""
-    try:
-        hints = [None if path is None else read_image(path) for path in job.hints]
-        given: dict[str, Any] = {
-            name: read_image(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None
-        }
-    except ValueError as error:
-        return str(error)
-    hint = hints[0] if len(hints) == 1 else hints
+) -> Iterator[None]:
+    """Make and write the pictures of a job, one at a time.
+
+    Raises:
+        ValueError: about its files, its texts or seeds, or the options.
+        FloatingPointError: the model gives NaN.
+    """
+    hints = [None if path is None else read_image(path) for path in job.hints]
+    hint, given = hints[0] if len(hints) == 1 else hints, _read_start(job)
     for seed in seeds:
-        try:
-            made = pipeline(hint, job.prompt, negative_prompt=job.negative_prompt, seed=seed, **given, **options)
-        except FloatingPointError as error:
-            return str(error)
+        made = pipeline(hint, job.prompt, negative_prompt=job.negative_prompt, seed=seed, **given, **options)
         made.save(job.file(target, seed), notes={"command": job.notes(settings, seed)})
-        bar.update()
-    return None
+        yield
+
+
+def _read_start(job: Job) -> dict[str, Any]:
+    """The picture to start from and its mask, where there are any, which all jobs share."""
+    return {name: read_image(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None}
+
+
+class _OneStep(Exception):
+    """A step was taken."""
+
+
+def _check_options(pipeline: ControlPipeline, job: Job, options: dict[str, Any], seed: int) -> None:
+    """Find out, in one step with a hint that is certainly of use, whether a job failed because of what all jobs share.
+
+    Raises:
+        ValueError: it did; the message says why.
+    """
+
+    def stop(step: int) -> None:
+        raise _OneStep
+
+    hints = [None if path is None else np.zeros((64, 64, 3), np.uint8) for path in job.hints]
+    with suppress(_OneStep):
+        pipeline(hints[0] if len(hints) == 1 else hints, "", seed=seed, callback=stop, **_read_start(job), **options)
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:

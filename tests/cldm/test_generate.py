@@ -106,6 +106,24 @@ def test_a_folder_goes_on_where_it_stopped(folder, tmp_path, capsys):
     assert read_settings(first)["prompt"] == "blue"
 
 
+def test_a_hint_that_cannot_be_used_is_left_out(folder, tmp_path, capsys):
+    hints = tmp_path / "hints"
+    shutil.copytree(folder / "hints", hints)
+    Image.new("RGB", (4, 4)).save(hints / "0 small.png")  # the first one, before any picture was made
+    assert run(folder, hints, tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert "2 written to" in printed.out and "1 failed" in printed.out
+    assert (
+        printed.err
+        == f"{generate.PROGRAM}: 0 small: sides must be from 8 to 8192 pixels, found 4 x 4 (height x width)\n"
+    )
+    lines = [{"source": "a.png", "prompt": "red", "seed": seed} for seed in (-5, 3)]
+    (hints / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert run(folder, hints / "prompts.jsonl", tmp_path / "lines") == 1
+    assert f"{generate.PROGRAM}: 1: a seed must be" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "lines").iterdir()] == ["2_3.png"]
+
+
 def test_pictures_of_other_weights_do_not_mix(folder, tmp_path, capsys):
     """Not even if these were put in the place of those before, under the same name and of the same size."""
     weights, copy = (tmp_path / name / "model.safetensors" for name in ("run", "copy"))
@@ -213,6 +231,10 @@ def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch):
         ("hints/a.png", ["--device", "gpu"], "gpu"),
         ("hints/a.png", ["--weights", "none.safetensors"], "none.safetensors"),
         ("hints/a.png", ["--strength", "1", "--strength", "1"], "strength has 2 entries"),
+        ("hints", ["--start", "0.8", "--end", "0.5"], "start must be below end"),
+        ("hints", ["--annotator", "inpaint"], "inpainting needs a mask"),
+        ("hints", ["--seed", "-1"], "a seed must be a whole number"),
+        ("hints", ["--image", "BROKEN"], "broken.png does not decode as a picture"),
         ("prompts.json", [], "line 1 should be like"),
         ("empty.txt", [], "holds no prompt"),
         ("empty.txt", ["--prompt", "a"], "leave out --prompt"),
@@ -221,6 +243,8 @@ def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch):
 def test_mistakes_are_one_line_and_status_2(folder, tmp_path, capsys, source, options, message):
     (folder / "prompts.json").write_text("red\n")
     (folder / "empty.txt").write_text("\n")
+    (tmp_path / "broken.png").touch()
+    options = [str(tmp_path / "broken.png") if option == "BROKEN" else option for option in options]
     assert run(folder, source, tmp_path / "out", *options) == 2
     captured = capsys.readouterr()
     assert (
