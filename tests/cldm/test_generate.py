@@ -216,6 +216,24 @@ def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried"),
+        RuntimeError("can't allocate memory: 9"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_helps(folder, tmp_path, capsys, monkeypatch, error):
+    def fail(self, *args, **options):
+        raise error
+
+    monkeypatch.setattr(ControlPipeline, "__call__", fail)
+    assert run(folder, "hints/a.png", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(option in line for option in ("--size", "--vae-tiles", "--sliced-attention", "--offload"))
+
+
+@pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("nowhere", [], "there is no"),
