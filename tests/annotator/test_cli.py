@@ -356,6 +356,13 @@ def test_inpainting_keeps_its_hole_and_takes_masks(photos, tmp_path, capsys):
     assert "a.png is missing" in capsys.readouterr().err and len(maps(tmp_path / "other")) == 2
 
 
+def test_names_may_be_as_long_as_the_system_allows(tmp_path):
+    name = "ж" * 125 + ".png"  # 254 bytes of the 255 that a name may have
+    save_png(tmp_path / "photos" / name, PHOTOS[0])
+    assert main(["tile", str(tmp_path / "photos"), str(tmp_path / "maps")]) == 0
+    assert list(maps(tmp_path / "maps")) == [name]
+
+
 def test_hidden_folders_are_left_out(photos, tmp_path):
     save_png(photos / ".ipynb_checkpoints" / "a-checkpoint.png", PHOTOS[0])
     save_png(photos / "sub" / ".thumbs" / "deep" / "b.png", PHOTOS[0])
