@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from annotator.options import (
     check_resolution,
     load_annotator,
     made_with,
+    named_path,
     run_with_bar,
 )
 from annotator.pictures import find_pictures, save_png, write_whole
@@ -36,11 +38,12 @@ SAVED = {"hint": "source", "shown": "shown", "map": "map"}  # by name on the com
 
 
 class Job(NamedTuple):
-    """A picture, its name among the others, and the file that its condition goes to."""
+    """A picture, its name among the others, the file that its condition goes to, and where there is one its mask."""
 
     picture: Path
     name: str
     target: Path
+    mask: Path | None = None
 
 
 def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentParser:
@@ -57,8 +60,8 @@ def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentP
         if known != name:
             continue
         inpaint = name == "inpaint"
-        command.add_argument("source", metavar="IN", type=_path, help="a picture or a folder of pictures")
-        command.add_argument("target", metavar="OUT", type=_path, help="a .png file or a new folder")
+        command.add_argument("source", metavar="IN", type=named_path, help="a picture or a folder of pictures")
+        command.add_argument("target", metavar="OUT", type=named_path, help="a .png file or a new folder")
         text = (
             "shorter side of the result, both sides multiples of 64, as training needs them (default: as the picture)"
         )
@@ -69,16 +72,9 @@ def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentP
         command.set_defaults(mask=None)
         if inpaint:
             text = "where to paint, in white: a picture, or a folder with PNG files of the same names (default: where IN is transparent)"
-            command.add_argument("--mask", type=Path, help=text)
+            command.add_argument("--mask", type=named_path, help=text)
         add_detector_options(command, known)
     return parser
-
-
-def _path(text: str) -> Path:
-    """A path that somebody typed; an empty one, such as of a variable that is not set, would be the folder one is in."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; give a file or a folder")
-    return Path(text)
 
 
 def _print_list() -> None:
@@ -87,9 +83,13 @@ def _print_list() -> None:
         print(f"{name:22} {version}  {info.title:36} {info.weights:44} {options}".rstrip())
 
 
-def _plan(source: Path, target: Path) -> list[Job]:
+def _plan(source: Path, target: Path, mask: Path | None) -> list[Job]:
     """All pictures and where each goes: the same name below `target`, as PNG."""
     many = source.is_dir()
+
+    def own_mask(name: str | Path) -> Path | None:
+        return mask / Path(name).with_suffix(".png") if mask and mask.is_dir() else mask
+
     if not source.exists():
         raise ValueError(f"there is no {source}")
     if many and target.exists() and not target.is_dir():
@@ -101,14 +101,14 @@ def _plan(source: Path, target: Path) -> list[Job]:
     if os.path.realpath(target) == os.path.realpath(source):
         raise ValueError(f"IN and OUT are the same {'folder' if many else 'file'}: {source}")
     if not many:
-        return [Job(source, source.name, target)]
+        return [Job(source, source.name, target, own_mask(source.name))]
     jobs: dict[Path, Job] = {}
     for path in find_pictures(source, target):
         name = path.relative_to(source)
         goal = target / name.with_suffix(".png")
         if goal in jobs:
             raise ValueError(f"{jobs[goal].picture} and {path} would both become {goal}; rename one of them")
-        jobs[goal] = Job(path, name.as_posix(), goal)
+        jobs[goal] = Job(path, name.as_posix(), goal, own_mask(name))
     return list(jobs.values())
 
 
@@ -143,9 +143,16 @@ def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], forc
     since = note.stat().st_mtime_ns
 
     def is_done(job: Job) -> bool:
-        return job.target.exists() and job.target.stat().st_mtime_ns >= max(since, job.picture.stat().st_mtime_ns)
+        changes = [since, *(_changed(path) for path in (job.picture, job.mask) if path and path.exists())]
+        return job.target.exists() and job.target.stat().st_mtime_ns >= max(changes)
 
     return [job for job in jobs if not is_done(job)]
+
+
+def _changed(path: Path) -> int:
+    """When a file changed, in nanoseconds. A date in the future, of a camera's clock say, gives way to that of its arrival."""
+    found = path.stat()
+    return found.st_mtime_ns if found.st_mtime_ns <= time.time_ns() else found.st_ctime_ns
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -154,7 +161,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(
             "no picture file can hold the -1 of an inpainting hint; --save map keeps its hole as transparency"
         )
-    jobs, many = _plan(args.source, args.target), args.source.is_dir()
+    jobs, many = _plan(args.source, args.target, args.mask), args.source.is_dir()
     if not many and jobs[0].target.exists() and not args.force:
         raise ValueError(f"{jobs[0].target} exists already; --force makes it anew")
     if args.mask and not args.mask.exists():
@@ -169,10 +176,7 @@ def _run(args: argparse.Namespace) -> int:
         own = dict(parameters)
         if many and "seed" in own:
             own["seed"] = seed_of(own["seed"], job.name)
-        mask = args.mask
-        if mask and mask.is_dir():
-            mask = mask / Path(job.name).with_suffix(".png")
-        return annotator.request(job.picture, args.resolution, args.detect_resolution, mask=mask, **own)
+        return annotator.request(job.picture, args.resolution, args.detect_resolution, mask=job.mask, **own)
 
     def write(job: Job, hint: Hint) -> None:
         save_png(job.target, getattr(hint, SAVED[args.save]))

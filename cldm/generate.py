@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from annotator.detector import first_line
 from annotator.network import choose_device
-from annotator.options import RaisingParser
+from annotator.options import RaisingParser, named_path, not_empty
 from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
 from annotator.weights import fingerprint
@@ -93,17 +93,25 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "source", metavar="HINT", type=Path, help="a picture, a folder of pictures, or a file of prompts"
+        "source", metavar="HINT", type=named_path, help="a picture, a folder of pictures, or a file of prompts"
     )
-    parser.add_argument("target", metavar="OUT", type=Path, help="folder of the results")
+    parser.add_argument("target", metavar="OUT", type=named_path, help="folder of the results")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--weights", required=True, help="file or folder of any layout with the base model, and perhaps a ControlNet"
+        "--weights",
+        required=True,
+        type=not_empty,
+        help="file or folder of any layout with the base model, and perhaps a ControlNet",
     )
     model.add_argument(
-        "--control", action="append", default=[], metavar="FILE", help="a ControlNet of any layout; may be repeated"
+        "--control",
+        action="append",
+        type=not_empty,
+        default=[],
+        metavar="FILE",
+        help="a ControlNet of any layout; may be repeated",
     )
-    model.add_argument("--config", help="configuration (default: the one that the weights belong to)")
+    model.add_argument("--config", type=not_empty, help="configuration (default: the one that the weights belong to)")
     model.add_argument("--device", help="cpu, cuda, mps, xpu (default: an accelerator if there is one)")
     model.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
     text = parser.add_argument_group("prompts")
@@ -116,7 +124,11 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     text.add_argument("--plain-prompts", action="store_true", help="brackets in prompts are characters, not weights")
     control = parser.add_argument_group("control; what is marked * may be repeated, once for each ControlNet")
     control.add_argument(
-        "--hint", action="append", type=Path, default=[], help="* for a text of prompts, and for further ControlNets"
+        "--hint",
+        action="append",
+        type=named_path,
+        default=[],
+        help="* for a text of prompts, and for further ControlNets",
     )
     control.add_argument("--annotator", action="append", default=[], choices=list_annotators(), metavar="NAME",
                          help="* hints are photographs, of which this condition is made")  # fmt: skip
@@ -129,9 +141,9 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     control.add_argument("--conditional-only", action="store_true", help="the hint steers the conditional half only")
     control.add_argument("--resolution-weights", action="store_true", help="the paper's weights by resolution")
     image = parser.add_argument_group("from a picture")
-    image.add_argument("--image", type=Path, help="picture to start from")
+    image.add_argument("--image", type=named_path, help="picture to start from")
     image.add_argument("--denoise", type=float, help="how much of it is made anew, above 0 to 1 (0.75; 1 with a mask)")
-    image.add_argument("--mask", type=Path, help="white where --image is to be painted anew")
+    image.add_argument("--mask", type=named_path, help="white where --image is to be painted anew")
     run = parser.add_argument_group("sampling")
     run.add_argument("--samples", type=int, default=1, help="pictures for each hint or prompt")
     run.add_argument("--sampler", default="ddim", help=f"{', '.join(SAMPLER_NAMES)} (ddim)")

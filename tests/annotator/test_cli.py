@@ -70,14 +70,35 @@ def test_a_picture_that_changed_is_done_again(photos, tmp_path, capsys):
     target = tmp_path / "maps"
     command = ["scribble", str(photos), str(target), "--workers", "1"]
     assert main(command) == 0
-    later = (target / "a.png").stat().st_mtime + 5
+    for path in (*photos.rglob("*.*"), *target.rglob("*")):
+        os.utime(path, (1e9, 1e9))
     Image.fromarray(255 - PHOTOS[0]).save(photos / "a.png")
-    os.utime(photos / "a.png", (later, later))
-    os.utime(target / "a.png", (later - 1, later - 1))
     before = maps(target)["a.png"]
     assert main(command) == 0
     assert "1 written" in capsys.readouterr().out.splitlines()[-1]
     assert not np.array_equal(maps(target)["a.png"], before)
+
+
+def test_a_mask_that_changed_is_used_again(photos, tmp_path, capsys):
+    target, mask = tmp_path / "maps", tmp_path / "masks"
+    hole = np.zeros((8, 8), np.uint8)
+    for name in ("a", "sub/b", "sub/deep/c d"):
+        save_png(mask / f"{name}.png", hole)
+    command = ["inpaint", str(photos), str(target), "--mask", str(mask), "--workers", "1"]
+    assert main(command) == 0
+    for path in (*photos.rglob("*.*"), *target.rglob("*"), *mask.rglob("*")):
+        os.utime(path, (1e9, 1e9))
+    save_png(mask / "a.png", 255 - hole)
+    assert main(command) == 0
+    assert "1 written" in capsys.readouterr().out.splitlines()[-1]
+    assert not maps(target)["a.png"][:, :, 3].any()
+
+
+def test_a_date_in_the_future_does_not_make_a_picture_anew_each_time(photos, tmp_path, capsys):
+    os.utime(photos / "a.png", (4e9, 4e9))
+    for written in ("3 written", "0 written"):
+        assert main(["scribble", str(photos), str(tmp_path / "maps"), "--workers", "1"]) == 0
+        assert written in capsys.readouterr().out
 
 
 def test_a_run_that_made_nothing_binds_nothing(photos, tmp_path, capsys):
@@ -182,6 +203,8 @@ def test_one_picture_at_the_size_of_the_apps(photos, tmp_path, capsys):
         (["canny", "IN/a.png", "OUT.jpg"], ".png"),
         (["canny", "IN", ""], "OUT: it is empty; give a file or a folder"),
         (["canny", "", "OUT"], "IN: it is empty"),
+        (["hed", "IN", "OUT", "--weights", ""], "--weights: it is empty"),
+        (["inpaint", "IN", "OUT", "--mask", ""], "--mask: it is empty"),
         (["canny", "IN/none", "OUT"], "none"),
         (["hed", "IN", "OUT", "--weights", "IN"], "ControlNetHED.pth"),
         (["canny", "IN", "OUT", "--device", "gpu"], "--device"),

@@ -247,6 +247,10 @@ def test_too_little_memory_is_one_line_that_says_what_helps(folder, tmp_path, ca
         ("hints/a.png", ["--image", "m.png"], "m.png"),
         ("hints/a.png", ["--sampler", "eular"], "unknown sampler 'eular'"),
         ("hints/a.png", ["--device", "gpu"], "gpu"),
+        *(
+            ("hints/a.png", [option, ""], f"{option}: it is empty")
+            for option in ("--hint", "--image", "--mask", "--weights", "--control", "--config")
+        ),
         ("hints/a.png", ["--weights", "none.safetensors"], "none.safetensors"),
         ("hints/a.png", ["--strength", "1", "--strength", "1"], "strength has 2 entries"),
         ("hints", ["--start", "0.8", "--end", "0.5"], "start must be below end"),
@@ -271,6 +275,12 @@ def test_mistakes_are_one_line_and_status_2(folder, tmp_path, capsys, source, op
         and captured.err.startswith(generate.PROGRAM)
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["", "out"], ["hints", ""]])
+def test_empty_places_are_refused(arguments, capsys):
+    assert generate.main([*arguments, "--weights", "w"]) == 2
+    assert "it is empty; give a file or a folder" in capsys.readouterr().err
 
 
 def test_a_model_without_a_control_is_refused_in_words(folder, tmp_path, capsys):
