@@ -197,8 +197,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command; see the module's text for the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(next((word for word in argv if not word.startswith("-")), None), program)
     try:
+        parser = build_parser(next((word for word in argv if not word.startswith("-")), None), program)
         args = parser.parse_args(argv, argparse.Namespace(program=program))
         if args.list:
             _print_list()

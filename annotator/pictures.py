@@ -149,7 +149,11 @@ def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
             return _from_pil(ImageOps.exif_transpose(opened))
     except FileNotFoundError as err:
         raise ValueError(f"{name} is missing") from err
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
+    except Image.DecompressionBombError as err:
+        raise ValueError(
+            f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; make it smaller first"
+        ) from err
+    except (OSError, SyntaxError, ValueError) as err:
         reason = (getattr(err, "strerror", None) or str(err) or type(err).__name__).splitlines()[0]
         raise ValueError(f"{name} does not decode as a picture: {reason}") from err
 

@@ -174,6 +174,24 @@ def test_broken_pictures_are_reported_and_the_rest_is_done(photos, tmp_path, cap
     assert len(maps(target)) == 3
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="its names have neither line breaks nor single bytes")
+def test_names_of_any_bytes(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "bro\nken.png").touch()
+    save_png(tmp_path / "photos" / os.fsdecode(b"\xff.png"), PHOTOS[0])
+    assert main(["shuffle", str(tmp_path / "photos"), str(tmp_path / "maps"), "--seed", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "1 written" in printed.out and len(printed.err.splitlines()) == 1
+    assert "bro ken.png does not decode as a picture: cannot identify" in printed.err
+
+
+def test_a_picture_of_too_many_pixels_says_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    save_png(tmp_path / "large.png", PHOTOS[0][:20, :20])
+    assert main(["canny", str(tmp_path / "large.png"), str(tmp_path / "map.png")]) == 1
+    assert "large.png has more than 200 pixels; make it smaller first" in capsys.readouterr().err
+
+
 def test_one_picture_at_the_size_of_the_apps(photos, tmp_path, capsys):
     target = tmp_path / "new" / "map.png"
     assert main(["scribble", str(photos / "a.png"), str(target), "--resolution", "128"]) == 0
@@ -220,6 +238,13 @@ def test_mistakes_are_one_line_and_status_2(photos, tmp_path, capsys, command, m
     assert main(command) == 2
     complaint = capsys.readouterr().err.strip()
     assert message in complaint and "\n" not in complaint
+
+
+def test_a_wrong_version_in_the_environment_is_one_line(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ANNOTATOR_VERSION", "1.2")
+    assert main(["canny", str(photos), str(tmp_path / "out")]) == 2
+    wrong = "python -m annotator: ANNOTATOR_VERSION must be one of '1.0', '1.1', got '1.2'\n"
+    assert capsys.readouterr().err == wrong
 
 
 class Counting(nn.Conv2d):

@@ -296,7 +296,7 @@ def test_weights_of_hands_and_faces_are_needed_only_when_asked_for(weights, tmp_
 
 
 def test_arguments_of_the_other_version_are_refused(detectors, weights):
-    with pytest.raises(ValueError, match="version must be one of 1.0, 1.1, got '2'"):
+    with pytest.raises(ValueError, match="version must be one of '1.0', '1.1', got '2'"):
         OpenposeDetector("cpu", weights, version="2")
     with pytest.raises(ValueError, match="need version 1.1"):
         detectors["1.0"](V10["split/input"], hand_and_face=True)
