@@ -29,11 +29,10 @@ from annotator.options import (
     named_path,
     run_with_bar,
 )
-from annotator.pictures import find_pictures, save_png, write_whole
+from annotator.pictures import SETTINGS, find_pictures, save_png, write_whole
 from annotator.registry import REGISTRY, Hint, Request, describe, list_annotators
 
 PROGRAM = "python -m annotator"
-SETTINGS = ".annotator.json"  # in the folder of the maps: what they were made with
 SAVED = {"hint": "source", "shown": "shown", "map": "map"}  # by name on the command line: which part of a Hint
 
 

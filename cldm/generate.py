@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -187,8 +188,10 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         if args.prompt is not None:
             raise ConfigError(f"{source} holds the prompts; leave out --prompt")
         return list(_prompt_jobs(args))
+    if os.path.realpath(source) == os.path.realpath(args.target):
+        raise ConfigError(f"HINT and OUT are the same: {source}")
     if source.is_dir():
-        pictures = find_pictures(source, args.target)
+        pictures = find_pictures(source, args.target, maps=not args.annotator)
         names = [path.relative_to(source).with_suffix("").as_posix() for path in pictures]
     elif source.suffix.lower() in IMAGE_SUFFIXES:
         pictures, names = [source], [source.stem]
@@ -361,6 +364,11 @@ def run(args: argparse.Namespace) -> int:
         steered = any(path is not None for job in jobs for path in job.hints)
         model = load_model(args.weights, args.control, args.config, home, DTYPES[args.dtype], steered)
         pipeline = ControlPipeline(model, device=device, **{name: getattr(args, name) for name in _MEMORY})
+        count = len(model.control_networks())
+        if found := next((len(job.hints) for job, _ in todo if any(job.hints) and len(job.hints) != count), None):
+            raise ConfigError(
+                f"{count} ControlNets and {found} hints: HINT is of the first, --hint names each further one"
+            )
         with tqdm(total=total, initial=total - missing, unit="picture", disable=None) as bar:
             for job, seeds in todo:
                 try:

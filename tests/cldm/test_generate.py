@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from annotator.__main__ import main as annotate
 from cldm import generate
 from cldm.config import resolve
 from cldm.model import create_model
@@ -122,6 +123,20 @@ def test_a_hint_that_cannot_be_used_is_left_out(folder, tmp_path, capsys):
     assert run(folder, hints / "prompts.jsonl", tmp_path / "lines") == 1
     assert f"{generate.PROGRAM}: 1: a seed must be" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "lines").iterdir()] == ["2_3.png"]
+
+
+def test_maps_are_hints_and_no_photographs(folder, tmp_path, capsys):
+    """What the command annotator made inside the folder of the photographs."""
+    photos = shutil.copytree(folder / "hints", tmp_path / "photos")
+    assert annotate(["canny", str(photos), str(tmp_path / "photos" / "maps")]) == 0
+    assert annotate(["tile", str(photos), str(tmp_path / "tiles")]) == 0
+    assert "2 written to" in capsys.readouterr().out.splitlines()[-1]
+    assert run(folder, photos, tmp_path / "out", "--annotator", "canny") == 0
+    assert "2 written to" in capsys.readouterr().out
+    assert run(folder, photos, tmp_path / "of hints") == 0
+    assert "4 written to" in capsys.readouterr().out
+    assert run(folder, photos, photos) == 2
+    assert f"HINT and OUT are the same: {photos}" in capsys.readouterr().err
 
 
 def test_pictures_of_other_weights_do_not_mix(folder, tmp_path, capsys):
@@ -254,6 +269,8 @@ def test_too_little_memory_is_one_line_that_says_what_helps(folder, tmp_path, ca
         ("hints/a.png", ["--weights", "none.safetensors"], "none.safetensors"),
         ("hints/a.png", ["--strength", "1", "--strength", "1"], "strength has 2 entries"),
         ("hints", ["--start", "0.8", "--end", "0.5"], "start must be below end"),
+        ("hints", ["--image", "HINT", "--denoise", "1"], "denoise 1 leaves none of 1 steps; take more steps\n"),
+        ("hints/a.png", ["--control", "CONTROL", "--control", "CONTROL"], "2 ControlNets and 1 hints"),
         ("hints", ["--annotator", "inpaint"], "inpainting needs a mask"),
         ("hints", ["--seed", "-1"], "a seed must be a whole number"),
         ("hints", ["--image", "BROKEN"], "broken.png does not decode as a picture"),
@@ -266,7 +283,12 @@ def test_mistakes_are_one_line_and_status_2(folder, tmp_path, capsys, source, op
     (folder / "prompts.json").write_text("red\n")
     (folder / "empty.txt").write_text("\n")
     (tmp_path / "broken.png").touch()
-    options = [str(tmp_path / "broken.png") if option == "BROKEN" else option for option in options]
+    files = {
+        "BROKEN": tmp_path / "broken.png",
+        "HINT": folder / "hints" / "a.png",
+        "CONTROL": folder / "control.safetensors",
+    }
+    options = [str(files.get(option, option)) for option in options]
     assert run(folder, source, tmp_path / "out", *options) == 2
     captured = capsys.readouterr()
     assert (
