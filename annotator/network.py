@@ -223,7 +223,7 @@ class NetworkDetector(Detector):
         output = self.forward(x.to(self.device), **parameters)
         return [_picture_of(output, index) for index in range(len(x))]
 
-    @inference
+    @torch.no_grad()
     def finish(self, output: Any, image: np.ndarray, *args: Any, **parameters: Any) -> Any:
         """The map of a picture (H, W, C) from the network's output."""
         return self.decode(output, image.shape[:2], *args, **parameters)

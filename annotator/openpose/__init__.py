@@ -124,7 +124,6 @@ class OpenposeDetector(NetworkDetector):
     def encode(self, image: np.ndarray) -> Tensor:
         return to_tensor(network_input(self._view(np.ascontiguousarray(image[:, :, ::-1]))))
 
-    @inference
     def finish(
         self,
         output: Any,
@@ -161,7 +160,6 @@ class OpenposeDetector(NetworkDetector):
         pose = self._find_poses(output, image, hands=more, faces=more).relative(*size)
         return pose if return_is_index else draw_pose(pose, *size)
 
-    @inference
     def aux_map(
         self,
         view: np.ndarray,
@@ -201,7 +199,6 @@ class OpenposeDetector(NetworkDetector):
         )
         return self._add_parts(image, candidates, people, hands, faces)
 
-    @inference
     def _add_parts(
         self, image: np.ndarray, candidates: np.ndarray, people: np.ndarray, hands: bool, faces: bool
     ) -> Poses:
