@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,22 +26,23 @@ from annotator.options import (
     check_resolution,
     load_annotator,
     made_with,
+    named_path,
     run_with_bar,
 )
-from annotator.pictures import find_pictures, save_png, write_whole
+from annotator.pictures import SETTINGS, find_pictures, save_png, write_whole
 from annotator.registry import REGISTRY, Hint, Request, describe, list_annotators
 
 PROGRAM = "python -m annotator"
-SETTINGS = ".annotator.json"  # in the folder of the maps: what they were made with
 SAVED = {"hint": "source", "shown": "shown", "map": "map"}  # by name on the command line: which part of a Hint
 
 
 class Job(NamedTuple):
-    """A picture, its name among the others, and the file that its condition goes to."""
+    """A picture, its name among the others, the file that its condition goes to, and where there is one its mask."""
 
     picture: Path
     name: str
     target: Path
+    mask: Path | None = None
 
 
 def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentParser:
@@ -57,8 +59,8 @@ def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentP
         if known != name:
             continue
         inpaint = name == "inpaint"
-        command.add_argument("source", metavar="IN", type=_path, help="a picture or a folder of pictures")
-        command.add_argument("target", metavar="OUT", type=_path, help="a .png file or a new folder")
+        command.add_argument("source", metavar="IN", type=named_path, help="a picture or a folder of pictures")
+        command.add_argument("target", metavar="OUT", type=named_path, help="a .png file or a new folder")
         text = (
             "shorter side of the result, both sides multiples of 64, as training needs them (default: as the picture)"
         )
@@ -69,16 +71,9 @@ def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentP
         command.set_defaults(mask=None)
         if inpaint:
             text = "where to paint, in white: a picture, or a folder with PNG files of the same names (default: where IN is transparent)"
-            command.add_argument("--mask", type=Path, help=text)
+            command.add_argument("--mask", type=named_path, help=text)
         add_detector_options(command, known)
     return parser
-
-
-def _path(text: str) -> Path:
-    """A path that somebody typed; an empty one, such as of a variable that is not set, would be the folder one is in."""
-    if not text:
-        raise argparse.ArgumentTypeError("it is empty; give a file or a folder")
-    return Path(text)
 
 
 def _print_list() -> None:
@@ -87,9 +82,13 @@ def _print_list() -> None:
         print(f"{name:22} {version}  {info.title:36} {info.weights:44} {options}".rstrip())
 
 
-def _plan(source: Path, target: Path) -> list[Job]:
+def _plan(source: Path, target: Path, mask: Path | None) -> list[Job]:
     """All pictures and where each goes: the same name below `target`, as PNG."""
     many = source.is_dir()
+
+    def own_mask(name: str | Path) -> Path | None:
+        return mask / Path(name).with_suffix(".png") if mask and mask.is_dir() else mask
+
     if not source.exists():
         raise ValueError(f"there is no {source}")
     if many and target.exists() and not target.is_dir():
@@ -101,14 +100,14 @@ def _plan(source: Path, target: Path) -> list[Job]:
     if os.path.realpath(target) == os.path.realpath(source):
         raise ValueError(f"IN and OUT are the same {'folder' if many else 'file'}: {source}")
     if not many:
-        return [Job(source, source.name, target)]
+        return [Job(source, source.name, target, own_mask(source.name))]
     jobs: dict[Path, Job] = {}
     for path in find_pictures(source, target):
         name = path.relative_to(source)
         goal = target / name.with_suffix(".png")
         if goal in jobs:
             raise ValueError(f"{jobs[goal].picture} and {path} would both become {goal}; rename one of them")
-        jobs[goal] = Job(path, name.as_posix(), goal)
+        jobs[goal] = Job(path, name.as_posix(), goal, own_mask(name))
     return list(jobs.values())
 
 
@@ -119,30 +118,40 @@ def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], forc
         ValueError: the folder holds something else than maps with these settings, and `force` does not say to write all the same.
     """
     note, settings = target / SETTINGS, json.loads(json.dumps(settings))
-    try:
-        found = json.loads(note.read_bytes()) if note.exists() else None
-    except ValueError:
-        found = {}
-    present = next((job.target for job in jobs if job.target.exists()), None)
-    if found is None and not force:
-        others = sorted(path for path in target.iterdir() if path.name[0] != ".") if target.is_dir() else []
-        if others:
-            other = present or others[0]
-            raise ValueError(
-                f"{target} already holds {other.name}, made by something else; choose another name for the folder"
-            )
-    elif present and found != settings and not force:
+    others = sorted(path.name for path in target.iterdir() if path.name[0] != ".") if target.is_dir() else []
+    if others and not note.exists() and not force:
+        raise ValueError(
+            f"{target} already holds {others[0]}, made by something else; choose another name for the folder"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings).encode()
+    try:  # of several processes that start at once, one notes its settings, and the others find them
+        with open(note, "xb") as file:
+            file.write(text)
+    except FileExistsError:
+        try:
+            found = json.loads(note.read_bytes())
+        except ValueError:
+            found = None
         changed = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-        reason = f"holds maps made with other settings ({', '.join(changed) or note.name})"
-        raise ValueError(f"{target} {reason}; choose another folder, or --force to make such files anew")
-    if found != settings or force:
-        write_whole(note, json.dumps(settings).encode())
+        if found != settings and not force:
+            reason = f"is for maps made with other settings ({', '.join(changed) or note.name})"
+            raise ValueError(f"{target} {reason}; choose another folder, or --force to make such files anew") from None
+        if force:
+            write_whole(note, text)
     since = note.stat().st_mtime_ns
 
     def is_done(job: Job) -> bool:
-        return job.target.exists() and job.target.stat().st_mtime_ns >= max(since, job.picture.stat().st_mtime_ns)
+        changes = [since, *(_changed(path) for path in (job.picture, job.mask) if path and path.exists())]
+        return job.target.exists() and job.target.stat().st_mtime_ns >= max(changes)
 
     return [job for job in jobs if not is_done(job)]
+
+
+def _changed(path: Path) -> int:
+    """When a file changed, in nanoseconds. A date in the future, of a camera's clock say, gives way to that of its arrival."""
+    found = path.stat()
+    return found.st_mtime_ns if found.st_mtime_ns <= time.time_ns() else found.st_ctime_ns
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -151,7 +160,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(
             "no picture file can hold the -1 of an inpainting hint; --save map keeps its hole as transparency"
         )
-    jobs, many = _plan(args.source, args.target), args.source.is_dir()
+    jobs, many = _plan(args.source, args.target, args.mask), args.source.is_dir()
     if not many and jobs[0].target.exists() and not args.force:
         raise ValueError(f"{jobs[0].target} exists already; --force makes it anew")
     if args.mask and not args.mask.exists():
@@ -166,15 +175,16 @@ def _run(args: argparse.Namespace) -> int:
         own = dict(parameters)
         if many and "seed" in own:
             own["seed"] = seed_of(own["seed"], job.name)
-        mask = args.mask
-        if mask and mask.is_dir():
-            mask = mask / Path(job.name).with_suffix(".png")
-        return annotator.request(job.picture, args.resolution, args.detect_resolution, mask=mask, **own)
+        return annotator.request(job.picture, args.resolution, args.detect_resolution, mask=job.mask, **own)
 
     def write(job: Job, hint: Hint) -> None:
         save_png(job.target, getattr(hint, SAVED[args.save]))
 
-    failed = len(run_with_bar(args.program, args, annotator, todo, read, write, len(jobs)))
+    try:
+        failed = len(run_with_bar(args.program, args, annotator, todo, read, write, len(jobs)))
+    finally:
+        if many and all(path.name[0] == "." for path in args.target.iterdir()):
+            (args.target / SETTINGS).unlink(missing_ok=True)  # no map was made, so the next run may have other settings
     line = f"{len(todo) - failed} written to {args.target}"
     if len(todo) < len(jobs):
         line += f", {len(jobs) - len(todo)} were there already"
@@ -186,8 +196,8 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command; see the module's text for the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = build_parser(next((word for word in argv if not word.startswith("-")), None), program)
     try:
+        parser = build_parser(next((word for word in argv if not word.startswith("-")), None), program)
         args = parser.parse_args(argv, argparse.Namespace(program=program))
         if args.list:
             _print_list()

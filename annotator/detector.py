@@ -38,13 +38,13 @@ def use_version(version: str | None) -> None:
 
 def default_version() -> str:
     """The version that `use_version`, or the environment variable ANNOTATOR_VERSION, has chosen, else 1.0."""
-    return _version or check_version(os.environ.get(VERSION_VARIABLE) or VERSIONS[0])
+    return _version or check_version(os.environ.get(VERSION_VARIABLE) or VERSIONS[0], VERSION_VARIABLE)
 
 
-def check_version(version: str) -> str:
-    """`version` itself; ValueError if ControlNet has no such version."""
+def check_version(version: str, name: str = "version") -> str:
+    """`version` itself; ValueError, which says where it comes from, if ControlNet has no such version."""
     if version not in VERSIONS:
-        raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, VERSIONS))}, got {version!r}")
     return version
 
 

@@ -35,7 +35,7 @@ def usable_cpus() -> int:
 
 def seed_of(seed: int | None, name: str) -> int:
     """The seed of one picture among many, 0 to 2**32 - 1, from the seed of all and the picture's name."""
-    return zlib.crc32(f"{seed or 0}/{name}".encode())
+    return zlib.crc32(f"{seed or 0}/{name}".encode(errors="surrogateescape"))  # a name may be of any bytes
 
 
 def run(
@@ -132,5 +132,8 @@ def _complaint(job: Job, err: BaseException | None) -> str | None:
     if not isinstance(err, Exception):  # such as an interruption
         raise err
     logger.debug("%s failed", job.picture, exc_info=err)
-    line = first_line(err) if isinstance(err, (ValueError, OSError)) else f"{type(err).__name__}: {first_line(err)}"
-    return line if str(job.picture) in line else f"{job.picture}: {line}"
+    name = " ".join(str(job.picture).split())  # it may hold a line break
+    line = f"{type(err).__name__}: {first_line(err)}"
+    if isinstance(err, (ValueError, OSError)) and str(err):
+        line = " ".join(str(err).split())
+    return line if name in line else f"{name}: {line}"

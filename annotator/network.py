@@ -3,8 +3,10 @@
 import os
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from annotator.detector import Detector, check_version, default_version, first_line
 from annotator.pictures import HWC3, pad_to_multiple
 from annotator.weights import REPOSITORY, Hub, find_weights, fingerprint, load_weights, read_state_dict
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
@@ -36,6 +40,19 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         reason = f"({first_line(err)}); use cpu, cuda, cuda:1, mps or xpu"
         raise ValueError(f"this machine has no device {device!s} {reason}") from err
     return device
+
+
+def inference(method: Method) -> Method:
+    """A method of a detector that runs networks: without gradients, and also inside autocast in float32, as numpy needs it."""
+
+    @wraps(method)
+    def run(self: "NetworkDetector", *args: Any, **parameters: Any) -> Any:
+        kind = self.device.type
+        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with torch.no_grad(), autocast:
+            return method(self, *args, **parameters)
+
+    return run  # type: ignore[return-value]
 
 
 class LazyNetwork:
@@ -200,7 +217,7 @@ class NetworkDetector(Detector):
             image = pad_to_multiple(image, self.min_side)
         return self.encode(pad_to_multiple(image, self.stride))
 
-    @torch.no_grad()
+    @inference
     def run(self, x: Tensor, **parameters: Any) -> list[Any]:
         """The network's outputs for a batch (B, C, h, w), one for each picture."""
         output = self.forward(x.to(self.device), **parameters)

@@ -20,6 +20,18 @@ class RaisingParser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def not_empty(text: str) -> str:
+    """The type of an argument that names a file or folder; an empty one, as of a variable that is not set, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give a file or a folder")
+    return text
+
+
+def named_path(text: str) -> Path:
+    """The same as a path: an empty one would be the folder one is in."""
+    return Path(not_empty(text))
+
+
 def versions_of(name: str) -> list[AnnotatorInfo]:
     """The condition `name` in every version that has it."""
     return [info for (known, _), info in REGISTRY.items() if known == name]
@@ -34,7 +46,7 @@ def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out:
         command.add_argument("--detect-resolution", type=int, help="shorter side of what the detector sees")
     if describe(name).network:
         command.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best there is)")
-        command.add_argument("--weights", help="weight file, or folder that holds it")
+        command.add_argument("--weights", type=not_empty, help="weight file, or folder that holds it")
         command.add_argument(
             "--batch", type=int, help="pictures the network sees at once (default: 1 on the CPU, else 8)"
         )

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SIZE_STEP = 64
+SETTINGS = ".annotator.json"  # in a folder of maps: what they were made with
 MAX_PIXELS = 2**27  # what `resize_image` agrees to make: 11,585 pixels a side
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -149,7 +150,11 @@ def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
             return _from_pil(ImageOps.exif_transpose(opened))
     except FileNotFoundError as err:
         raise ValueError(f"{name} is missing") from err
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
+    except Image.DecompressionBombError as err:
+        raise ValueError(
+            f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; make it smaller first"
+        ) from err
+    except (OSError, SyntaxError, ValueError) as err:
         reason = (getattr(err, "strerror", None) or str(err) or type(err).__name__).splitlines()[0]
         raise ValueError(f"{name} does not decode as a picture: {reason}") from err
 
@@ -193,7 +198,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # without the name, which may be as long as a name can be
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -211,8 +216,11 @@ def write_whole(path: str | os.PathLike, data: bytes) -> None:
         file.write(data)
 
 
-def find_pictures(source: Path, target: Path | None = None) -> list[Path]:
+def find_pictures(source: Path, target: Path | None = None, maps: bool = False) -> list[Path]:
     """The pictures in a folder and its sub-folders, sorted, but for hidden files and folders and what lies in `target`.
+
+    Args:
+        maps: also those in sub-folders that the command `annotator` has made.
 
     Raises:
         ValueError: if there are none.
@@ -220,11 +228,13 @@ def find_pictures(source: Path, target: Path | None = None) -> list[Path]:
     # Not `resolve`, which fails at a link to itself.
     goal = Path(os.path.realpath(target)) if target else None
     own = goal if goal and goal.is_relative_to(os.path.realpath(source)) else None
+    made = set() if maps else {note.parent for note in source.rglob(SETTINGS)} - {source}
     found = sorted(
         path
         for path in source.rglob("*")
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(source).parts)
+        and made.isdisjoint(path.parents)
         and path.is_file()
         and not (own and path.resolve().is_relative_to(own))
     )

@@ -338,7 +338,7 @@ def describe(name: str, version: str | None = None) -> AnnotatorInfo:
         raise ValueError(f"no annotator {name!r}; there are: {', '.join(list_annotators())}")
     if version is None:
         version = default_version() if default_version() in known else known[0]
-    if version not in known:
+    if check_version(version) not in known:
         raise ValueError(f"{name} exists in version {' and '.join(known)}, not in {version!r}")
     return REGISTRY[name, version]
 

@@ -15,29 +15,38 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from annotator.detector import first_line
 from annotator.network import choose_device
-from annotator.options import RaisingParser
+from annotator.options import RaisingParser, named_path, not_empty
 from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
 from annotator.registry import list_annotators
+from annotator.weights import fingerprint
 from cldm.arguments import check_numbers
 from cldm.checkpoint import identify
 from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
 from cldm.command import help_text, run_command
+from cldm.config import resolve
+from cldm.low_memory import is_out_of_memory
 from cldm.model import OPTIONAL, add_control, create_model, load_control, load_weights
 from cldm.pipeline import SAMPLER_NAMES, ControlPipeline
 from cldm.prompts import DEFAULT_PROMPT
 from cldm.results import read_png_text
 from cldm.terminal import show
+from ldm.files.errors import about
+from ldm.files.locating import locate
 from ldm.util import ConfigError
 
 PROGRAM = "python -m cldm.generate"
@@ -85,17 +94,25 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "source", metavar="HINT", type=Path, help="a picture, a folder of pictures, or a file of prompts"
+        "source", metavar="HINT", type=named_path, help="a picture, a folder of pictures, or a file of prompts"
     )
-    parser.add_argument("target", metavar="OUT", type=Path, help="folder of the results")
+    parser.add_argument("target", metavar="OUT", type=named_path, help="folder of the results")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--weights", required=True, help="file or folder of any layout with the base model, and perhaps a ControlNet"
+        "--weights",
+        required=True,
+        type=not_empty,
+        help="file or folder of any layout with the base model, and perhaps a ControlNet",
     )
     model.add_argument(
-        "--control", action="append", default=[], metavar="FILE", help="a ControlNet of any layout; may be repeated"
+        "--control",
+        action="append",
+        type=not_empty,
+        default=[],
+        metavar="FILE",
+        help="a ControlNet of any layout; may be repeated",
     )
-    model.add_argument("--config", help="configuration (default: the one that the weights belong to)")
+    model.add_argument("--config", type=not_empty, help="configuration (default: the one that the weights belong to)")
     model.add_argument("--device", help="cpu, cuda, mps, xpu (default: an accelerator if there is one)")
     model.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the weights")
     text = parser.add_argument_group("prompts")
@@ -108,7 +125,11 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     text.add_argument("--plain-prompts", action="store_true", help="brackets in prompts are characters, not weights")
     control = parser.add_argument_group("control; what is marked * may be repeated, once for each ControlNet")
     control.add_argument(
-        "--hint", action="append", type=Path, default=[], help="* for a text of prompts, and for further ControlNets"
+        "--hint",
+        action="append",
+        type=named_path,
+        default=[],
+        help="* for a text of prompts, and for further ControlNets",
     )
     control.add_argument("--annotator", action="append", default=[], choices=list_annotators(), metavar="NAME",
                          help="* hints are photographs, of which this condition is made")  # fmt: skip
@@ -121,9 +142,9 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     control.add_argument("--conditional-only", action="store_true", help="the hint steers the conditional half only")
     control.add_argument("--resolution-weights", action="store_true", help="the paper's weights by resolution")
     image = parser.add_argument_group("from a picture")
-    image.add_argument("--image", type=Path, help="picture to start from")
+    image.add_argument("--image", type=named_path, help="picture to start from")
     image.add_argument("--denoise", type=float, help="how much of it is made anew, above 0 to 1 (0.75; 1 with a mask)")
-    image.add_argument("--mask", type=Path, help="white where --image is to be painted anew")
+    image.add_argument("--mask", type=named_path, help="white where --image is to be painted anew")
     run = parser.add_argument_group("sampling")
     run.add_argument("--samples", type=int, default=1, help="pictures for each hint or prompt")
     run.add_argument("--sampler", default="ddim", help=f"{', '.join(SAMPLER_NAMES)} (ddim)")
@@ -167,8 +188,10 @@ def read_jobs(args: argparse.Namespace) -> list[Job]:
         if args.prompt is not None:
             raise ConfigError(f"{source} holds the prompts; leave out --prompt")
         return list(_prompt_jobs(args))
+    if os.path.realpath(source) == os.path.realpath(args.target):
+        raise ConfigError(f"HINT and OUT are the same: {source}")
     if source.is_dir():
-        pictures = find_pictures(source, args.target)
+        pictures = find_pictures(source, args.target, maps=not args.annotator)
         names = [path.relative_to(source).with_suffix("").as_posix() for path in pictures]
     elif source.suffix.lower() in IMAGE_SUFFIXES:
         pictures, names = [source], [source.stem]
@@ -249,9 +272,10 @@ def unfinished(jobs: Sequence[Job], target: Path, settings: dict[str, Any], forc
             except ValueError:
                 found = None
             if found != job.notes(settings, seed):
-                raise ConfigError(
-                    f"{file} is there already and was made in another way; choose another folder, or --force"
-                )
+                how = "in another way"
+                if isinstance(found, dict) and "files" not in found:
+                    how = "by an older version, which noted the names of weights and not their content"
+                raise ConfigError(f"{file} is there already and was made {how}; choose another folder, or --force")
         if missing:
             todo.append((job, missing))
     return todo
@@ -301,6 +325,20 @@ def call_options(args: argparse.Namespace) -> dict[str, Any]:
     return options | {"prompt_weights": not args.plain_prompts}
 
 
+def files_used(args: argparse.Namespace) -> list[str]:
+    """Weights and configuration, each by name and content, as training writes every model under the same name.
+
+    The content is hashed, in a second or two a gigabyte: by time and size a copy of the same weights would count as others.
+    """
+    used = [(file, locate(file)) for file in (args.weights, *args.control)]
+    used += [(args.config, resolve(args.config, ".yaml"))] if args.config else []
+    noted = []
+    for given, path in used:
+        with about(path):
+            noted.append(f"{Path(given).name} {fingerprint(path)}")
+    return noted
+
+
 def _one_or_each(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
@@ -316,28 +354,36 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     options = call_options(args)
     check_numbers(**{name: getattr(args, name) for name in ("steps", "guidance_scale", "eta", "denoise")})
-    files = [Path(file).name for file in (args.weights, *args.control)]
-    settings = json.loads(json.dumps({**options, "weights": files, "dtype": args.dtype}))
+    settings = json.loads(json.dumps({**options, "files": files_used(args), "dtype": args.dtype}))
     todo = unfinished(jobs, args.target, settings, args.force)
     total = sum(len(job.seeds) for job in jobs)
     missing = sum(len(seeds) for _, seeds in todo)
-    failed = 0
+    written = 0
     if todo:
         home = torch.device("cpu") if args.offload else device
         steered = any(path is not None for job in jobs for path in job.hints)
         model = load_model(args.weights, args.control, args.config, home, DTYPES[args.dtype], steered)
         pipeline = ControlPipeline(model, device=device, **{name: getattr(args, name) for name in _MEMORY})
+        count = len(model.control_networks())
+        if found := next((len(job.hints) for job, _ in todo if any(job.hints) and len(job.hints) != count), None):
+            raise ConfigError(
+                f"{count} ControlNets and {found} hints: HINT is of the first, --hint names each further one"
+            )
         with tqdm(total=total, initial=total - missing, unit="picture", disable=None) as bar:
             for job, seeds in todo:
-                complaint = _make(pipeline, job, seeds, options, settings, args.target, bar)
-                if complaint is not None:
-                    failed += len(seeds)
-                    tqdm.write(f"{args.program}: {job.name}: {' '.join(complaint.split())}", file=sys.stderr)
-    parts = [f"{missing - failed} written to {args.target}"]
+                try:
+                    for _ in _make(pipeline, job, seeds, options, settings, args.target):
+                        written += 1
+                        bar.update()
+                except (ValueError, FloatingPointError) as error:
+                    if not written and isinstance(error, ValueError):
+                        _check_options(pipeline, job, options, args.seed)
+                    tqdm.write(f"{args.program}: {job.name}: {' '.join(str(error).split())}", file=sys.stderr)
+    parts = [f"{written} written to {args.target}"]
     parts += [f"{total - missing} were there already"] if total > missing else []
-    parts += [f"{failed} failed"] if failed else []
+    parts += [f"{missing - written} failed"] if written < missing else []
     show(", ".join(parts))
-    return 1 if failed else 0
+    return 1 if written < missing else 0
 
 
 def _make(
@@ -347,25 +393,58 @@ def _make(
     options: dict[str, Any],
     settings: dict[str, Any],
     target: Path,
-    bar: tqdm,
-) -> str | None:
-    """Make and write the pictures of a job, one at a time; what is wrong with its files or its result, if anything."""
-    try:
-        hints = [None if path is None else read_image(path) for path in job.hints]
-        given: dict[str, Any] = {
-            name: read_image(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None
-        }
-    except ValueError as error:
-        return str(error)
-    hint = hints[0] if len(hints) == 1 else hints
+) -> Iterator[None]:
+    """Make and write the pictures of a job, one at a time.
+
+    Raises:
+        ValueError: about its files, its texts or seeds, or the options.
+        FloatingPointError: the model gives NaN.
+    """
+    hints = [None if path is None else read_image(path) for path in job.hints]
+    hint, given = hints[0] if len(hints) == 1 else hints, _read_start(job)
     for seed in seeds:
-        try:
-            made = pipeline(hint, job.prompt, negative_prompt=job.negative_prompt, seed=seed, **given, **options)
-        except FloatingPointError as error:
-            return str(error)
+        made = pipeline(hint, job.prompt, negative_prompt=job.negative_prompt, seed=seed, **given, **options)
         made.save(job.file(target, seed), notes={"command": job.notes(settings, seed)})
-        bar.update()
-    return None
+        yield
+
+
+def _read_start(job: Job) -> dict[str, Any]:
+    """The picture to start from and its mask, where there are any, which all jobs share."""
+    return {name: read_image(path) for name, path in (("image", job.image), ("mask", job.mask)) if path is not None}
+
+
+class _OneStep(Exception):
+    """A step was taken."""
+
+
+def _check_options(pipeline: ControlPipeline, job: Job, options: dict[str, Any], seed: int) -> None:
+    """Find out, in one step with a hint that is certainly of use, whether a job failed because of what all jobs share.
+
+    Raises:
+        ValueError: it did; the message says why.
+    """
+
+    def stop(step: int) -> None:
+        raise _OneStep
+
+    hints = [None if path is None else np.zeros((64, 64, 3), np.uint8) for path in job.hints]
+    with suppress(_OneStep):
+        pipeline(hints[0] if len(hints) == 1 else hints, "", seed=seed, callback=stop, **_read_start(job), **options)
+
+
+def _run_in_memory(args: argparse.Namespace) -> int:
+    """`run`, but that too little memory is a mistake, with what helps.
+
+    Raises:
+        ConfigError: the memory does not suffice.
+    """
+    try:
+        return run(args)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        options = "a smaller --size, --vae-tiles, --sliced-attention or --offload"
+        raise ConfigError(f"not enough memory; {options} may help ({first_line(error)})") from error
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -373,7 +452,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     return run_command(
         program,
-        lambda: run(build_parser(program).parse_args(argv, argparse.Namespace(program=program))),
+        lambda: _run_in_memory(build_parser(program).parse_args(argv, argparse.Namespace(program=program))),
         interrupted="interrupted; start it again to go on",
         mistakes=(ValueError, OSError),
     )

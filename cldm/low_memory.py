@@ -60,5 +60,13 @@ class LowMemory:
                 part.to(home)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory, on whichever device."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)
+    )
+
+
 def _set_switches(first_stage: AutoencoderKL, band_positions: int | None, one_at_a_time: bool) -> None:
     first_stage.band_positions, first_stage.one_at_a_time = band_positions, one_at_a_time

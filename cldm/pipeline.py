@@ -429,8 +429,10 @@ class ControlPipeline:
             options |= {"mask": begin.keep, "x0": begin.latents}
         if begin is not None and (begin.keep is None or denoise not in (None, 1.0)):
             part = 0.75 if denoise is None else denoise
-            if int(steps * part) < 1:
-                raise ValueError(f"denoise {part:g} leaves none of {steps} steps; take more steps, or a higher denoise")
+            sampler.make_schedule(steps, ddim_eta=eta, verbose=False)
+            if sampler.image_start(steps, part)[0] < 1:  # some samplers take one step less than asked for
+                more = ", or a higher denoise" if part < 1 else ""
+                raise ValueError(f"denoise {part:g} leaves none of {steps} steps; take more steps{more}")
             options |= {"init_latents": begin.latents, "strength": part}
         if preview is not None:
             show = self._previewer()

@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 import cv2
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from annotator.network import LazyNetwork, NetworkDetector, to_tensor
+from annotator.network import LazyNetwork, NetworkDetector, inference, to_tensor
 from annotator.openpose.assembly import assemble_people
 from annotator.openpose.boxes import face_boxes, hand_boxes
 from annotator.openpose.drawing import draw_body_1_0, draw_hands_1_0, draw_pose
@@ -125,7 +124,6 @@ class OpenposeDetector(NetworkDetector):
     def encode(self, image: np.ndarray) -> Tensor:
         return to_tensor(network_input(self._view(np.ascontiguousarray(image[:, :, ::-1]))))
 
-    @torch.no_grad()
     def finish(
         self,
         output: Any,
@@ -162,7 +160,6 @@ class OpenposeDetector(NetworkDetector):
         pose = self._find_poses(output, image, hands=more, faces=more).relative(*size)
         return pose if return_is_index else draw_pose(pose, *size)
 
-    @torch.no_grad()
     def aux_map(
         self,
         view: np.ndarray,
@@ -202,7 +199,6 @@ class OpenposeDetector(NetworkDetector):
         )
         return self._add_parts(image, candidates, people, hands, faces)
 
-    @torch.no_grad()
     def _add_parts(
         self, image: np.ndarray, candidates: np.ndarray, people: np.ndarray, hands: bool, faces: bool
     ) -> Poses:
@@ -219,7 +215,7 @@ class OpenposeDetector(NetworkDetector):
             [self.find_face(bgr[y : y + side, x : x + side]) for x, y, side in around_faces],
         )
 
-    @torch.no_grad()
+    @inference
     def find_hand(self, bgr: np.ndarray) -> np.ndarray:
         """The points of the hand in a picture of one hand (h, w, 3), uint8, BGR.
 
@@ -245,7 +241,7 @@ class OpenposeDetector(NetworkDetector):
             return peaks
         return (peaks * np.array([float(width), float(height)]) / HAND_MAP_SIZE).astype(np.int64)
 
-    @torch.no_grad()
+    @inference
     def find_face(self, bgr: np.ndarray) -> np.ndarray:
         """The landmarks of the face in a picture of one face (h, w, 3), uint8, BGR: (n, 2), int64, x, y in pixels."""
         view = resize(bgr, FACE_SIZE, FACE_SIZE, "1.1")

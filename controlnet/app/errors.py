@@ -9,9 +9,9 @@ from functools import wraps
 from typing import Any
 
 import gradio as gr
-import torch
 
 from cldm.command import MISTAKES
+from cldm.low_memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,7 @@ def complaint(error: Exception) -> str:
         reason = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "The disk of the server is full. Nothing was saved; free some space and try again."
-    is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if is_memory or (isinstance(error, RuntimeError) and "allocate memory" in reason):
+    if is_out_of_memory(error):
         return "There is not enough memory for this. Choose a lower resolution or fewer pictures at once."
     if isinstance(error, _MENDABLE) and reason:
         begins = reason.partition(" ")[0].rstrip(",:;")

@@ -70,20 +70,66 @@ def test_a_picture_that_changed_is_done_again(photos, tmp_path, capsys):
     target = tmp_path / "maps"
     command = ["scribble", str(photos), str(target), "--workers", "1"]
     assert main(command) == 0
-    later = (target / "a.png").stat().st_mtime + 5
+    for path in (*photos.rglob("*.*"), *target.rglob("*")):
+        os.utime(path, (1e9, 1e9))
     Image.fromarray(255 - PHOTOS[0]).save(photos / "a.png")
-    os.utime(photos / "a.png", (later, later))
-    os.utime(target / "a.png", (later - 1, later - 1))
     before = maps(target)["a.png"]
     assert main(command) == 0
     assert "1 written" in capsys.readouterr().out.splitlines()[-1]
     assert not np.array_equal(maps(target)["a.png"], before)
 
 
+def test_a_mask_that_changed_is_used_again(photos, tmp_path, capsys):
+    target, mask = tmp_path / "maps", tmp_path / "masks"
+    hole = np.zeros((8, 8), np.uint8)
+    for name in ("a", "sub/b", "sub/deep/c d"):
+        save_png(mask / f"{name}.png", hole)
+    command = ["inpaint", str(photos), str(target), "--mask", str(mask), "--workers", "1"]
+    assert main(command) == 0
+    for path in (*photos.rglob("*.*"), *target.rglob("*"), *mask.rglob("*")):
+        os.utime(path, (1e9, 1e9))
+    save_png(mask / "a.png", 255 - hole)
+    assert main(command) == 0
+    assert "1 written" in capsys.readouterr().out.splitlines()[-1]
+    assert not maps(target)["a.png"][:, :, 3].any()
+
+
+def test_a_date_in_the_future_does_not_make_a_picture_anew_each_time(photos, tmp_path, capsys):
+    os.utime(photos / "a.png", (4e9, 4e9))
+    for written in ("3 written", "0 written"):
+        assert main(["scribble", str(photos), str(tmp_path / "maps"), "--workers", "1"]) == 0
+        assert written in capsys.readouterr().out
+
+
 def test_a_run_that_made_nothing_binds_nothing(photos, tmp_path, capsys):
     target = tmp_path / "maps"
     assert main(["hed", str(photos), str(target), "--weights", str(tmp_path / "none")]) == 2
     assert main(["canny", str(photos), str(target), "--workers", "1"]) == 0
+
+
+def test_maps_of_other_settings_do_not_mix_under_other_names(photos, tmp_path, capsys):
+    target = str(tmp_path / "maps")
+    assert main(["canny", str(photos / "sub"), target]) == 0
+    save_png(tmp_path / "more" / "other.png", PHOTOS[0])
+    for command in (["tile"], ["canny", "--low-threshold", "5"]):
+        assert main([command[0], str(tmp_path / "more"), target, *command[1:]]) == 2
+        assert "made with other settings" in capsys.readouterr().err
+    assert main(["canny", str(tmp_path / "more"), target]) == 0
+    assert list(maps(tmp_path / "maps")) == ["b.png", "deep/c d.png", "other.png"]
+
+
+def test_of_two_processes_with_different_settings_one_is_refused(photos, tmp_path, capsys, monkeypatch):
+    """The second one starts when the first has noted its settings, and has made no map yet."""
+    first, target = CannyDetector.detect, str(tmp_path / "maps")
+    second = []
+
+    def detect(self, *args, **parameters):
+        second.append(second or main(["tile", str(photos), target]))
+        return first(self, *args, **parameters)
+
+    monkeypatch.setattr(CannyDetector, "detect", detect)
+    assert main(["canny", str(photos), target, "--workers", "1"]) == 0
+    assert second[0] == 2 and "other settings (condition" in capsys.readouterr().err
 
 
 def test_files_that_something_else_made_are_not_overwritten(photos, tmp_path, capsys):
@@ -128,6 +174,24 @@ def test_broken_pictures_are_reported_and_the_rest_is_done(photos, tmp_path, cap
     assert len(maps(target)) == 3
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="its names have neither line breaks nor single bytes")
+def test_names_of_any_bytes(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "bro\nken.png").touch()
+    save_png(tmp_path / "photos" / os.fsdecode(b"\xff.png"), PHOTOS[0])
+    assert main(["shuffle", str(tmp_path / "photos"), str(tmp_path / "maps"), "--seed", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "1 written" in printed.out and len(printed.err.splitlines()) == 1
+    assert "bro ken.png does not decode as a picture: cannot identify" in printed.err
+
+
+def test_a_picture_of_too_many_pixels_says_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    save_png(tmp_path / "large.png", PHOTOS[0][:20, :20])
+    assert main(["canny", str(tmp_path / "large.png"), str(tmp_path / "map.png")]) == 1
+    assert "large.png has more than 200 pixels; make it smaller first" in capsys.readouterr().err
+
+
 def test_one_picture_at_the_size_of_the_apps(photos, tmp_path, capsys):
     target = tmp_path / "new" / "map.png"
     assert main(["scribble", str(photos / "a.png"), str(target), "--resolution", "128"]) == 0
@@ -157,6 +221,8 @@ def test_one_picture_at_the_size_of_the_apps(photos, tmp_path, capsys):
         (["canny", "IN/a.png", "OUT.jpg"], ".png"),
         (["canny", "IN", ""], "OUT: it is empty; give a file or a folder"),
         (["canny", "", "OUT"], "IN: it is empty"),
+        (["hed", "IN", "OUT", "--weights", ""], "--weights: it is empty"),
+        (["inpaint", "IN", "OUT", "--mask", ""], "--mask: it is empty"),
         (["canny", "IN/none", "OUT"], "none"),
         (["hed", "IN", "OUT", "--weights", "IN"], "ControlNetHED.pth"),
         (["canny", "IN", "OUT", "--device", "gpu"], "--device"),
@@ -172,6 +238,13 @@ def test_mistakes_are_one_line_and_status_2(photos, tmp_path, capsys, command, m
     assert main(command) == 2
     complaint = capsys.readouterr().err.strip()
     assert message in complaint and "\n" not in complaint
+
+
+def test_a_wrong_version_in_the_environment_is_one_line(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ANNOTATOR_VERSION", "1.2")
+    assert main(["canny", str(photos), str(tmp_path / "out")]) == 2
+    wrong = "python -m annotator: ANNOTATOR_VERSION must be one of '1.0', '1.1', got '1.2'\n"
+    assert capsys.readouterr().err == wrong
 
 
 class Counting(nn.Conv2d):
@@ -308,6 +381,7 @@ def test_inpainting_keeps_its_hole_and_takes_masks(photos, tmp_path, capsys):
     target = tmp_path / "maps"
     assert main(["inpaint", str(photos), str(target)]) == 1  # no picture has a hole
     assert capsys.readouterr().err.count("needs a mask") == 3
+    assert not list(target.iterdir())  # so that the same folder will do for the right command
     masks = tmp_path / "masks"
     for name in ("a", "sub/b", "sub/deep/c d"):
         mask = np.zeros((50, 50), np.uint8)
@@ -328,6 +402,13 @@ def test_inpainting_keeps_its_hole_and_takes_masks(photos, tmp_path, capsys):
         assert message in capsys.readouterr().err and not (tmp_path / "other").exists()
     assert main(["inpaint", str(photos), str(tmp_path / "other"), "--mask", str(masks)]) == 1
     assert "a.png is missing" in capsys.readouterr().err and len(maps(tmp_path / "other")) == 2
+
+
+def test_names_may_be_as_long_as_the_system_allows(tmp_path):
+    name = "字" * 83 + ".png"  # 253 bytes of the 255 that a name may have
+    save_png(tmp_path / "photos" / name, PHOTOS[0])
+    assert main(["tile", str(tmp_path / "photos"), str(tmp_path / "maps")]) == 0
+    assert list(maps(tmp_path / "maps")) == [name]
 
 
 def test_hidden_folders_are_left_out(photos, tmp_path):

@@ -169,6 +169,16 @@ def test_hands_and_faces_alone_equal_the_reference(detectors, monkeypatch, versi
         assert np.array_equal(seen_faces[0][:, :, ::4, ::4], arrays[f"{case}/face_net_input_u8_every_4th"])
 
 
+@VERSIONS
+def test_hands_and_faces_are_the_same_inside_autocast(detectors, version):
+    image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    detector = detectors[version]
+    for find in (detector.find_hand, detector.find_face):
+        want = find(image)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert np.array_equal(find(image), want)
+
+
 @pytest.mark.parametrize("case", DRAWINGS)
 def test_drawings_equal_the_reference(case):
     array = {name.split("/")[1]: V10[name] for name in V10.files if name.startswith(f"{case}/")}
@@ -286,7 +296,7 @@ def test_weights_of_hands_and_faces_are_needed_only_when_asked_for(weights, tmp_
 
 
 def test_arguments_of_the_other_version_are_refused(detectors, weights):
-    with pytest.raises(ValueError, match="version must be one of 1.0, 1.1, got '2'"):
+    with pytest.raises(ValueError, match="version must be one of '1.0', '1.1', got '2'"):
         OpenposeDetector("cpu", weights, version="2")
     with pytest.raises(ValueError, match="need version 1.1"):
         detectors["1.0"](V10["split/input"], hand_and_face=True)

@@ -153,6 +153,8 @@ def test_unknown_names_and_versions_say_what_there_is():
         load("cany")
     with pytest.raises(ValueError, match="version 1.1, not in '1.0'"):
         load("tile", version="1.0")
+    with pytest.raises(ValueError, match="version must be one of '1.0', '1.1', got 1.1$"):
+        load("canny", version=1.1)  # a number
     with pytest.raises(ValueError, match="1.2"):
         list_annotators("1.2")
     with pytest.raises(ValueError, match="no detect_resolution"):
@@ -172,7 +174,7 @@ def test_the_version_is_chosen_once(monkeypatch):
     for wrong in ("1.2", "2"):
         monkeypatch.setenv("ANNOTATOR_VERSION", wrong)
         for call in (lambda: describe("hed"), lambda: use_version("3")):
-            with pytest.raises(ValueError, match="version must be one of 1.0, 1.1"):
+            with pytest.raises(ValueError, match="(ANNOTATOR_VERSION|version) must be one of '1.0', '1.1'"):
                 call()
 
 

@@ -231,6 +231,17 @@ def test_a_network_detector_is_ready_to_run_and_refuses_what_is_too_large(tmp_pa
         detector(np.zeros((20, 30, 3), dtype=np.uint8), 1, 2)
 
 
+def test_autocast_changes_nothing(tmp_path):
+    """Its bfloat16, which numpy does not have, is not for detectors."""
+    torch.save(nn.Conv2d(3, 1, 3).state_dict(), tmp_path / "blur.pth")
+    detector = Blur(device="cpu", weights=tmp_path)
+    x = torch.rand(1, 3, 8, 8)
+    (want,) = detector.run(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = detector.run(x)
+        assert found.dtype == torch.float32 and torch.equal(found, want)
+
+
 def test_a_network_is_loaded_once_by_however_many_threads(tmp_path, monkeypatch):
     torch.save(nn.Conv2d(3, 1, 3).state_dict(), tmp_path / "blur.pth")
     monkeypatch.setattr(Blur, "load", lambda self, **parameters: None)

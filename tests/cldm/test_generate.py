@@ -1,17 +1,20 @@
 """`python -m cldm.generate`: one hint, a folder, a file of prompts; going on; mistakes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from annotator.__main__ import main as annotate
 from cldm import generate
+from cldm.config import resolve
 from cldm.model import create_model
 from cldm.pipeline import ControlPipeline
-from cldm.results import read_png_text, read_settings
+from cldm.results import read_png_text, read_settings, write_settings_png
 from tests.parity import fill_
 
 LOADED: dict = {}
@@ -20,8 +23,6 @@ LOADED: dict = {}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Hints, and weights of the tiny model: whole, and as base and ControlNet apart."""
-    from safetensors.torch import save_file
-
     folder = tmp_path_factory.mktemp("generate")
     model = create_model("cldm_tiny")
     model.load_state_dict(load_file("models/cldm_tiny.safetensors"), strict=False)
@@ -106,6 +107,71 @@ def test_a_folder_goes_on_where_it_stopped(folder, tmp_path, capsys):
     assert read_settings(first)["prompt"] == "blue"
 
 
+def test_a_hint_that_cannot_be_used_is_left_out(folder, tmp_path, capsys):
+    hints = tmp_path / "hints"
+    shutil.copytree(folder / "hints", hints)
+    Image.new("RGB", (4, 4)).save(hints / "0 small.png")  # the first one, before any picture was made
+    assert run(folder, hints, tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert "2 written to" in printed.out and "1 failed" in printed.out
+    assert (
+        printed.err
+        == f"{generate.PROGRAM}: 0 small: sides must be from 8 to 8192 pixels, found 4 x 4 (height x width)\n"
+    )
+    lines = [{"source": "a.png", "prompt": "red", "seed": seed} for seed in (-5, 3)]
+    (hints / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert run(folder, hints / "prompts.jsonl", tmp_path / "lines") == 1
+    assert f"{generate.PROGRAM}: 1: a seed must be" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "lines").iterdir()] == ["2_3.png"]
+
+
+def test_maps_are_hints_and_no_photographs(folder, tmp_path, capsys):
+    """What the command annotator made inside the folder of the photographs."""
+    photos = shutil.copytree(folder / "hints", tmp_path / "photos")
+    assert annotate(["canny", str(photos), str(tmp_path / "photos" / "maps")]) == 0
+    assert annotate(["tile", str(photos), str(tmp_path / "tiles")]) == 0
+    assert "2 written to" in capsys.readouterr().out.splitlines()[-1]
+    assert run(folder, photos, tmp_path / "out", "--annotator", "canny") == 0
+    assert "2 written to" in capsys.readouterr().out
+    assert run(folder, photos, tmp_path / "of hints") == 0
+    assert "4 written to" in capsys.readouterr().out
+    assert run(folder, photos, photos) == 2
+    assert f"HINT and OUT are the same: {photos}" in capsys.readouterr().err
+
+
+def test_pictures_of_other_weights_do_not_mix(folder, tmp_path, capsys):
+    """Not even if these were put in the place of those before, under the same name and of the same size."""
+    weights, copy = (tmp_path / name / "model.safetensors" for name in ("run", "copy"))
+    for path in (weights, copy):
+        path.parent.mkdir()
+        shutil.copy(folder / "whole.safetensors", path)
+    config = tmp_path / "own.yaml"
+    config.write_text(resolve("cldm_tiny", ".yaml").read_text())
+    command = [folder, "hints/a.png", tmp_path / "out", "--config", str(config)]
+    assert run(*command, weights=weights) == 0
+    capsys.readouterr()
+    assert run(*command, weights=copy) == 0  # the same content
+    assert "1 were there already" in capsys.readouterr().out
+    state_dict = load_file(weights)
+    state_dict["control_model.zero_convs.0.0.bias"] += 1
+    save_file(state_dict, weights)
+    assert weights.stat().st_size == copy.stat().st_size
+    assert run(*command, weights=weights) == 2
+    assert "made in another way" in capsys.readouterr().err
+    config.write_text(config.read_text() + "# changed\n")
+    assert run(*command, weights=copy) == 2
+
+
+def test_pictures_of_an_older_version_are_told_apart(folder, tmp_path, capsys):
+    assert run(folder, "hints/a.png", tmp_path) == 0
+    noted = read_png_text(tmp_path / "a_0.png")
+    del noted["command"]["files"]
+    noted["command"]["weights"] = ["whole.safetensors"]
+    write_settings_png(tmp_path / "a_0.png", np.zeros((64, 64, 3), np.uint8), noted)
+    assert run(folder, "hints/a.png", tmp_path) == 2
+    assert "made by an older version, which noted the names of weights" in capsys.readouterr().err
+
+
 def test_a_killed_run_loses_only_what_was_not_written(folder, tmp_path, capsys, monkeypatch):
     made = ControlPipeline.__call__
     calls = []
@@ -165,6 +231,24 @@ def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried"),
+        RuntimeError("can't allocate memory: 9"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_helps(folder, tmp_path, capsys, monkeypatch, error):
+    def fail(self, *args, **options):
+        raise error
+
+    monkeypatch.setattr(ControlPipeline, "__call__", fail)
+    assert run(folder, "hints/a.png", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(option in line for option in ("--size", "--vae-tiles", "--sliced-attention", "--offload"))
+
+
+@pytest.mark.parametrize(
     ("source", "options", "message"),
     [
         ("nowhere", [], "there is no"),
@@ -178,8 +262,18 @@ def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch):
         ("hints/a.png", ["--image", "m.png"], "m.png"),
         ("hints/a.png", ["--sampler", "eular"], "unknown sampler 'eular'"),
         ("hints/a.png", ["--device", "gpu"], "gpu"),
+        *(
+            ("hints/a.png", [option, ""], f"{option}: it is empty")
+            for option in ("--hint", "--image", "--mask", "--weights", "--control", "--config")
+        ),
         ("hints/a.png", ["--weights", "none.safetensors"], "none.safetensors"),
         ("hints/a.png", ["--strength", "1", "--strength", "1"], "strength has 2 entries"),
+        ("hints", ["--start", "0.8", "--end", "0.5"], "start must be below end"),
+        ("hints", ["--image", "HINT", "--denoise", "1"], "denoise 1 leaves none of 1 steps; take more steps\n"),
+        ("hints/a.png", ["--control", "CONTROL", "--control", "CONTROL"], "2 ControlNets and 1 hints"),
+        ("hints", ["--annotator", "inpaint"], "inpainting needs a mask"),
+        ("hints", ["--seed", "-1"], "a seed must be a whole number"),
+        ("hints", ["--image", "BROKEN"], "broken.png does not decode as a picture"),
         ("prompts.json", [], "line 1 should be like"),
         ("empty.txt", [], "holds no prompt"),
         ("empty.txt", ["--prompt", "a"], "leave out --prompt"),
@@ -188,6 +282,13 @@ def test_options_reach_the_pipeline(folder, tmp_path, monkeypatch):
 def test_mistakes_are_one_line_and_status_2(folder, tmp_path, capsys, source, options, message):
     (folder / "prompts.json").write_text("red\n")
     (folder / "empty.txt").write_text("\n")
+    (tmp_path / "broken.png").touch()
+    files = {
+        "BROKEN": tmp_path / "broken.png",
+        "HINT": folder / "hints" / "a.png",
+        "CONTROL": folder / "control.safetensors",
+    }
+    options = [str(files.get(option, option)) for option in options]
     assert run(folder, source, tmp_path / "out", *options) == 2
     captured = capsys.readouterr()
     assert (
@@ -196,6 +297,12 @@ def test_mistakes_are_one_line_and_status_2(folder, tmp_path, capsys, source, op
         and captured.err.startswith(generate.PROGRAM)
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["", "out"], ["hints", ""]])
+def test_empty_places_are_refused(arguments, capsys):
+    assert generate.main([*arguments, "--weights", "w"]) == 2
+    assert "it is empty; give a file or a folder" in capsys.readouterr().err
 
 
 def test_a_model_without_a_control_is_refused_in_words(folder, tmp_path, capsys):
