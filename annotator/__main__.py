@@ -33,6 +33,7 @@ from annotator.pictures import SETTINGS, find_pictures, save_png, write_whole
 from annotator.registry import REGISTRY, Hint, Request, describe, list_annotators
 
 PROGRAM = "python -m annotator"
+NOTE_SECONDS = 2  # that another process may need to write a few hundred bytes
 SAVED = {"hint": "source", "shown": "shown", "map": "map"}  # by name on the command line: which part of a Hint
 
 
@@ -129,6 +130,9 @@ def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], forc
         with open(note, "xb") as file:
             file.write(text)
     except FileExistsError:
+        until = time.monotonic() + NOTE_SECONDS
+        while not note.stat().st_size and time.monotonic() < until:  # it is just being written
+            time.sleep(0.01)
         try:
             found = json.loads(note.read_bytes())
         except ValueError:

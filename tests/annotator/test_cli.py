@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from torch import nn
 from annotator.__main__ import main
 from annotator.canny import CannyDetector
 from annotator.network import LazyNetwork, NetworkDetector, to_tensor
-from annotator.pictures import as_array, read_image, save_png, to_uint8
+from annotator.pictures import SETTINGS, as_array, read_image, save_png, to_uint8
 from annotator.registry import CONDITIONS, REGISTRY
 from annotator.shuffle import ContentShuffleDetector
 from tests.annotator.cases import case_state_dict, open_cases
@@ -130,6 +131,16 @@ def test_of_two_processes_with_different_settings_one_is_refused(photos, tmp_pat
     monkeypatch.setattr(CannyDetector, "detect", detect)
     assert main(["canny", str(photos), target, "--workers", "1"]) == 0
     assert second[0] == 2 and "other settings (condition" in capsys.readouterr().err
+
+
+def test_a_process_waits_for_the_note_that_another_is_writing(photos, tmp_path):
+    command = ["tile", str(photos), str(tmp_path / "maps"), "--workers", "1"]
+    assert main(command) == 0
+    note = tmp_path / "maps" / SETTINGS
+    text = note.read_bytes()
+    note.write_bytes(b"")
+    threading.Timer(0.5, note.write_bytes, [text]).start()
+    assert main(command) == 0
 
 
 def test_files_that_something_else_made_are_not_overwritten(photos, tmp_path, capsys):
