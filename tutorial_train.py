@@ -200,10 +200,12 @@ def prepare(model: ControlLDM, s: Settings, device: torch.device) -> None:
 
 
 def frozen_precision(s: Settings, device: torch.device) -> str:
-    """In what precision weights are kept that are not trained."""
+    """In what precision weights are kept that are not trained; ConfigError for one that the device cannot compute with."""
+    if s.precision == "16-mixed" and s.frozen_precision == "fp16" and device.type == "cpu":
+        raise ConfigError("frozen_precision=fp16 with precision=16-mixed needs a GPU; leave frozen_precision out")
     if s.frozen_precision or s.strategy == "fsdp":  # which joins weights, so that they must be of one precision
         return s.frozen_precision or "fp32"
-    # On a CPU float16 weights and 16-mixed do not go together: its group normalisation wants weights in float32.
+    # On a CPU float16 weights and 16-mixed do not go together: group normalisation there wants weights in float32.
     half = "fp32" if device.type == "cpu" else "fp16"
     return {"bf16-mixed": "bf16", "16-mixed": half}.get(s.precision, "fp32")
 

@@ -193,8 +193,8 @@ def read_prompts(
         ]
     for path in photos:
         if listing is not None:
-            where, text = by_file.get(path.resolve(), (f"{listing} does not name it", ""))
-            where = where if text or path.resolve() not in by_file else f"{where} has an empty text"
+            found = by_file.get(path.resolve())
+            where, text = (f"{found[0]} has an empty text", found[1]) if found else (f"{listing} does not name it", "")
         else:
             where, text = _read_beside(path)
         if text:

@@ -144,8 +144,9 @@ def check_once(
     names = [os.path.normpath(name_of(dataset, i)) for i in range(len(dataset))]
     with locked(note):
         before, left_out = _noted(note)
-        told = broken == "leave_out" or not getattr(dataset, "complaints", ())
-        if before == names and told:
+        # Names are those of pairs with a caption; one without is a problem at each start, unless it may be left out.
+        all_captioned = broken == "leave_out" or not getattr(dataset, "complaints", ())
+        if before == names and all_captioned:
             known = _without(dataset, set(left_out)) if left_out else dataset
             if _is_sound(known, held_out):
                 return known

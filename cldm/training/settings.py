@@ -168,8 +168,8 @@ def check(s: Settings) -> None:
         raise ConfigError(
             "reconnect_at connects all outputs after so many steps; only_mid_control=true never does. Leave one out"
         )
-    alone = s.ema or s.export_every or s.reconnect_at or s.unlock_at or s.optimizer == "adamw8bit"
-    if s.strategy == "fsdp" and alone:
+    unsupported = s.ema or s.export_every or s.reconnect_at or s.unlock_at or s.optimizer == "adamw8bit"
+    if s.strategy == "fsdp" and unsupported:
         raise ConfigError(
             "strategy=fsdp goes with none of ema, export_every, reconnect_at, unlock_at and optimizer=adamw8bit; leave them "
             "out, or use ddp"

@@ -321,8 +321,10 @@ def test_the_8_bit_optimizer_goes_on_from_its_checkpoint(data, tmp_path, monkeyp
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_16_mixed_on_a_cpu(data, tmp_path):
+def test_16_mixed_on_a_cpu(data, tmp_path, capsys):
     argv = arguments(data, tmp_path / "run", steps=1, precision="16-mixed", pictures=0, pictures_before=False)
+    assert tutorial_train.main([*argv, "frozen_precision=fp16"]) == 2
+    assert "leave frozen_precision out" in capsys.readouterr().err
     assert tutorial_train.main(argv) == 0
 
 
