@@ -255,7 +255,7 @@ def cut_part(pair: PhotoPair, framing: Framing) -> tuple[np.ndarray, np.ndarray]
     Raises:
         DataError: a photograph that cannot be read.
     """
-    photo = _read_photo(pair.picture)
+    photo = _read_photo(pair.picture, pair.picture.stat().st_mtime_ns)
     own_height, own_width = photo.shape[:2]
     height, width = framing.size_of(own_height, own_width)
     part = photo[framing.part_of(own_height, own_width, pair.name)]
@@ -277,7 +277,8 @@ def write_pair(folder: Path, pair: PhotoPair, source: np.ndarray, target: np.nda
 
 
 @lru_cache(maxsize=2)  # the pairs of one photograph are made one after the other
-def _read_photo(path: Path) -> np.ndarray:
+def _read_photo(path: Path, changed: int) -> np.ndarray:
+    """A photograph in its present state: `changed`, the time of its last change, keeps a former state from being taken for it."""
     photo = read_rgb(path)
     photo.flags.writeable = False
     return photo

@@ -12,6 +12,7 @@ import tutorial_dataset
 import tutorial_train
 from annotator.canny import CannyDetector
 from cldm.data.pairs import read_rgb
+from cldm.data.photos import Framing, PhotoPair, cut_part
 from tests.annotator.cases import open_cases
 
 ARRAYS, _ = open_cases("canny")
@@ -117,6 +118,16 @@ def test_a_second_run_goes_on_and_gives_the_same(photos, tmp_path, capsys, monke
     assert changed == {"prompt.json", "photos.json"} | {
         f"{kind}/a.png-{k}.png" for k in range(4) for kind in ("source", "target")
     }
+
+
+def test_a_photograph_that_changes_is_read_again_in_the_same_process(photos):
+    """What was read last is kept, since the parts of one photograph are cut one after the other."""
+    pair, framing = PhotoPair(photos / "a.png", "a.png", "x"), Framing(64, 64)
+    before = [cut_part(pair, framing)[0] for _ in range(2)]
+    assert np.array_equal(*before)
+    Image.fromarray(PHOTO[::-1]).save(photos / "a.png")
+    os.utime(photos / "a.png", (1e9, 1e9))  # a clock of coarse steps may show no change otherwise
+    assert np.array_equal(cut_part(pair, framing)[0][::-1], before[0])
 
 
 def test_what_is_broken_is_reported_and_the_rest_is_done(photos, tmp_path, capsys):
