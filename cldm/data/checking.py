@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from cldm.data.folders import unfinished
 from cldm.data.pairs import AnyItems, DataError, Items
+from ldm.modules.encoders.tokenizer import MAX_CHARACTERS
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +239,8 @@ def check_item(item: Any) -> None:
             raise DataError(f"an item needs {key!r}; it has {', '.join(map(repr, item))}")
     if not isinstance(item["txt"], str):
         raise DataError(f"the prompt under 'txt' must be a text, found {type(item['txt']).__name__}")
+    if len(item["txt"]) > MAX_CHARACTERS:
+        raise DataError(f"the prompt has {len(item['txt']):,} characters; at most {MAX_CHARACTERS:,} are read")
     pictures = {key: torch.as_tensor(item[key]) for key in ("jpg", "hint")}
     for key, picture in pictures.items():
         if picture.dim() != 3:

@@ -38,6 +38,14 @@ def test_a_sound_data_set_passes_as_it_is(data, capsys):
     assert "all 6 pairs are fine" in capsys.readouterr().out
 
 
+def test_a_prompt_that_no_encoder_reads_is_found_before_training(data):
+    lines = (data / "prompt.json").read_text().splitlines()
+    lines[2] = json.dumps({**json.loads(lines[2]), "prompt": "a" * 20_001})
+    (data / "prompt.json").write_text("\n".join(lines))
+    (problem,) = check_dataset(PairDataset(data), progress=False)
+    assert problem.index == 2 and "20,001 characters; at most 20,000" in problem.message
+
+
 def test_what_is_broken_is_named_and_left_out_if_asked(data, capsys, caplog):
     break_some(data)
     with pytest.raises(DataError, match="line 7 needs a text under 'prompt', found int"):
