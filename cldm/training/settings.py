@@ -1,6 +1,7 @@
 """The settings of a training run: what each means, what it may be, and what may change when the run goes on."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -111,6 +112,12 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
     Raises:
         ConfigError: an unknown setting or preset, a value of another type or out of its range.
     """
+    if (
+        len({argument for argument in arguments if re.match("data=.", argument)}) > 1
+    ):  # what a shell makes of {0..9} without quotes
+        raise ConfigError(
+            "data is given more than once; put a pattern of shards in quotes, data='shards/{0000..0099}.tar'"
+        )
     settings = override(Settings(), arguments)
     if settings.preset:
         if settings.preset not in PRESETS:

@@ -417,6 +417,11 @@ def test_presets_are_settings_that_arguments_override():
     assert parse_settings(["batch_size=3", "preset=8gb", "steps", "=", "30"]).batch_size == 3
 
 
+def test_shards_that_a_shell_has_made_several_settings_of_are_refused():
+    with pytest.raises(ConfigError, match="data is given more than once; .* in quotes"):
+        parse_settings(["data=shards/0.tar", "data=shards/1.tar"])
+
+
 @pytest.mark.parametrize("text", ["007", "1e3", "hash #2", "yes", "${data}", "None", "[a", "x=y", "'q'", "~"])
 def test_texts_are_taken_as_they_stand(text):
     settings = parse_settings(
