@@ -37,7 +37,7 @@ from cldm.settings import explain
 from cldm.training.cache import CachedPairs, make_cache, release_encoders
 from cldm.training.checkpoints import ExportControl, SaveCheckpoints, load_trained, write_trained
 from cldm.training.curves import Curves
-from cldm.training.data import TrainingData, check_once, hold_out
+from cldm.training.data import TrainingData, check_once, hold_out, note_shards
 from cldm.training.dynamics import Dynamics
 from cldm.training.engine import (
     SeedSteps,
@@ -168,7 +168,9 @@ def open_data(s: Settings, run: RunFolder) -> TrainingData:
         logging.info(
             "shards are streamed: none of their samples are held out, the pictures show samples that are trained on"
         )
-        return TrainingData.from_shards(shards)
+        data = TrainingData.from_shards(shards)
+        note_shards(shards, run.path / "data.json", begun=run.checkpoint is not None)
+        return data
     dataset = MyDataset(s.data, leave_out=True)  # what is left out is a problem like others, which the check reports
     pairs = check_once(dataset, s.broken, run.path / "data.json", s.held_out, begun=run.checkpoint is not None)
     data = TrainingData(pairs, hold_out(len(pairs), s.held_out))

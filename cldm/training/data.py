@@ -151,11 +151,9 @@ def check_once(
             if _is_sound(known, held_out):
                 return known
         elif before is not None and begun:
-            added, removed = len(set(names) - set(before)), len(set(before) - set(names))
-            what = f"{added} added, {removed} removed" if added or removed else "in another order"
             logger.warning(
                 "the pairs are not those that this run has trained on until now (%s); which are held out may have changed",
-                what,
+                _difference(before, names),
             )
         usable = checked(dataset, broken)
         kept = set(range(len(dataset)))
@@ -164,6 +162,27 @@ def check_once(
         left_out = [i for i in range(len(dataset)) if i not in kept]
         write_whole(note, json.dumps({"names": names, "left_out": left_out}).encode())
         return usable
+
+
+def note_shards(shards: Sequence[str], note: Path, begun: bool) -> None:
+    """Note the names of a run's shards; warn if a run that has begun had others, since their order decides what a step reads."""
+    names = [os.path.normpath(shard) for shard in shards]
+    with locked(note):
+        before, _ = _noted(note)
+        if before == names:
+            return
+        if before is not None and begun:
+            logger.warning(
+                "the shards are not those that this run has trained on until now (%s); it goes on in another order, in which "
+                "some samples may come again and others later",
+                _difference(before, names),
+            )
+        write_whole(note, json.dumps({"names": names, "left_out": []}).encode())
+
+
+def _difference(before: Sequence[str], names: Sequence[str]) -> str:
+    added, removed = len(set(names) - set(before)), len(set(before) - set(names))
+    return f"{added} added, {removed} removed" if added or removed else "in another order"
 
 
 def _noted(note: Path) -> tuple[list[str] | None, list[int]]:

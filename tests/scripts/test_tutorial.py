@@ -29,7 +29,7 @@ from cldm.model import load_state_dict
 from cldm.settings import write_settings
 from cldm.training import checkpoints, folder
 from cldm.training.checkpoints import WholeFiles, checkpoints_in
-from cldm.training.data import TrainingData, check_once
+from cldm.training.data import TrainingData, check_once, note_shards
 from cldm.training.folder import RunFolder
 from cldm.training.health import SkipBadSteps
 from cldm.training.held_out import HeldOut
@@ -600,3 +600,15 @@ def test_dataset_script(tmp_path, capsys):
     assert "other settings" in capsys.readouterr().err
     assert tutorial_dataset.main(["--out", str(tmp_path / "x"), "--size", "100"]) == 2
     assert "multiple of 64" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_with_other_shards_says_so(tmp_path, caplog):
+    note = tmp_path / "data.json"
+    note_shards(["a.tar", "b.tar"], note, begun=False)
+    note_shards(["./a.tar", "b.tar"], note, begun=True)
+    note_shards(["c.tar"], note, begun=False)  # nothing is trained yet
+    assert not caplog.records
+    note_shards(["c.tar", "d.tar", "e.tar"], note, begun=True)
+    assert "shards are not those" in caplog.text and "2 added, 0 removed" in caplog.text
+    note_shards(["c.tar", "d.tar", "e.tar"], note, begun=True)
+    assert len(caplog.records) == 1
