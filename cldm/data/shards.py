@@ -36,6 +36,7 @@ HINTS = ("source", "hint", "control", "conditioning")
 TARGETS = ("target", "jpg", "jpeg", "png", "webp", "image")
 TEXT_KEYS = ("prompt", "text", "caption")  # in `KEY.json`
 _META = r"__[^/]*__($|/)"  # files about an archive itself
+_EMPTY = 20  # epochs in a row in which one of several processes may get broken shards alone
 _AHEAD = 50  # batches that are looked through for a replacement of a broken sample
 
 Sample = dict[str, Any]
@@ -173,6 +174,7 @@ class ShardStream(IterableDataset):
     def _batches(self, counts: bool) -> Iterator[Batch]:
         """Every batch of this rank from the first one on; the same in each worker."""
         begun: dict[Size, list[Sample]] = defaultdict(list)
+        empty = 0  # epochs in a row
         for epoch in itertools.count():
             usable = False
             for sample in self._samples(epoch):
@@ -187,7 +189,8 @@ class ShardStream(IterableDataset):
                 begun[size].append(sample)
                 if len(begun[size]) == self.batch_size:
                     yield size, begun.pop(size)
-            if not usable:
+            empty = 0 if usable else empty + 1
+            if empty == (1 if self.world_size == 1 else _EMPTY):  # another epoch deals out the shards anew
                 raise DataError(f"no sample in the {len(self.shards)} shards ({self.shards[0]}, ...) can be used")
 
     def _samples(self, epoch: int) -> Iterator[Sample]:

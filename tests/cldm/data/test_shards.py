@@ -130,6 +130,13 @@ def test_shards_that_lack_samples_are_named(shards, tmp_path, capsys, compressed
         assert tutorial_dataset.main(["--check", f"pipe:{command}"]) == status, command
 
 
+def test_a_process_whose_shards_are_empty_in_one_epoch_waits_for_the_next(shards, tmp_path):
+    write_shard(tmp_path / "empty.tar", [])
+    for rank in range(2):
+        data = ShardStream([str(shards / "0.tar"), str(tmp_path / "empty.tar")], 2, rank=rank, world_size=2)
+        assert len(list(itertools.islice(data, 12))) == 12
+
+
 def test_shards_are_told_from_other_data(shards, tmp_path, capsys):
     assert [path[-5:] for path in find_shards(f"{shards}/{{0..2}}.tar")] == ["0.tar", "1.tar", "2.tar"]
     assert find_shards(shards / "1.tar") == [str(shards / "1.tar")]
