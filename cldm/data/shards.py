@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 HINTS = ("source", "hint", "control", "conditioning")
 TARGETS = ("target", "jpg", "jpeg", "png", "webp", "image")
 TEXT_KEYS = ("prompt", "text", "caption")  # in `KEY.json`
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # of a shard; `tarfile` reads them all
 _META = r"__[^/]*__($|/)"  # files about an archive itself
 _EMPTY = 20  # epochs in a row in which one of several processes may get broken shards alone
 _AHEAD = 50  # batches that are looked through for a replacement of a broken sample
@@ -48,8 +49,8 @@ def find_shards(data: str | Path) -> list[str]:
     """The shards that a setting names; none, if it names no shards.
 
     Args:
-        data: a folder with `.tar` files and without `prompt.json`, one such file, or what `webdataset` takes, such as
-            `shards/{0000..0099}.tar` or `pipe:...`.
+        data: a folder with `.tar` files (or compressed ones, `.tar.gz`) and without `prompt.json`, one such file, or what
+            `webdataset` takes, such as `shards/{0000..0099}.tar` or `pipe:...`.
 
     Raises:
         ConfigError: it names shards, and `webdataset` is not installed.
@@ -57,13 +58,16 @@ def find_shards(data: str | Path) -> list[str]:
     text = str(data)
     folder = Path(text)
     if folder.is_dir():
-        found = [] if (folder / "prompt.json").is_file() else sorted(str(path) for path in folder.glob("[!.]*.tar"))
-    elif text.endswith((".tar", ".tar.gz", ".tgz")) or text.startswith("pipe:"):
+        listed = (folder / "prompt.json").is_file()
+        found = [] if listed else sorted(str(path) for path in folder.glob("[!.]*") if path.name.endswith(SUFFIXES))
+    elif text.endswith(SUFFIXES) or text.startswith("pipe:"):
         found = list(_webdataset().shardlists.expand_urls(text))
         missing = [url for url in found if ":" not in url and not Path(url).is_file()]
         if missing:
             raise DataError(
-                f"there is no shard {missing[0]}" + (f", nor {len(missing) - 1} more" if missing[1:] else "")
+                f"there is no shard {missing[0]}"
+                + (f", nor {len(missing) - 1} more" if missing[1:] else "")
+                + "; the name of a folder stands for all shards in it"
             )
     else:
         return []

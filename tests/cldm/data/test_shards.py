@@ -137,11 +137,19 @@ def test_a_process_whose_shards_are_empty_in_one_epoch_waits_for_the_next(shards
         assert len(list(itertools.islice(data, 12))) == 12
 
 
+def test_a_folder_may_hold_compressed_shards(shards):
+    (shards / "1.tar.gz").write_bytes(gzip.compress((shards / "1.tar").read_bytes()))
+    (shards / "1.tar").unlink()
+    (shards / "2.tar").rename(shards / "2.tgz")
+    assert [path.rsplit("/")[-1] for path in find_shards(shards)] == ["0.tar", "1.tar.gz", "2.tgz"]
+    assert check_shards(find_shards(shards), progress=False) == (21, [])
+
+
 def test_shards_are_told_from_other_data(shards, tmp_path, capsys):
     assert [path[-5:] for path in find_shards(f"{shards}/{{0..2}}.tar")] == ["0.tar", "1.tar", "2.tar"]
     assert find_shards(shards / "1.tar") == [str(shards / "1.tar")]
     assert find_shards("training/fill50k") == []
-    with pytest.raises(DataError, match="there is no shard .*3.tar, nor 6 more"):
+    with pytest.raises(DataError, match="there is no shard .*3.tar, nor 6 more; the name of a folder"):
         find_shards(f"{shards}/{{0..9}}.tar")
     assert tutorial_dataset.main(["--check", str(shards)]) == 0
     assert "all 21 pairs are fine" in capsys.readouterr().out
