@@ -303,8 +303,12 @@ def _part(sample: Sample, names: Sequence[str], what: str) -> bytes:
     for key, value in sample.items():
         if key.split(".")[0] in names and isinstance(value, bytes):
             return value
-    parts = ", ".join(key for key in sample if not key.startswith("__"))
-    raise DataError(f"there is no {what}: a part named {' or '.join(names)} is needed, found {parts}")
+    parts = [key for key in sample if not key.startswith("__")]
+    more = f" and {len(parts) - 5} more" if len(parts) > 5 else ""
+    raise DataError(
+        f"there is no {what}: a part named {' or '.join(names)} is needed, found {', '.join(parts[:5])}{more}. (A sample's name "
+        "ends at its first dot, and its parts follow each other in the shard, as `tar --sort=name` puts them)"
+    )
 
 
 def _prompt(sample: Sample) -> str:

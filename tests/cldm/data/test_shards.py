@@ -145,6 +145,16 @@ def test_a_folder_may_hold_compressed_shards(shards):
     assert check_shards(find_shards(shards), progress=False) == (21, [])
 
 
+def test_names_with_dots_and_parts_that_lie_apart_are_explained_in_a_short_line(tmp_path):
+    parts = {"jpg": png(1), "source.png": png(255), "txt": b"a"}
+    write_shard(tmp_path / "dots.tar", [(f"photo.{i}.{part}", data) for i in range(90) for part, data in parts.items()])
+    write_shard(tmp_path / "apart.tar", [(f"{i}.{part}", data) for part, data in parts.items() for i in range(2)])
+    _, problems = check_shards(find_shards(tmp_path), progress=False)
+    assert len(problems) == 7
+    assert all("first dot" in p.message and "--sort=name" in p.message and len(p.message) < 400 for p in problems
+               if "target" in p.message)  # fmt: skip
+
+
 def test_shards_are_told_from_other_data(shards, tmp_path, capsys):
     assert [path[-5:] for path in find_shards(f"{shards}/{{0..2}}.tar")] == ["0.tar", "1.tar", "2.tar"]
     assert find_shards(shards / "1.tar") == [str(shards / "1.tar")]
