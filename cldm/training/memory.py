@@ -165,12 +165,13 @@ def _measure_steps(model: LatentDiffusion, plan: Plan, tracker: StorageTracker) 
 
 def _batch(model: Any, plan: Plan) -> dict[str, Any]:
     count, side = plan.batch_size, plan.size
-    batch: dict[str, Any] = {"hint": torch.rand(count, side, side, model.control_model.hint_channels)}
+    batch: dict[str, Any] = {model.control_key: torch.rand(count, side, side, model.control_model.hint_channels)}
     if plan.cache:
-        width = model.control_model.input_blocks[1][1].transformer_blocks[0].attn2.to_k.in_features
-        latent = side // 8
-        return {**batch, "moments": torch.randn(count, 8, latent, latent), "context": torch.randn(count, 77, width)}
-    return {**batch, "jpg": torch.rand(count, side, side, 3), "txt": ["a text"] * count}
+        width = next(m.attn2.to_k.in_features for m in model.control_model.modules() if hasattr(m, "attn2"))
+        moments = torch.randn(count, 2 * model.channels, side // 8, side // 8)
+        return {**batch, "moments": moments, "context": torch.randn(count, 77, width)}
+    target = torch.rand(count, side, side, 3)
+    return {**batch, model.first_stage_key: target, model.cond_stage_key: ["a text"] * count}
 
 
 def plan_of(preset: str, **changes: Any) -> Plan:

@@ -1,5 +1,7 @@
 """Memory of a training step, computed on fake tensors: known numbers on small networks, and the presets at full size."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -87,6 +89,24 @@ def test_settings_change_the_parts_that_they_concern():
     assert activations[1] < activations[0] < 0.95
     assert 1.8 < change(batch_size=16)["activations"] < 2.2
     assert change(sd_locked=False)["trained weights"] > 1.2
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_configurations_that_are_not_shaped_like_stable_diffusion(tmp_path, cache):
+    text = (Path(__file__).parents[3] / "models" / "cldm_tiny.yaml").read_text()
+    for published, own in (
+        ("[ 4, 2, 1 ]", "[ 4, 2 ]"),  # no attention in the first level
+        ("channels: 4\n", "channels: 8\n"),  # of latents
+        ("embed_dim: 4", "embed_dim: 8"),
+        ('"hint"', '"edges"'),
+        ('"jpg"', '"image"'),
+        ('"txt"', '"caption"'),
+    ):
+        assert published in text
+        text = text.replace(published, own)
+    config = tmp_path / "own.yaml"
+    config.write_text(text)
+    assert measure(Plan(**{**TINY, "config": str(config), "cache": cache})).total > 0
 
 
 def test_mistakes_are_named(capsys):
