@@ -29,7 +29,7 @@ from ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential, UN
 from ldm.modules.diffusionmodules.util import conv_nd, in_own_precision, repeat_rows, weight_of, zero_module
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma
-from ldm.util import ConfigError, images_to_nchw, instantiate_from_config
+from ldm.util import ConfigError, MissingEntryError, images_to_nchw, instantiate_from_config
 
 # Output channels and strides of the hint encoder's convolutions before the last: 8 times smaller in all, as the latent is.
 _HINT_ENCODER = ((16, 1), (16, 1), (32, 2), (32, 1), (96, 2), (96, 1), (256, 2))
@@ -84,7 +84,7 @@ class ControlNet(UNetEncoder):
     def encode_hint(self, hint: Tensor) -> Tensor:
         """hint (B, hint_channels, H, W) -> (B, model_channels, h, w). Does not depend on the timestep."""
         if hint.shape[1] != self.hint_channels:
-            raise ValueError(f"this ControlNet takes hints of {self.hint_channels} channels, found {hint.shape[1]}")
+            raise ConfigError(f"this ControlNet takes hints of {self.hint_channels} channels, found {hint.shape[1]}")
         return self.input_hint_block(hint.to(weight_of(self.input_hint_block[0]).dtype), None, None)
 
     @repeats_latents
@@ -342,11 +342,11 @@ class ControlLDM(LatentDiffusion):
         mean and log-variance of the latents' posterior, and `context` (B, M, D).
 
         Raises:
-            KeyError: the batch lacks an entry.
+            MissingEntryError: the batch lacks an entry; it is a KeyError too.
             DataError: pictures of another type, layout or range than training needs.
         """
         if self.control_key not in batch:
-            raise KeyError(f"the batch has no {self.control_key!r}; it has {', '.join(map(repr, batch))}")
+            raise MissingEntryError(f"the batch has no {self.control_key!r}; it has {', '.join(map(repr, batch))}")
         # On an accelerator, looking at values would wait for it in each step: the first batch must do.
         check_batch(batch, self.first_stage_key, self.control_key, values=None if self._saw_a_batch else True)
         self._saw_a_batch = True

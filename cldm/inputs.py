@@ -20,6 +20,7 @@ from torch import Tensor
 
 from annotator.pictures import as_array
 from annotator.registry import Hint
+from ldm.util import ConfigError
 
 LONGEST, SHORTEST = 8192, 8  # sides of a picture, in pixels
 _MOST_IN_VAIN = 16  # times the pixels that are wanted may be scaled, to cut them off afterwards
@@ -232,7 +233,7 @@ def _with_channels(x: Tensor, channels: int, what: str) -> Tensor:
     if channels == 3 and x.shape[1] == 4:
         colours, alpha = x[:, :3], x[:, 3:]
         return colours * alpha + (1 - alpha)
-    raise ValueError(f"{what} must have {channels} channels, found {x.shape[1]} in (N, C, H, W) = {tuple(x.shape)}")
+    raise ConfigError(f"{what} must have {channels} channels, found {x.shape[1]} in (N, C, H, W) = {tuple(x.shape)}")
 
 
 def _in_range(x: Tensor, what: str) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from annotator.pictures import save_png
 
-__all__ = ["grid", "save_png", "to_uint8"]
+__all__ = ["as_rgb", "grid", "save_png", "to_uint8"]
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -16,21 +16,26 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.cpu().numpy().clip(0, 255).astype(np.uint8)
 
 
+def as_rgb(pictures: np.ndarray) -> np.ndarray:
+    """Pictures (..., C) of any number of channels as people can look at them, (..., 3): the first three, or the last one repeated."""
+    return pictures[..., np.minimum(range(3), pictures.shape[-1] - 1)]
+
+
 def grid(rows: Sequence[Sequence[np.ndarray]], gap: int = 4, background: int = 255, scale: int = 1) -> np.ndarray:
-    """Equally sized uint8 (H, W, 3) pictures laid out in rows, each enlarged `scale` times without smoothing.
+    """Equally sized uint8 (H, W, C) pictures laid out in rows, each enlarged `scale` times without smoothing.
 
     Raises:
         ValueError: no picture, or pictures of different sizes.
     """
-    shapes = {picture.shape for row in rows for picture in row}
+    shapes = {picture.shape[:2] for row in rows for picture in row}
     if len(shapes) != 1:
         raise ValueError(f"a grid needs pictures of one size, found {sorted(shapes)}")
-    height, width, _ = shapes.pop()
+    height, width = shapes.pop()
     height, width = height * scale, width * scale
     columns = max(len(row) for row in rows)
     sheet = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), background, dtype=np.uint8)
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             top, left = gap + i * (height + gap), gap + j * (width + gap)
-            sheet[top : top + height, left : left + width] = picture.repeat(scale, axis=0).repeat(scale, axis=1)
+            sheet[top : top + height, left : left + width] = as_rgb(picture).repeat(scale, axis=0).repeat(scale, axis=1)
     return sheet

@@ -18,6 +18,12 @@ class ConfigError(ValueError):
     """A configuration that cannot be built; the message names the target and what is wrong with it."""
 
 
+class MissingEntryError(ConfigError, KeyError):
+    """A batch lacks an entry that the configuration names."""
+
+    __str__ = Exception.__str__  # a KeyError's puts its message in quotes
+
+
 def exists(x: Any) -> bool:
     """Whether `x` is anything but None."""
     return x is not None

@@ -14,6 +14,7 @@ import torch
 from cldm.cldm import ControlLDM
 from cldm.data.pairs import Pair
 from cldm.evaluation import Fidelity, Sampling, Score, drawn_score, generate, save_comparison
+from cldm.pictures import as_rgb
 from cldm.training.cache import encoders
 from cldm.training.data import HELD_OUT, TrainingData, pictures_of
 from cldm.training.gain import ControlGain
@@ -70,7 +71,7 @@ class HeldOut:
             return self._drawn
         if self.condition:
             try:
-                return Fidelity(self.condition, self.hints[:count], self.targets[:count], device=device)
+                return Fidelity(self.condition, as_rgb(self.hints[:count]), self.targets[:count], device=device)
             except (ValueError, ImportError) as error:  # weights or a package that is missing: the user's to mend
                 raise ConfigError(f"condition={self.condition}: {error}") from error
         return None

@@ -486,10 +486,37 @@ def test_one_folder_written_in_two_ways_is_no_other_setting():
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(data, tmp_path, capsys, argument, message):
-    assert tutorial_train.main([*arguments(data, tmp_path / "run", pictures_before=False), argument]) == 2
+    others = [
+        a for a in arguments(data, tmp_path / "run", pictures_before=False) if a.split("=")[0] != argument.split("=")[0]
+    ]
+    assert tutorial_train.main([*others, argument]) == 2
     error = capsys.readouterr().err.strip().split("\n")[-1]
     assert message in error and error.startswith("tutorial_train.py: ")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_hints_of_another_number_of_channels(data, tmp_path, capsys, monkeypatch):
+    config = tmp_path / "four.yaml"
+    config.write_text((ROOT / "models" / "cldm_tiny.yaml").read_text().replace("hint_channels: 3", "hint_channels: 4"))
+    run = arguments(data, tmp_path / "run", config=config, condition="canny", sample_steps=1)
+    assert tutorial_train.main(run) == 2
+    assert "a hint must have 4 channels, found 3" in capsys.readouterr().err.strip().split("\n")[-1]
+
+    class FourChannels(tutorial_dataset.MyDataset):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return {**item, "hint": np.concatenate([item["hint"], item["hint"][..., :1]], axis=-1)}
+
+    monkeypatch.setattr(tutorial_train, "MyDataset", FourChannels)
+    assert tutorial_train.main(run) == 0
+    assert (tmp_path / "run" / "result.png").is_file()
+
+
+def test_a_configuration_that_names_other_entries_of_a_batch(data, tmp_path, capsys):
+    config = tmp_path / "other.yaml"
+    config.write_text((ROOT / "models" / "cldm_tiny.yaml").read_text().replace('"hint"', '"edges"'))
+    assert tutorial_train.main(arguments(data, tmp_path / "run", config=config, pictures_before=False)) == 2
+    assert "tutorial_train.py: the batch has no 'edges'; it has 'jpg'" in capsys.readouterr().err
 
 
 def test_mistakes_can_be_corrected_and_defects_are_shown(data, tmp_path, capsys, monkeypatch):

@@ -27,6 +27,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_weights
 from ldm.util import (
     ConfigError,
+    MissingEntryError,
     default,
     get_obj_from_str,
     images_to_nchw,
@@ -304,7 +305,7 @@ class DDPM(AncestralSampling, DiffusionProcess, pl.LightningModule):
     def get_input(self, batch: Mapping[str, Any], k: str) -> Any:
         """The pictures of a batch, (B, H, W, C) -> float32 (B, C, H, W)."""
         if k not in batch:
-            raise KeyError(f"the batch has no {k!r}; it has {', '.join(map(repr, batch))}")
+            raise MissingEntryError(f"the batch has no {k!r}; it has {', '.join(map(repr, batch))}")
         return images_to_nchw(batch[k])
 
     def shared_step(self, batch: Mapping[str, Any]) -> tuple[Tensor, LossTerms]:
@@ -645,7 +646,7 @@ class LatentDiffusion(ConditionalAncestralSampling, DDPM):
         if key == self.first_stage_key:
             return x
         if key not in batch:
-            raise KeyError(f"the batch has no {key!r}; it has {', '.join(map(repr, batch))}")
+            raise MissingEntryError(f"the batch has no {key!r}; it has {', '.join(map(repr, batch))}")
         entry = batch[key]
         if not isinstance(entry, Tensor):
             return list(entry)
