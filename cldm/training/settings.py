@@ -112,12 +112,10 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
     Raises:
         ConfigError: an unknown setting or preset, a value of another type or out of its range.
     """
-    if (
-        len({argument for argument in arguments if re.match("data=.", argument)}) > 1
-    ):  # what a shell makes of {0..9} without quotes
-        raise ConfigError(
-            "data is given more than once; put a pattern of shards in quotes, data='shards/{0000..0099}.tar'"
-        )
+    named = {argument for argument in arguments if re.match("data=.", argument)}
+    if len(named) > 1:  # what a shell makes of {0..9} without quotes
+        pattern = "data='shards/{0000..0099}.tar'"
+        raise ConfigError(f"data is given more than once; put a pattern of shards in quotes, {pattern}")
     settings = override(Settings(), arguments)
     if settings.preset:
         if settings.preset not in PRESETS:
