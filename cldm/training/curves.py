@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 
 from cldm.command import run_command
 from cldm.files import write_whole
-from cldm.terminal import show
+from cldm.terminal import printable, show
 from cldm.training.instrument import LEVELS, Instrument
 from cldm.training.metrics import FILENAME, read_metrics
 from ldm.util import ConfigError
@@ -55,8 +55,11 @@ def draw_curves(folder: str | Path, title: str = "") -> Path:
     path = Path(folder) / FILENAME
     if not path.is_file():
         raise ConfigError(f"{path} is missing; the folder of a run holds it from its first step on")
+    from matplotlib import rc_context
+
     picture = Path(folder) / PICTURE
-    write_whole(picture, curves_png(read_metrics(path), title or Path(folder).resolve().name))
+    with rc_context({"text.usetex": False}):  # whoever wants LaTeX in papers need not have it where a run is trained
+        write_whole(picture, curves_png(read_metrics(path), title or Path(folder).resolve().name))
     return picture
 
 
@@ -100,7 +103,8 @@ def curves_png(rows: Rows, title: str = "") -> bytes:
         )  # fmt: skip
     axes[-1].set_xlabel("optimizer steps")
     axes[-1].set_xlim(left=0)
-    figure.suptitle(title, fontsize=11, x=0.02, ha="left")
+    # A folder may be called anything: between two `$` would stand a formula, and what is no text cannot be drawn.
+    figure.suptitle(printable(title), fontsize=11, x=0.02, ha="left", parse_math=False)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110)
     return png.getvalue()

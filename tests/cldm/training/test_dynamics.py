@@ -1,8 +1,10 @@
 """What the training tells about itself, against the same numbers taken directly; and the picture of it."""
 
 import csv
+import os
 
 import cv2
+import matplotlib
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -114,3 +116,11 @@ def test_drawing_replaces_the_picture_whole(tmp_path):
     (tmp_path / "curves.png").write_bytes(b"old")
     assert draw_curves(tmp_path).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.csv"]
+
+
+@pytest.mark.parametrize("name", ["lr $x^$", *([] if os.name == "nt" else [os.fsdecode(b"caf\xe9")])])
+def test_no_folder_name_and_no_setting_for_papers_keeps_the_curves_from_being_drawn(tmp_path, name):
+    made_up_run(tmp_path / name)
+    with matplotlib.rc_context({"text.usetex": True}):
+        assert draw_curves(tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert matplotlib.rcParams["text.usetex"]
