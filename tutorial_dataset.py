@@ -39,7 +39,7 @@ from cldm.data.photos import (
 )
 from cldm.data.scenes import generate_scenes
 from cldm.data.shards import check_shards, find_shards
-from cldm.terminal import fail
+from cldm.terminal import fail, show
 
 PROGRAM = "tutorial_dataset.py"
 FILL_FOLDER = "./training/fill50k/"
@@ -150,7 +150,7 @@ def check_data(options: argparse.Namespace) -> int:
         fail(problem, options.program)
     # Beside broken pairs there are problems of the whole: lines of a listing, pairs not made yet.
     usable = count - sum(problem.index >= 0 for problem in problems)
-    print(
+    show(
         f"{usable:,} of {count:,} pairs in {options.check} can be used" if problems else f"all {count:,} pairs are fine"
     )
     return 1 if problems else 0
@@ -166,7 +166,7 @@ def draw_pairs(options: argparse.Namespace) -> int:
         listing = generate_scenes(*common, hint="lines", most=1, plain=True, workers=options.workers)
     else:
         listing = generate_scenes(*common, hint=options.task, workers=options.workers)
-    print(f"{options.count} pairs are in {listing.parent}")
+    show(f"{options.count} pairs are in {listing.parent}")
     return 0
 
 
@@ -187,7 +187,7 @@ def make_pairs(options: argparse.Namespace) -> int:
     claim_folder(options.out, "photos.json", settings_of(framing, settings))
     note_count(options.out, "photos.json", len(pairs))
     for complaint in complaints:
-        print(f"{options.program}: {complaint}", file=sys.stderr)
+        fail(complaint, options.program)
     todo = [pair for pair in pairs if not pair.is_current(options.out)]
     failed: set[Path] = set()
 
@@ -206,7 +206,7 @@ def make_pairs(options: argparse.Namespace) -> int:
         made = list_pairs(options.out, (pair for pair in pairs if pair.picture not in failed))
     note_count(options.out, "photos.json", made)  # not reached where the making was interrupted
     used = len(prompts) - len(failed)
-    print(
+    show(
         f"{made} pairs of {used}{f' of the {len(photos)}' if used < len(photos) else ''} pictures are in {options.out}"
     )
     return 1 if failed or complaints else 0

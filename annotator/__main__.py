@@ -192,7 +192,8 @@ def _run(args: argparse.Namespace) -> int:
     line = f"{len(todo) - failed} written to {args.target}"
     if len(todo) < len(jobs):
         line += f", {len(jobs) - len(todo)} were there already"
-    print(line + (f", {failed} failed" if failed else ""))
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # which may lack characters of the folder's name
+    print((line + (f", {failed} failed" if failed else "")).encode(encoding, "replace").decode(encoding))
     return 1 if failed else 0
 
 

@@ -1,6 +1,7 @@
 """Lines for the terminal, from texts that may hold anything, such as names in a file."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,19 @@ def printable(text: str) -> str:
 
 
 def show(line: str, stream: TextIO | None = None) -> None:
-    """Write one line to the stream, stdout by default, with `?` for what its encoding cannot express."""
+    """Write one line to the stream, stdout by default, with `?` for what its encoding cannot express.
+
+    Nothing is written where nobody reads it: the stream was closed before the program began, or `head` has seen enough.
+    """
     stream = stream or sys.stdout
+    if stream is None:
+        return
     encoding = stream.encoding or "utf-8"
-    stream.write(printable(line).encode(encoding, "replace").decode(encoding) + "\n")
+    try:
+        stream.write(printable(line).encode(encoding, "replace").decode(encoding) + "\n")
+        stream.flush()
+    except BrokenPipeError:  # at its end Python would try once more to write the line
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fail(message: object, program: str = "") -> None:

@@ -9,7 +9,6 @@ The report also says what can be done with each file, and how.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 
@@ -35,19 +34,15 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Print the report of each file named; 0, or 2 if one of them cannot be read."""
     arguments = build_parser(program).parse_args(argv)
     code = 0
-    try:
-        for file in arguments.files:
-            try:
-                report = identify(file)
-            except CheckpointError as error:
-                fail(error)
-                code = 2
-            else:
-                for line in [json.dumps(report.as_dict())] if arguments.json else table(report):
-                    show(line)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads it, such as `head`, has seen enough; Python would write the rest at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for file in arguments.files:
+        try:
+            report = identify(file)
+        except CheckpointError as error:
+            fail(error)
+            code = 2
+        else:
+            for line in [json.dumps(report.as_dict())] if arguments.json else table(report):
+                show(line)
     return code
 
 

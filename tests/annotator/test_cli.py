@@ -190,7 +190,8 @@ def test_names_of_any_bytes(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "bro\nken.png").touch()
     save_png(tmp_path / "photos" / os.fsdecode(b"\xff.png"), PHOTOS[0])
-    assert main(["shuffle", str(tmp_path / "photos"), str(tmp_path / "maps"), "--seed", "1"]) == 1
+    maps = tmp_path / os.fsdecode(b"maps \xff")
+    assert main(["shuffle", str(tmp_path / "photos"), str(maps), "--seed", "1"]) == 1
     printed = capsys.readouterr()
     assert "1 written" in printed.out and len(printed.err.splitlines()) == 1
     assert "bro ken.png does not decode as a picture: cannot identify" in printed.err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import cv2
 import numpy as np
@@ -211,3 +212,15 @@ def test_the_main_job_runs_on_buckets(tmp_path):
     assert tutorial_train.main([f"{key}={value}" for key, value in settings.items()]) == 0
     assert (result / "result.png").is_file() and (result / "model.safetensors").is_file()
     assert list((result / "pictures").glob("step_*.png"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="its names have no single bytes")
+def test_the_folders_may_be_called_anything(photos, tmp_path, capsys):
+    """Also by bytes that are no text, which stdout cannot express."""
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    assert run("canny", photos, out, "--size", 64) == 0
+    (out / "source/small.png").unlink()
+    assert run("--check", out) == 1
+    assert run("--out", tmp_path / os.fsdecode(b"\xff"), "--count", 2, "--size", 64) == 0
+    told = capsys.readouterr().out
+    assert "6 pictures are in" in told and "5 of 6 pairs in" in told and "2 pairs are in" in told
