@@ -28,10 +28,9 @@ from ldm.files.tensors import DTYPES, MAX_DIMENSIONS, STORAGE_NAMES, LazyTensor,
 MAX_INSTRUCTIONS = 2**20  # a checkpoint of SD 1.5 with its optimizer needs about 2**17; each builds less than 256 bytes
 MAX_TEXT = 1000  # characters of a key or a name
 MAX_FOREIGN = 100  # names that are reported
+_MAX_ARGUMENTS = 10  # of a call; each call copies them
 
-_DTYPE_ALIASES = {"double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32"}
 _DTYPES = {f"torch.{name}": dtype for name, dtype in DTYPES.items()}
-_DTYPES |= {f"torch.{alias}": DTYPES[name] for alias, name in _DTYPE_ALIASES.items()}
 _STORAGES = {
     f"{m}.{name}": dtype for dtype, name in STORAGE_NAMES.items() for m in ("torch", "torch.cuda", "torch.storage")
 } | {"torch.storage.UntypedStorage": torch.uint8}
@@ -69,12 +68,11 @@ class Name(Placeholder):
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Bytes that tensors are views of: `count` numbers of `dtype`, from the number `offset` of the record `key` on."""
+    """Bytes that tensors are views of: `count` numbers of `dtype` in the record `key`."""
 
     key: str
     dtype: torch.dtype
     count: int
-    offset: int = 0
 
 
 class Unpickler:
@@ -104,25 +102,18 @@ class Unpickler:
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []  # the stacks below each mark
         self._memo: dict[int, Any] = {}
-        self._budget = MAX_INSTRUCTIONS
         position: int | None = 0
         try:
-            for instruction, argument, position in pickletools.genops(stream):  # noqa: B007 - for the message below
-                self._spend(1)
+            for count, (instruction, argument, position) in enumerate(pickletools.genops(stream)):  # noqa: B007
+                if count == MAX_INSTRUCTIONS:
+                    problem = f"the pickle needs more than {MAX_INSTRUCTIONS:,} instructions"
+                    raise CheckpointError(f"{problem}; save its state dict alone")
                 self._run(instruction.name, argument)
             return self._stack.pop()
         except CheckpointError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, struct.error) as error:
             raise CheckpointError(f"the pickle is damaged near byte {position}: {str(error)[:200]}") from error
-
-    def _spend(self, count: int) -> None:
-        """Account for building `count` items."""
-        self._budget -= count
-        if self._budget < 0:
-            raise CheckpointError(
-                f"the pickle needs more than {MAX_INSTRUCTIONS:,} instructions; save its state dict alone"
-            )
 
     def _take(self, count: int | None) -> list[Any]:
         """Take the last `count` items off the stack, or all since the last mark."""
@@ -198,9 +189,8 @@ class Unpickler:
     def _call(self, function: Any, arguments: Any) -> Any:
         """What stands for `function(*arguments)`; only the functions of `_CALLS` have a meaning."""
         if isinstance(function, Name) and function.name in _CALLS:
-            if type(arguments) is not tuple:
-                raise CheckpointError(f"the pickle calls {function.name} with something other than a tuple")
-            self._spend(sum(len(argument) for argument in arguments if type(argument) in (dict, list, tuple)))
+            if type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
+                raise CheckpointError(f"the pickle calls {function.name} with something other than a few arguments")
             return _CALLS[function.name](self, *arguments)
         return Placeholder(function.name if isinstance(function, Placeholder) else f"call of {type(function).__name__}")
 
@@ -208,9 +198,10 @@ class Unpickler:
         """The storage, or for whole pickled modules the class, that a persistent id stands for."""
         if type(identity) is tuple and len(identity) >= 2 and identity[0] == "module":
             return identity[1] if isinstance(identity[1], Name) else Placeholder("module")
-        if type(identity) is not tuple or len(identity) not in (5, 6) or identity[0] != "storage":
+        # The sixth item is there in the older format alone, and None since torch 0.4.
+        if type(identity) is not tuple or identity[:1] != ("storage",) or identity[5:] not in ((), (None,)):
             raise CheckpointError("the pickle has a persistent id that is not a tensor storage")
-        kind, key, count = identity[1], identity[2], identity[4]
+        _, kind, key, _, count = identity[:5]
         if not isinstance(kind, Name) or kind.name not in _STORAGES:
             quantised = "; quantised tensors are not supported" if ".Q" in _describe(kind) else ""
             raise CheckpointError(f"the pickle has a tensor storage of the unknown type {_describe(kind)}{quantised}")
@@ -219,12 +210,7 @@ class Unpickler:
         storage = Storage(key, _STORAGES[kind.name], count)
         if self.storages.setdefault(key, storage) != storage:
             raise CheckpointError(f"the pickle describes tensor storage {key[:40]!r} in two ways")
-        if len(identity) == 5 or identity[5] is None:
-            return storage
-        _, offset, size = identity[5]  # of torch before 0.4: a part of a storage
-        if not is_size(offset) or not is_size(size) or offset + size > count:
-            raise CheckpointError("the pickle has a view that reaches beyond its tensor storage")
-        return Storage(key, storage.dtype, size, offset)
+        return storage
 
     # The functions that have a meaning.
 
@@ -245,11 +231,11 @@ class Unpickler:
         if not fits or len(shape) != len(stride):
             raise CheckpointError("the pickle builds a tensor with an impossible offset, shape or stride")
         reach = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True)) if all(shape) else 0
-        start = storage.offset * storage.dtype.itemsize + offset * dtype.itemsize
-        if start + reach * dtype.itemsize > (storage.offset + storage.count) * storage.dtype.itemsize:
+        if (offset + reach) * dtype.itemsize > storage.count * storage.dtype.itemsize:
             raise CheckpointError("the pickle builds a tensor that reaches beyond its storage")
         gaps = max(0, reach - math.prod(shape)) * dtype.itemsize
-        return LazyTensor(shape, dtype, partial(self._read, storage.key, start, dtype, shape, stride), gaps)
+        read = partial(self._read, storage.key, offset * dtype.itemsize, dtype, shape, stride)
+        return LazyTensor(shape, dtype, read, gaps)
 
     def _read(self, key: str, start: int, *kind: Any) -> Tensor:
         return self._file.read_tensor(self.starts[key] + start, *kind)
@@ -269,14 +255,6 @@ class Unpickler:
             raise CheckpointError("the pickle builds a size from something that is not a short list of numbers")
         return tuple(shape)
 
-    def _dictionary(self, entries: Any = ()) -> dict:
-        pairs = list(entries.items() if type(entries) is dict else entries)
-        if not all(type(pair) in (tuple, list) and len(pair) == 2 for pair in pairs):
-            raise CheckpointError("the pickle builds a dictionary from something that is not a pair")
-        made: dict = {}
-        _add(made, [item for pair in pairs for item in pair])
-        return made
-
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": Unpickler._tensor,
@@ -286,9 +264,9 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": Unpickler._parameter,
     "torch._tensor._rebuild_from_type_v2": Unpickler._tensor_of_class,
     "torch.Size": Unpickler._size,
-    "collections.OrderedDict": Unpickler._dictionary,
-    "collections.defaultdict": lambda self, _factory=None, entries=(): self._dictionary(entries),
-    "builtins.dict": Unpickler._dictionary,
+    # Their entries come in instructions of their own.
+    "collections.OrderedDict": lambda _self: {},
+    "collections.defaultdict": lambda _self, _factory=None: {},
 }
 _KEY_TYPES = (str, int, float, bool, bytes, type(None), Placeholder, Name, torch.dtype)
 
@@ -304,8 +282,7 @@ def _add(target: Any, items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
             costly = type(key) is int and key.bit_length() > 60 or type(key) in (str, bytes) and len(key) > MAX_TEXT
             if costly or type(key) not in _KEY_TYPES:
-                kind = "a long dictionary key" if costly else f"a dictionary key of type {type(key).__name__}"
-                key = Placeholder(kind)
+                key = Placeholder(f"a{' long' if costly else ''} dictionary key of type {type(key).__name__}")
             target[key] = value
     elif not isinstance(target, Placeholder):
         raise CheckpointError(f"the pickle adds items to a {type(target).__name__}, or half an entry to a dictionary")

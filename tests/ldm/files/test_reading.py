@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.files import CheckpointError, open_weights, read_checkpoint, read_state_dict
-from tests.ldm.files.forging import dictionary, number, program, storage, tensor, text, torch_legacy, torch_zip
 
 FORMATS = ("torch-zip", "torch-legacy")
 
@@ -185,16 +184,6 @@ def test_tensors_inside_an_entry_are_not_dropped_in_silence(tmp_path: Path, insi
     path = save({"w": torch.ones(2), "x": inside}, tmp_path / "w.pt", "torch-zip")
     with pytest.raises(CheckpointError, match="entry 'x' among its weights holds tensors of its own"):
         open_weights(path)
-
-
-@pytest.mark.parametrize("forge", [torch_zip, torch_legacy])
-def test_storage_views_of_old_torch(tmp_path: Path, forge) -> None:
-    """Before 0.4 a persistent id could name a part of a storage: here four numbers from the second of six on."""
-    held = torch.arange(6.0).numpy().tobytes()
-    part = storage(count=6)[:-2] + b"(" + text("part") + number(1) + number(4) + b"ttQ"
-    pickled = program(dictionary(w=tensor(shape=(2,), stride=(2,), offset=1, held=part)))
-    path = forge(tmp_path / "w.pth", pickled, {"0": held if forge is torch_zip else (6, held)})
-    assert torch.equal(read_state_dict(path)["w"], torch.tensor([2.0, 4.0]))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch on quantised and sparse tensors
