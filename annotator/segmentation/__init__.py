@@ -27,8 +27,11 @@ class SegmentationDetector(HubModelDetector):
 
     def load_model(self, path: Path) -> tuple[Any, Iterable[str]]:
         network, missing = super().load_model(path)
-        if network.config.model_type == "oneformer":
-            self.tokenizer = import_extra("transformers", EXTRA).AutoTokenizer.from_pretrained(path, **LOCAL)
+        if network.config.model_type == "oneformer":  # which is told its task in words
+            transformers = import_extra("transformers", EXTRA)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **LOCAL)
+            length = network.config.task_seq_len
+            self.processor = transformers.OneFormerProcessor(self.processor, tokenizer, task_seq_length=length)
         return network, missing
 
     def network_class(self, path: Path) -> Any:
@@ -46,9 +49,8 @@ class SegmentationDetector(HubModelDetector):
 
     def processor_options(self, path: Path) -> dict[str, Any]:
         # OneFormer's processor would fetch names of classes, which only its training needs, from elsewhere on the hub.
-        named = any(
-            '"class_info_file"' in file.read_text(errors="replace") for file in path.glob("*processor_config.json")
-        )
+        texts = [file.read_text(errors="replace") for file in path.glob("*processor_config.json")]
+        named = any('"class_info_file"' in text for text in texts)
         return super().processor_options(path) | ({"class_info_file": ""} if named else {})
 
     def predict(
@@ -62,9 +64,8 @@ class SegmentationDetector(HubModelDetector):
         outputs = self.network(**self.inputs_for(images, task))
         if task == "semantic":
             return [labels.cpu().numpy() for labels in decode(outputs, target_sizes=sizes)]
-        fuse: dict[str, Any] = (
-            {"label_ids_to_fuse": set()} if task == "panoptic" else {}
-        )  # said, or the library warns that it is not
+        # Said, or the library warns that it is not.
+        fuse: dict[str, Any] = {"label_ids_to_fuse": set()} if task == "panoptic" else {}
         results = decode(outputs, target_sizes=sizes, threshold=threshold, **fuse)
         return [
             stack_masks([(result["segmentation"] == one["id"]).cpu().numpy() for one in result["segments_info"]], size)
@@ -72,15 +73,9 @@ class SegmentationDetector(HubModelDetector):
         ]
 
     def inputs_for(self, images: list[np.ndarray], task: str) -> dict[str, Any]:
-        """What the network takes for pictures of one size; OneFormer is told the task in words."""
-        if self.network.config.model_type != "oneformer":
-            return self.inputs(images)
-        inputs = self.inputs(images, task_inputs=[task] * len(images))
-        text = [f"the task is {task}"] * len(images)
-        length = self.network.config.task_seq_len
-        tokens = self.tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        masked = tokens["input_ids"] * tokens["attention_mask"]
-        return inputs | {"task_inputs": masked.to(self.device)}
+        """What the network takes for pictures of one size; OneFormer is told the task."""
+        told = {"task_inputs": [task] * len(images)} if self.network.config.model_type == "oneformer" else {}
+        return self.inputs(images, **told)
 
     def decode(
         self,
