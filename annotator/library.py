@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from annotator.detector import first_line, import_extra
-from annotator.network import NetworkDetector
+from annotator.network import NetworkDetector, inference
 from annotator.weights import FOLDER_VARIABLE, Hub, WeightsError, find_weights, refuse_unsafe_pickle, search_folders
 
 EXTRA = "detectors"
@@ -33,13 +33,10 @@ class LibraryDetector(NetworkDetector):
     def encode(self, image: np.ndarray) -> Tensor:
         return torch.from_numpy(np.require(image, requirements=["C", "W"]))
 
-    def forward(self, x: Tensor, **parameters: Any) -> np.ndarray:
-        """What `predict` finds in a batch (B, H, W, 3), uint8, as an array of B objects."""
-        images = list(x.cpu().numpy())
-        results = np.empty(len(images), dtype=object)
-        for index, result in enumerate(self.predict(images, **self.arguments() | parameters)):
-            results[index] = result
-        return results
+    @inference
+    def run(self, x: Tensor, **parameters: Any) -> list[Any]:
+        """What `predict` finds in each picture of a batch (B, H, W, 3), uint8."""
+        return list(self.predict(list(x.cpu().numpy()), **self.arguments() | parameters))
 
     @abstractmethod
     def predict(self, images: list[np.ndarray], *args: Any, **parameters: Any) -> Sequence[Any]:
