@@ -6,7 +6,7 @@ import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from annotator.detector import first_line
 from annotator.registry import Annotator, Hint, Request
@@ -16,16 +16,10 @@ logger = logging.getLogger(__name__)
 BATCH = 8  # pictures that a network on an accelerator sees at once
 
 
-class Job(Protocol):
-    """Whatever is made of one picture; reports name the picture's file."""
-
-    @property
-    def picture(self) -> Any: ...
-
-
-Read = Callable[[Any], Request]
-Write = Callable[[Any, Hint], None]
-Reports = Iterator[tuple[Any, str | None]]  # a job that is done with None, or with one line that says what went wrong
+Job = Any  # whatever is made of one picture; its attribute `picture` is the picture's file, which reports name
+Read = Callable[[Job], Request]
+Write = Callable[[Job, Hint], None]
+Reports = Iterator[tuple[Job, str | None]]  # a job that is done with None, or with one line that says what went wrong
 
 
 def usable_cpus() -> int:

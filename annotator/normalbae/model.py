@@ -12,12 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDE = 8  # the picture's sides are multiples of it
-SKIP_STAGES = (
-    0,
-    1,
-    2,
-    4,
-)  # whose outputs are skip connections to the decoder, at 1/2, 1/4, 1/8 and 1/16 of the picture's size
+SKIP_STAGES = (0, 1, 2, 4)  # whose outputs, at 1/2, 1/4, 1/8 and 1/16 of the picture's size, also go to the decoder
 MIN_KAPPA = 0.01  # least concentration of the distribution of normals
 
 
