@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 STRIDE = 32  # the picture's sides are multiples of it
@@ -62,19 +63,13 @@ class Backbone(nn.Module):
             features.append(x)  # (B, 256, H/4, W/4), (B, 512, H/8, W/8), (B, 1024, H/16, W/16)
         x = embed.proj(features.pop())
         tokens = torch.cat([self.model.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
-        tokens = tokens + self._positions(x.shape[2], x.shape[3])
+        grid = [x.shape[2], x.shape[3]]
+        tokens = tokens + resample_abs_pos_embed(self.model.pos_embed, grid, interpolation="bilinear", antialias=False)
         for number, block in enumerate(self.model.blocks):
             tokens = block(tokens)
             if number in HOOKED_BLOCKS:
                 features.append(tokens)
         return features
-
-    def _positions(self, height: int, width: int) -> Tensor:
-        """The position embedding for a grid of tokens: (1, 1 + N, C)."""
-        first, rest = self.model.pos_embed[:, :1], self.model.pos_embed[:, 1:]
-        side = int(rest.shape[1] ** 0.5)
-        rest = F.interpolate(rest.transpose(1, 2).unflatten(2, (side, side)), (height, width), mode="bilinear")
-        return torch.cat([first, rest.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> four feature maps, at 1/4, 1/8, 1/16 and 1/32 of the picture's size."""
