@@ -62,9 +62,7 @@ def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentP
         inpaint = name == "inpaint"
         command.add_argument("source", metavar="IN", type=named_path, help="a picture or a folder of pictures")
         command.add_argument("target", metavar="OUT", type=named_path, help="a .png file or a new folder")
-        text = (
-            "shorter side of the result, both sides multiples of 64, as training needs them (default: as the picture)"
-        )
+        text = "shorter side of the result, both sides multiples of 64, as training needs it (default: as the picture)"
         command.add_argument("--resolution", type=int, help=text)
         text = "what a model takes, people look at, or the detector gives (default: %(default)s)"
         command.add_argument("--save", choices=SAVED, default="map" if inpaint else "hint", help=text)
@@ -86,10 +84,6 @@ def _print_list() -> None:
 def _plan(source: Path, target: Path, mask: Path | None) -> list[Job]:
     """All pictures and where each goes: the same name below `target`, as PNG."""
     many = source.is_dir()
-
-    def own_mask(name: str | Path) -> Path | None:
-        return mask / Path(name).with_suffix(".png") if mask and mask.is_dir() else mask
-
     if not source.exists():
         raise ValueError(f"there is no {source}")
     if many and target.exists() and not target.is_dir():
@@ -100,15 +94,14 @@ def _plan(source: Path, target: Path, mask: Path | None) -> list[Job]:
         raise ValueError(f"OUT must be a .png file or a folder, not {target}")
     if os.path.realpath(target) == os.path.realpath(source):
         raise ValueError(f"IN and OUT are the same {'folder' if many else 'file'}: {source}")
-    if not many:
-        return [Job(source, source.name, target, own_mask(source.name))]
     jobs: dict[Path, Job] = {}
-    for path in find_pictures(source, target):
-        name = path.relative_to(source)
-        goal = target / name.with_suffix(".png")
+    for path in find_pictures(source, target) if many else [source]:
+        name = path.relative_to(source) if many else Path(source.name)
+        goal = target / name.with_suffix(".png") if many else target
         if goal in jobs:
             raise ValueError(f"{jobs[goal].picture} and {path} would both become {goal}; rename one of them")
-        jobs[goal] = Job(path, name.as_posix(), goal, own_mask(name))
+        own_mask = mask / name.with_suffix(".png") if mask and mask.is_dir() else mask
+        jobs[goal] = Job(path, name.as_posix(), goal, own_mask)
     return list(jobs.values())
 
 
@@ -118,31 +111,30 @@ def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], forc
     Raises:
         ValueError: the folder holds something else than maps with these settings, and `force` does not say to write all the same.
     """
-    note, settings = target / SETTINGS, json.loads(json.dumps(settings))
+    note, text = target / SETTINGS, json.dumps(settings)
     others = sorted(path.name for path in target.iterdir() if path.name[0] != ".") if target.is_dir() else []
     if others and not note.exists() and not force:
-        raise ValueError(
-            f"{target} already holds {others[0]}, made by something else; choose another name for the folder"
-        )
+        told = f"{target} already holds {others[0]}, made by something else"
+        raise ValueError(f"{told}; choose another name for the folder")
     target.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings).encode()
     try:  # of several processes that start at once, one notes its settings, and the others find them
         with open(note, "xb") as file:
-            file.write(text)
+            file.write(text.encode())
     except FileExistsError:
         until = time.monotonic() + NOTE_SECONDS
         while not note.stat().st_size and time.monotonic() < until:  # it is just being written
             time.sleep(0.01)
         try:
-            found = json.loads(note.read_bytes())
-        except ValueError:
-            found = None
-        changed = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-        if found != settings and not force:
-            reason = f"is for maps made with other settings ({', '.join(changed) or note.name})"
+            found = dict(json.loads(note.read_bytes()))
+        except (ValueError, TypeError):  # it is broken
+            found = {}
+        wanted = json.loads(text)
+        if found != wanted and not force:
+            changed = ", ".join(key for key in wanted if found.get(key) != wanted[key]) or note.name
+            reason = f"is for maps made with other settings ({changed})"
             raise ValueError(f"{target} {reason}; choose another folder, or --force to make such files anew") from None
         if force:
-            write_whole(note, text)
+            write_whole(note, text.encode())
     since = note.stat().st_mtime_ns
 
     def is_done(job: Job) -> bool:

@@ -40,9 +40,8 @@ def check_image(image: Any) -> np.ndarray:
         ValueError: saying what was given instead.
     """
     if not isinstance(image, np.ndarray):
-        raise ValueError(
-            f"an image must be a numpy array (height, width, channels), a PIL picture or a path, not {type(image).__name__}"
-        )
+        kinds = "a numpy array (height, width, channels), a PIL picture or a path"
+        raise ValueError(f"an image must be {kinds}, not {type(image).__name__}")
     if image.dtype != np.uint8:
         raise ValueError(f"an image must be uint8 with values 0 to 255, not {image.dtype}; convert it first")
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
@@ -151,9 +150,8 @@ def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
     except FileNotFoundError as err:
         raise ValueError(f"{name} is missing") from err
     except Image.DecompressionBombError as err:
-        raise ValueError(
-            f"{name} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; make it smaller first"
-        ) from err
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ValueError(f"{name} has more than {limit} pixels; make it smaller first") from err
     except (OSError, SyntaxError, ValueError) as err:
         reason = (getattr(err, "strerror", None) or str(err) or type(err).__name__).splitlines()[0]
         raise ValueError(f"{name} does not decode as a picture: {reason}") from err

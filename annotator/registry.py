@@ -151,9 +151,7 @@ class Hint:
     def source(self) -> np.ndarray:
         """The hint as an image file of a training set holds it: (H, W, 3), uint8, `hint` times 255; ValueError if it has a hole."""
         if self.hint.min() < 0:
-            raise ValueError(
-                "the hole of an inpainting hint is -1, which no picture file can hold; keep its map, which is RGBA"
-            )
+            raise ValueError("the hole of the hint is -1, which no picture file can hold; keep its map, which is RGBA")
         return np.rint(self.hint * 255.0).astype(np.uint8)
 
     def __repr__(self) -> str:

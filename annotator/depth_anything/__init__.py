@@ -46,11 +46,8 @@ class DepthAnythingDetector(HubModelDetector):
         """(H, W), float32: large is near."""
         depth = output[: size[0], : size[1]].float()
         config = self.network.config
-        if (
-            distances
-            or config.model_type in DISTANCE_MODELS
-            or getattr(config, "depth_estimation_type", "") == "metric"
-        ):
+        metric = config.model_type in DISTANCE_MODELS or getattr(config, "depth_estimation_type", "") == "metric"
+        if distances or metric:
             depth = 1.0 / depth.clamp(min=1e-4)
         return torch.nan_to_num(depth, posinf=0.0, neginf=0.0).cpu().numpy()
 

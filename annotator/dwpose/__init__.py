@@ -31,9 +31,7 @@ class OnnxNetwork(nn.Module):
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda":
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-                raise ValueError(
-                    f"this onnxruntime cannot compute on {device}: pip install onnxruntime-gpu, or use cpu"
-                )
+                raise ValueError(f"onnxruntime cannot compute on {device}: pip install onnxruntime-gpu, or use cpu")
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
         try:
             self.session = onnxruntime.InferenceSession(str(self.path), providers=providers)
@@ -75,13 +73,14 @@ class DWposeDetector(LibraryDetector):
         height, width = self.network.input_size((BOX_SIDE, BOX_SIDE))
         crop_size = self.pose_network.input_size(CROP)
         x, factor = decoding.letterbox(image, height, width)
-        points, scores = np.zeros((0, 133, 2)), np.zeros((0, 133))
+        points, scores = [], []
         for box in decoding.boxes_of_people(self.network(x)[0], height, width, factor):
             crop, corner, extent = decoding.crop_person(image, box, *crop_size)
             simcc_x, simcc_y = self.pose_network(crop)
             found, score = decoding.points_of_person(simcc_x, simcc_y, corner, extent, *crop_size)
-            points, scores = np.concatenate([points, found[None]]), np.concatenate([scores, score[None]])
-        return points, scores
+            points.append(found)
+            scores.append(score)
+        return np.array(points).reshape(-1, 133, 2), np.array(scores).reshape(-1, 133)
 
     def decode(
         self,

@@ -15,6 +15,7 @@ from annotator.weights import WeightsError
 
 EXTRA = "face"
 FILE = "face_landmarker.task"
+MODELS = "https://storage.googleapis.com/mediapipe-models"
 
 
 class FaceMesh(nn.Module):
@@ -25,13 +26,8 @@ class FaceMesh(nn.Module):
         self.path = path
         self.mediapipe = import_extra("mediapipe", EXTRA)
         self.vision = import_extra("mediapipe.tasks.python.vision", EXTRA)
-        self.edges = {
-            part: [
-                (edge.start, edge.end)
-                for edge in getattr(self.vision.FaceLandmarksConnections, f"FACE_LANDMARKS_{part}")
-            ]
-            for part in COLOURS
-        }
+        edges = {part: getattr(self.vision.FaceLandmarksConnections, f"FACE_LANDMARKS_{part}") for part in COLOURS}
+        self.edges = {part: [(edge.start, edge.end) for edge in edges[part]] for part in COLOURS}
         self.landmarker = lru_cache(maxsize=1)(self._landmarker)  # made anew only when the call's arguments change
 
     def _landmarker(self, max_faces: int, min_confidence: float) -> Any:
@@ -59,9 +55,7 @@ class MediapipeFaceDetector(LibraryDetector):
     """
 
     network = LazyNetwork(FILE)
-    repository = (
-        f"https://storage.googleapis.com/mediapipe-models/face_landmarker/face_landmarker/float16/latest/{FILE}"
-    )
+    repository = f"{MODELS}/face_landmarker/face_landmarker/float16/latest/{FILE}"
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
         import_extra("mediapipe", EXTRA)  # rather now than after the download

@@ -12,9 +12,9 @@ from annotator.pictures import to_uint8
 
 __all__ = ["NNET", "NormalBaeDetector"]
 
-MEAN, STD = (
-    torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-)  # ImageNet's
+# Of ImageNet's pictures.
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
 
 class NormalBaeDetector(NetworkDetector):

@@ -16,6 +16,9 @@ from annotator.weights import read_state_dict
 
 POINTS_AT_ONCE = 64
 
+Quality = Annotated[float, 0.0, 1.0, "quality, as the network judges it, above which a mask counts"]
+Stability = Annotated[float, 0.0, 1.0, "how little a mask must change with its threshold to count"]
+
 
 class SamDetector(HubModelDetector):
     """Each mask in a colour of its own, small ones over large ones, the rest black (H, W, 3).
@@ -41,18 +44,14 @@ class SamDetector(HubModelDetector):
         self, images: list[np.ndarray], points: int, pred_iou_thresh: float, stability_score_thresh: float
     ) -> list[np.ndarray]:
         """For each picture (H, W), int: numbers of masks, largest first; -1 for nothing."""
-        pipeline = import_extra("transformers", EXTRA).pipeline(
-            "mask-generation", model=self.network, image_processor=self.processor, device=self.device
-        )
+        transformers = import_extra("transformers", EXTRA)
+        models = {"model": self.network, "image_processor": self.processor, "device": self.device}
+        pipeline = transformers.pipeline("mask-generation", **models)
+        limits = {"pred_iou_thresh": pred_iou_thresh, "stability_score_thresh": stability_score_thresh}
         results = []
         for image in images:
-            masks = pipeline(
-                Image.fromarray(image),
-                points_per_batch=POINTS_AT_ONCE,
-                points_per_crop=points,
-                pred_iou_thresh=pred_iou_thresh,
-                stability_score_thresh=stability_score_thresh,
-            )["masks"]
+            picture = Image.fromarray(image)
+            masks = pipeline(picture, points_per_batch=POINTS_AT_ONCE, points_per_crop=points, **limits)["masks"]
             results.append(stack_masks([np.asarray(mask, dtype=bool) for mask in masks], image.shape[:2]))
         return results
 
@@ -61,12 +60,8 @@ class SamDetector(HubModelDetector):
         output: np.ndarray,
         size: tuple[int, int],
         points: Annotated[int, 1, 128, "points along each side of the picture that masks are looked for at"] = 32,
-        pred_iou_thresh: Annotated[
-            float, 0.0, 1.0, "quality, as the network judges it, above which a mask counts"
-        ] = 0.88,
-        stability_score_thresh: Annotated[
-            float, 0.0, 1.0, "how little a mask must change with its threshold to count"
-        ] = 0.95,
+        pred_iou_thresh: Quality = 0.88,
+        stability_score_thresh: Stability = 0.95,
     ) -> np.ndarray:
         labels = output[: size[0], : size[1]]
         return colour_labels(labels, distinct_colours(labels.max(initial=0) + 1))

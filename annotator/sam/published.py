@@ -52,15 +52,9 @@ def vision_config(entries: dict[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: for an encoder of another kind, such as MobileSAM's.
     """
-    weight = entries.get("vision_encoder.patch_embed.projection.weight")
-    width = len(weight) if weight is not None else None
+    width = len(entries.get("vision_encoder.patch_embed.projection.weight", ()))
     if width not in ENCODERS:
         raise ValueError("the file holds none of Segment Anything's image encoders vit_b, vit_l and vit_h")
     layers, heads, whole = ENCODERS[width]
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "global_attn_indexes": whole,
-        "mlp_dim": 4 * width,
-    }
+    sizes = {"hidden_size": width, "mlp_dim": 4 * width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return sizes | {"global_attn_indexes": whole}

@@ -53,11 +53,8 @@ def up_branch(channels_in: int, doublings: int) -> nn.ModuleDict:
     for step in range(doublings):
         channels = 1 if step == doublings - 1 else 16
         padding = side // 2 - 1
-        layers += [
-            nn.Conv2d(channels_in, channels, 1),
-            Smish(),
-            nn.ConvTranspose2d(channels, channels, side, 2, padding),
-        ]
+        enlarge = nn.ConvTranspose2d(channels, channels, side, 2, padding)
+        layers += [nn.Conv2d(channels_in, channels, 1), Smish(), enlarge]
         channels_in = channels
     return nn.ModuleDict({"features": nn.Sequential(*layers)})
 
