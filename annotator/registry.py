@@ -59,7 +59,6 @@ class AnnotatorInfo:
         check: raises ValueError for values that do not fit together.
         works_at: on the picture at `detect_resolution` ("detect"), at its final size ("image"), or as it was given ("input").
         detect_resolution: shorter side of what the detector is given; None unless `works_at` is "detect".
-        makes_size: the detector takes height and width of its result as `h` and `w`.
         interpolation: by which the map comes to the size of the picture.
         output: which of the detector's results is the map, where it gives several.
         takes: makes the detector's input of a user's picture.
@@ -79,7 +78,6 @@ class AnnotatorInfo:
     check: Callable[[dict[str, Any]], object] | None = None
     works_at: str = "detect"
     detect_resolution: int | None = 512
-    makes_size: bool = False
     interpolation: int = cv2.INTER_LINEAR
     output: int | None = None
     takes: Convert = HWC3
@@ -213,7 +211,7 @@ class Annotator:
         else:
             final = given if resolution is None else resize_image(given, resolution)
         checked = info.check_parameters(parameters)
-        if info.makes_size:
+        if "h" in info.detector_class.arguments():  # it makes its result at any size
             checked |= {"h": final.shape[0], "w": final.shape[1]}
         if detect_resolution is not None:
             return Request(resize_image(given, detect_resolution), final, checked)
@@ -273,7 +271,7 @@ CONDITIONS = [
                   to_hint=scale_inverted),
     AnnotatorInfo("pidinet", "1.1", "soft edges (PiDiNet)", *PIDINET, offers=("safe",)),
     AnnotatorInfo("shuffle", "1.1", "shuffled content", "annotator.shuffle.ContentShuffleDetector", offers=("f", "seed"),
-                  works_at="input", makes_size=True),
+                  works_at="input"),
     AnnotatorInfo("tile", "1.1", "the picture itself, resized linearly", "annotator.pixels.TileDetector", works_at="input"),
     AnnotatorInfo("ip2p", "1.1", "the picture itself, for instructions", "annotator.pixels.TileDetector", works_at="image"),
     AnnotatorInfo("inpaint", "1.1", "the picture with a hole", "annotator.inpaint.InpaintDetector", offers=("blur",),

@@ -67,14 +67,11 @@ class InpaintDetector(Detector):
         mask: np.ndarray | None = None,
         blur: Annotated[float, 0.0, 64.0, "sigma that softens the hole's border, in pixels"] = 5.0,
     ) -> np.ndarray:
-        """
+        """The picture with alpha 0 in the hole and 255 elsewhere: (H, W, 4), uint8.
+
         Args:
             image: (H, W, 3), uint8; without `mask` RGBA, where what is transparent is to be painted.
             mask: (h, w) or (h, w, C), uint8, white where to paint, of any size.
-            blur: sigma of the gaussian on the mask, in pixels.
-
-        Returns:
-            (H, W, 4), uint8; the last channel is 0 in the hole and 255 elsewhere.
         """
         rgba = picture_with_hole(image) if mask is None else cut_hole(image, mask)
         height, width = rgba.shape[:2]

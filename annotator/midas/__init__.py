@@ -14,6 +14,7 @@ from annotator.pictures import HWC3, resize, to_uint8
 __all__ = ["DPTDepthModel", "MidasDetector", "depth_to_map", "depth_to_normals"]
 
 
+Maps = np.ndarray | tuple[np.ndarray, np.ndarray]  # depth, or depth and normals
 Flatness = Annotated[float, 0.1, 20.0, "what z counts against the slopes; larger is flatter"]
 Background = Annotated[float, 0.0, 1.0, "depth, of 0 to 1, below which all is background, facing the viewer"]
 
@@ -30,9 +31,7 @@ class MidasDetector(NetworkDetector):
     def encode(self, image: np.ndarray) -> Tensor:
         return to_tensor(image) / 127.5 - 1.0
 
-    def decode(
-        self, output: Any, size: tuple[int, int], a: Flatness = 2 * math.pi, bg_th: Background = 0.1
-    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    def decode(self, output: Any, size: tuple[int, int], a: Flatness = 2 * math.pi, bg_th: Background = 0.1) -> Maps:
         depth = output[: size[0], : size[1]].cpu().numpy()
         if self.version == "1.1":
             return depth_to_map(depth)
@@ -40,7 +39,7 @@ class MidasDetector(NetworkDetector):
 
     def aux_map(
         self, view: np.ndarray, size: tuple[int, int], depth_and_normal: bool = False, **parameters: Any
-    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    ) -> Maps:
         (output,) = self.run(self.prepare(view)[None])
         depth = output[: view.shape[0], : view.shape[1]].cpu().numpy()
         depth_map = resize(HWC3(depth_to_map(depth)), size)

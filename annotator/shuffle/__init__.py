@@ -33,15 +33,11 @@ class ContentShuffleDetector(Detector):
         f: Annotated[int | None, 1, 4096, "size of the bumps of the flow, in pixels"] = 256,
         seed: Annotated[int | None, 0, 2**32 - 1, "makes the shuffle repeatable"] = None,
     ) -> np.ndarray:
-        """
-        Args:
-            image: (H, W, 3), uint8.
-            h: height of the result, that of `image` if not given.
-            w: width of the result.
-            f: size of the bumps of the flow in pixels, 256 if None.
+        """(H, W, 3), uint8, to (h, w, 3), uint8.
 
-        Returns:
-            (h, w, 3), uint8.
+        Args:
+            h, w: height and width of the result, those of `image` if not given.
+            f: 256 if None.
         """
         image = HWC3(image)
         height, width = image.shape[:2]
@@ -93,14 +89,11 @@ class DownSampleDetector(Detector):
     """Halves the picture a few times, with noise before each, then doubles it as often, with noise after each."""
 
     def detect(self, image: np.ndarray, level: int = 3, k: float = 16.0, seed: int | None = None) -> np.ndarray:
-        """
+        """(H, W, 3), uint8, to the same.
+
         Args:
-            image: (H, W, 3), uint8.
             level: how often the size is halved, at most 12.
             k: standard deviation of the noise, in levels.
-
-        Returns:
-            (H, W, 3), uint8.
         """
         image = HWC3(image)
         if level < 0 or not k >= 0:

@@ -44,7 +44,6 @@ def test_every_entry_names_a_class_that_has_its_parameters(key):
     assert set(info.offers) | set(info.defaults_here) <= set(info.detector_class.parameters())
     assert info.check_parameters({}) == info.defaults and all(parameter.help for parameter in info.parameters)
     assert (info.detect_resolution is None) == (info.works_at != "detect")
-    assert info.makes_size == ({"h", "w"} <= set(info.detector_class.arguments()) and info.works_at == "input")
 
 
 @pytest.mark.parametrize(
