@@ -3,6 +3,8 @@
 A MobileNetV2 trunk, a top-down path that joins its stages, and a head that describes a line at each pixel.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,17 +99,10 @@ class Refine(nn.Module):
         return self.conv2(x + self.conv1(x))  # (B, 64, h, w)
 
 
-class Head(nn.Module):
-    """Sixteen channels a pixel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = _conv_norm_relu(WIDTH, WIDTH, 3, dilation=5)
-        self.conv2 = _conv_norm_relu(WIDTH, WIDTH, 3)
-        self.conv3 = nn.Conv2d(WIDTH, 16, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv3(self.conv2(self.conv1(x)))  # (B, 16, h, w)
+def head() -> nn.Sequential:
+    """Sixteen channels a pixel: (B, 64, h, w) to (B, 16, h, w)."""
+    conv1, conv2 = _conv_norm_relu(WIDTH, WIDTH, 3, dilation=5), _conv_norm_relu(WIDTH, WIDTH, 3)
+    return nn.Sequential(OrderedDict(conv1=conv1, conv2=conv2, conv3=nn.Conv2d(WIDTH, 16, 1)))
 
 
 class MobileV2MLSDLarge(nn.Module):
@@ -128,7 +123,7 @@ class MobileV2MLSDLarge(nn.Module):
         self.block20 = Refine()
         self.block21 = Join(16, WIDTH)
         self.block22 = Refine()
-        self.block23 = Head()
+        self.block23 = head()
 
     def forward(self, x: Tensor) -> Tensor:
         c1, c2, c3, c4, c5 = self.backbone(x)

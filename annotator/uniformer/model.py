@@ -5,6 +5,8 @@ The head pools the coarsest map over grids of several sizes, adds coarse maps to
 classifies what all four have found. Inputs need at least `STRIDE` pixels a side.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, LayerNorm, LayerNorm2d, Mlp
@@ -17,21 +19,15 @@ WIDTHS = (64, 128, 320, 512)
 CONVOLUTIONAL_STAGES = 2
 HEAD_WIDTH = 64  # of attention
 DECODER_WIDTH = 512
-AUXILIARY_STAGE, AUXILIARY_WIDTH = 2, 256
+AUXILIARY_WIDTH = 256
 POOL_SIZES = (1, 2, 3, 6)
 STRIDE = 32  # input pixels to one of the coarsest map
 
 
-class PatchEmbed(nn.Module):
-    """Each `patch` by `patch` pixels become one, `patch` times fewer a side."""
-
-    def __init__(self, in_channels: int, width: int, patch: int) -> None:
-        super().__init__()
-        self.norm = LayerNorm2d(width, eps=1e-5)
-        self.proj = nn.Conv2d(in_channels, width, patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x))  # (B, C, H, W) to (B, width, H // patch, W // patch)
+def patch_embed(in_channels: int, width: int, patch: int) -> nn.Sequential:
+    """Each `patch` by `patch` pixels become one: (B, in_channels, H, W) to (B, width, H // patch, W // patch)."""
+    proj = nn.Conv2d(in_channels, width, patch, stride=patch)
+    return nn.Sequential(OrderedDict(proj=proj, norm=LayerNorm2d(width, eps=1e-5)))
 
 
 def position_embedding(width: int) -> nn.Conv2d:
@@ -79,7 +75,7 @@ class UniFormer(nn.Module):
         in_channels = 3
         for stage, (depth, width) in enumerate(zip(DEPTHS, WIDTHS, strict=True)):
             block = ConvolutionBlock if stage < CONVOLUTIONAL_STAGES else AttentionBlock
-            self.add_module(f"patch_embed{stage + 1}", PatchEmbed(in_channels, width, 4 if stage == 0 else 2))
+            self.add_module(f"patch_embed{stage + 1}", patch_embed(in_channels, width, 4 if stage == 0 else 2))
             self.add_module(f"blocks{stage + 1}", nn.Sequential(*(block(width) for _ in range(depth))))
             self.add_module(f"norm{stage + 1}", LayerNorm2d(width))
             in_channels = width
@@ -126,18 +122,6 @@ class UPerHead(nn.Module):
         return self.conv_seg(self.fpn_bottleneck(torch.cat(found, dim=1)))  # (B, 2048, H, W) to (B, CLASSES, H, W)
 
 
-class AuxiliaryHead(nn.Module):
-    """Logits from the third of the four maps alone; they helped training and segmenting does without them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv_seg = nn.Conv2d(AUXILIARY_WIDTH, CLASSES, 1)
-        self.convs = nn.Sequential(ConvNormAct(WIDTHS[AUXILIARY_STAGE], AUXILIARY_WIDTH, 3))
-
-    def forward(self, features: list[Tensor]) -> Tensor:
-        return self.conv_seg(self.convs(features[AUXILIARY_STAGE]))  # (B, CLASSES, H, W) of the third map
-
-
 class UPerNet(nn.Module):
     """The network of `upernet_global_small.pth`: a normalised picture to logits at a quarter of its size."""
 
@@ -145,7 +129,10 @@ class UPerNet(nn.Module):
         super().__init__()
         self.backbone = UniFormer()
         self.decode_head = UPerHead()
-        self.auxiliary_head = AuxiliaryHead()
+        # Logits from the third of the four maps alone. They helped training, and segmenting does without them.
+        convs = nn.Sequential(ConvNormAct(WIDTHS[2], AUXILIARY_WIDTH, 3))
+        conv_seg = nn.Conv2d(AUXILIARY_WIDTH, CLASSES, 1)
+        self.auxiliary_head = nn.Sequential(OrderedDict(convs=convs, conv_seg=conv_seg))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode_head(self.backbone(x))  # (B, 3, H, W) to (B, CLASSES, H // 4, W // 4)

@@ -46,7 +46,7 @@ def test_the_network_equals_the_reference(detector):
     with torch.no_grad():
         features = detector.network.backbone(x)
         assert_close(detector.network(x), ARRAYS["raw/logits"], 2e-4)
-        auxiliary = detector.network.auxiliary_head(features)
+        auxiliary = detector.network.auxiliary_head(features[2])
     for stage, feature in enumerate(features, start=1):
         assert_close(feature[:, ::16], ARRAYS[f"raw/stage{stage}_every_16th_channel"], 2e-4)
     assert_close(auxiliary[:, ::8], ARRAYS["raw/auxiliary_logits_every_8th_class"], 2e-4)
@@ -119,7 +119,7 @@ def test_only_what_trains_may_be_missing(folder, tmp_path, caplog):
     torch.save({"state_dict": fewer}, path)
     with caplog.at_level(logging.WARNING):
         UniformerDetector(device="cpu", weights=path)
-    assert "7 entries missing: auxiliary_head.conv_seg.weight" in caplog.text
+    assert "7 entries missing: auxiliary_head.convs" in caplog.text
     for left in ("backbone.", "auxiliary_head."):  # a file without `decode_head` would segment at random
         torch.save(
             {
