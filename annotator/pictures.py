@@ -56,7 +56,7 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
     return np.nan_to_num(np.asarray(x), nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255).astype(np.uint8)
 
 
-def HWC3(x: np.ndarray) -> np.ndarray:  # noqa: N802 (the public name)
+def HWC3(x: np.ndarray) -> np.ndarray:
     """A uint8 picture with three channels: grey is repeated, RGBA is laid over white, RGB comes back as it is.
 
     Args:

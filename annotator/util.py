@@ -56,13 +56,7 @@ def min_max_norm(x: np.ndarray) -> np.ndarray:
     return shifted / np.maximum(np.max(shifted), 1e-5)
 
 
-def make_noise_disk(
-    H: int,  # noqa: N803
-    W: int,  # noqa: N803
-    C: int,  # noqa: N803
-    F: int,  # noqa: N803
-    rng: Any = None,
-) -> np.ndarray:
+def make_noise_disk(H: int, W: int, C: int, F: int, rng: Any = None) -> np.ndarray:
     """Smooth noise whose bumps are about `F` pixels wide: (H, W, C), float64, 0..1.
 
     Args:
@@ -78,12 +72,7 @@ def make_noise_disk(
 
 
 def img2mask(
-    img: np.ndarray,
-    H: int,  # noqa: N803
-    W: int,  # noqa: N803
-    low: int = 10,
-    high: int = 90,
-    rng: random.Random | None = None,
+    img: np.ndarray, H: int, W: int, low: int = 10, high: int = 90, rng: random.Random | None = None
 ) -> np.ndarray:
     """A random mask from a picture: one channel, perhaps inverted, below a random percentile in [low, high).
 

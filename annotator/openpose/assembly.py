@@ -57,15 +57,13 @@ def connect_joints(paf: np.ndarray, starts: np.ndarray, ends: np.ndarray, height
     Returns:
         the candidates' numbers and the score of each limb.
     """
-    firsts, seconds, scores = [], [], []
+    found = []
     rows = max(1, _PAIRS_AT_ONCE // max(1, len(ends)))
     for row in range(0, len(starts), rows):
         score, possible = _score_pairs(paf, starts[row : row + rows], ends, height)
         first, second = np.nonzero(possible)
-        firsts.append(first + row)
-        seconds.append(second)
-        scores.append(score[first, second])
-    first, second, score = (np.concatenate(parts) for parts in (firsts, seconds, scores))
+        found.append((first + row, second, score[first, second]))
+    first, second, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.argsort(-score, kind="stable")
     limbs, used_starts, used_ends = [], set(), set()
     for i, j, value in zip(first[order].tolist(), second[order].tolist(), score[order].tolist(), strict=True):

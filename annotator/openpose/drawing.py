@@ -120,14 +120,9 @@ def _to_pixels(points: np.ndarray, canvas: np.ndarray) -> np.ndarray:
 
 
 def draw_pose(
-    pose: dict,
-    H: int,  # noqa: N803
-    W: int,  # noqa: N803
-    draw_body: bool = True,
-    draw_hand: bool = True,
-    draw_face: bool = True,
+    pose: dict, H: int, W: int, draw_body: bool = True, draw_hand: bool = True, draw_face: bool = True,
     canvas: np.ndarray | None = None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """The drawing of version 1.1 (H, W, 3), uint8, RGB, of what `annotator.openpose.Poses.relative` gives.
 
     Args:

@@ -4,6 +4,8 @@ Three blocks, each with an upsampling branch that gives an edge map, and a fusio
 those of the published weights.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,18 +23,11 @@ class Smish(nn.Module):
 smish = Smish()
 
 
-class DoubleConv(nn.Module):
+def double_conv(channels_in: int, channels: int, stride: int = 1, last_activation: bool = True) -> nn.Sequential:
     """Two 3x3 convolutions, each before an activation, the second's optional."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int = 1, last_activation: bool = True) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1)
-        self.last_activation = last_activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(smish(self.conv1(x)))
-        return smish(x) if self.last_activation else x
+    conv1, conv2 = nn.Conv2d(channels_in, channels, 3, stride, 1), nn.Conv2d(channels, channels, 3, 1, 1)
+    last = Smish() if last_activation else nn.Identity()
+    return nn.Sequential(OrderedDict(conv1=conv1, smish=Smish(), conv2=conv2, last=last))
 
 
 class DenseLayer(nn.Module):
@@ -78,8 +73,8 @@ class TED(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block_1 = DoubleConv(3, 16, stride=2)
-        self.block_2 = DoubleConv(16, 32, last_activation=False)
+        self.block_1 = double_conv(3, 16, stride=2)
+        self.block_2 = double_conv(16, 32, last_activation=False)
         self.dblock_3 = nn.ModuleDict({"denselayer1": DenseLayer(32, 48)})
         self.side_1 = nn.ModuleDict({"conv": nn.Conv2d(16, 32, 1, stride=2)})
         self.pre_dense_3 = nn.ModuleDict({"conv": nn.Conv2d(32, 48, 1)})
