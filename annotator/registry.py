@@ -230,11 +230,8 @@ CANNY = ("Canny edges", "annotator.canny.CannyDetector")
 MLSD = ("straight lines (M-LSD)", "annotator.mlsd.MLSDdetector", "mlsd_large_512_fp32.pth")
 SCRIBBLE = ("a user's scribble, dark on light", "annotator.scribble.ScribbleDetector")
 INTERACTIVE = ("a drawn mask, light on dark", "annotator.scribble.InteractiveScribbleDetector")
-POSE = (
-    "human pose (OpenPose)",
-    "annotator.openpose.OpenposeDetector",
-    "body_pose_model.pth, hand_pose_model.pth, 1.1: facenet.pth",
-)
+POSE_FILES = "body_pose_model.pth, hand_pose_model.pth, 1.1: facenet.pth"
+POSE = ("human pose (OpenPose)", "annotator.openpose.OpenposeDetector", POSE_FILES)
 SEG = ("semantic segmentation (UniFormer)", "annotator.uniformer.UniformerDetector", "upernet_global_small.pth")
 MIDAS = ("annotator.midas.MidasDetector", "dpt_hybrid-midas-501f0c75.pt")
 HED, OLD_OR_NEW = "annotator.hed.HEDdetector", "ControlNetHED.pth or network-bsds500.pth"

@@ -37,14 +37,9 @@ class SegmentationDetector(HubModelDetector):
     def network_class(self, path: Path) -> Any:
         transformers = import_extra("transformers", EXTRA)
         config = transformers.AutoConfig.from_pretrained(path, **LOCAL)
-        kinds = {
-            "AutoModelForSemanticSegmentation": transformers.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
-            "AutoModelForUniversalSegmentation": transformers.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
-            "AutoModelForInstanceSegmentation": transformers.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING,
-        }
-        for kind, known in kinds.items():
-            if type(config) in known:
-                return getattr(transformers, kind)
+        for kind in ("Semantic", "Universal", "Instance"):
+            if type(config) in getattr(transformers, f"MODEL_FOR_{kind.upper()}_SEGMENTATION_MAPPING"):
+                return getattr(transformers, f"AutoModelFor{kind}Segmentation")
         raise ValueError(f"{config.model_type} is no segmentation model")
 
     def processor_options(self, path: Path) -> dict[str, Any]:
