@@ -30,7 +30,9 @@ def claim_folder(folder: Path, note: str, settings: Mapping[str, Any]) -> None:
     path = folder / note
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; choose another place for the data folder")
-    others = folder.is_dir() and any(file != path and not file.is_dir() for file in folder.rglob("*"))
+    # Hidden files are a file manager's, or notes that a process beside this one is writing, or was when it was killed.
+    found_here = (file for file in folder.rglob("*") if file != path and not file.name.startswith("."))
+    others = folder.is_dir() and any(not file.is_dir() for file in found_here)
     if path.is_file() and others:
         known = read_note(path)
         found = {key: value for key, value in known.items() if key != _COUNT}

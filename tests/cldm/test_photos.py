@@ -125,6 +125,8 @@ def test_broken_listings(tmp_path, text, message):
 
 def test_a_folder_is_claimed_once(tmp_path):
     out = tmp_path / "new" / "out"
+    out.mkdir(parents=True)
+    (out / ".0a.tmp").touch()  # a note that another process is just writing
     claim_folder(out, "note.json", {"size": 1, "seed": 0})
     claim_folder(out, "note.json", {"size": 2, "seed": 0})  # nothing was made with the first settings
     (out / "target").mkdir()
