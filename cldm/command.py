@@ -112,14 +112,24 @@ def _terminable() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)  # `timeout` sends two, and a second would end the cleaning up
         raise Stopped(number)
 
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+    with signals_to(stop, signal.SIGTERM):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
+
+
+def in_main_thread() -> bool:
+    """Whether signals can be handled here: Python does so in its main thread alone."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Within it the handler gets these signals; in another thread than the main one nothing changes."""
+    before = {number: signal.signal(number, handler) for number in numbers} if in_main_thread() else {}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def run_tool(program: str, work: Callable[[], Iterable[str]]) -> int:

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from cldm.command import Stopped
+from cldm.command import Stopped, in_main_thread, signals_to
 from cldm.terminal import quiet
 from cldm.training.batches import derived_seed
 from cldm.training.checkpoints import WholeFiles
@@ -173,15 +173,15 @@ class StopOnSignal(pl.Callback):
         self._since = 0.0
 
     def __enter__(self) -> "StopOnSignal":
-        self._before = {number: signal.signal(number, self._note) for number in HANDLED}
+        self._handled = ExitStack()
+        self._handled.enter_context(signals_to(self._note, *HANDLED))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._handled.close()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number in HANDLED:  # again: Lightning has put its own in place
+        for number in HANDLED if in_main_thread() else ():  # again: Lightning has put its own in place
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -326,14 +326,8 @@ def requeued(how_to_go_on: str) -> Iterator[None]:
             _requeue()
         raise Stopped(signal.SIGTERM, f"stopped before the next step; {how_to_go_on}")
 
-    if REQUEUE is None:
+    with signals_to(stop, *([] if REQUEUE is None else [REQUEUE])):
         yield
-        return
-    before = signal.signal(REQUEUE, stop)
-    try:
-        yield
-    finally:
-        signal.signal(REQUEUE, before)
 
 
 def own_rank() -> int:

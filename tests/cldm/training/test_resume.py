@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -109,6 +110,19 @@ def test_a_cluster_that_ends_the_job_between_steps_runs_it_again(monkeypatch):
         time.sleep(1)
     assert stopped.value.status == 143 and asked == [["scontrol", "requeue", "42"]]
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_training_in_a_thread_leaves_signals_to_the_main_one():
+    """Notebooks' servers and web pages run what they are given in threads, where Python handles no signals."""
+
+    def train() -> None:
+        with engine.requeued("the same command goes on"), engine.StopOnSignal() as stop:
+            stop.on_train_start(None, None)
+
+    before = [signal.getsignal(number) for number in engine.HANDLED]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train).result()
+    assert [signal.getsignal(number) for number in engine.HANDLED] == before
 
 
 def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
