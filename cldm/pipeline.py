@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from annotator.registry import Annotator, load
+from annotator.registry import Annotator, describe, load
 from cldm import inputs
 from cldm.arguments import (
     check_numbers,
@@ -165,7 +165,7 @@ class ControlPipeline:
         make_sampler(
             sampler, model, self.device
         )  # an unknown name is an error now, not after the first text is encoded
-        self._annotators: dict[str, Annotator] = {}
+        self._annotators: dict[tuple[str, str], Annotator] = {}
         self._preview: LatentPreview | None = None
         self._checked_weights = not warn_untrained
         if compile:
@@ -352,9 +352,10 @@ class ControlPipeline:
     def _annotate(self, maker: Condition, source: Tensor, paint: Tensor | None, seeds: Sequence[int]) -> list[Any]:
         """The hint of each picture (1 or N, 3, H, W); with its own seed and mask, where these matter."""
         if isinstance(maker, str):
-            if maker not in self._annotators:
-                self._annotators[maker] = load(maker, self.device)
-            maker = self._annotators[maker]
+            version = describe(maker).version  # which `use_version` may have changed since the last call
+            if (maker, version) not in self._annotators:
+                self._annotators[maker, version] = load(maker, self.device, version=version)
+            maker = self._annotators[maker, version]
         pictures = inputs.to_array(source)
         if not isinstance(maker, Annotator):
             if not callable(maker):

@@ -429,6 +429,22 @@ def test_annotators_by_name_loaded_or_as_a_function(model):
         pipeline(None, "a", annotator="canny")
 
 
+def test_an_annotator_by_name_follows_the_version_in_use(model, monkeypatch):
+    """Also where one pipeline has called another version before."""
+    loaded = []
+    monkeypatch.setattr(
+        "cldm.pipeline.load", lambda *args, version=None: loaded.append(version) or annotator.load("canny")
+    )
+    pipeline = ControlPipeline(model)
+    try:
+        for version in ("1.0", "1.1", "1.0"):
+            annotator.use_version(version)
+            pipeline(hint(4, 80), "a", annotator="canny", steps=1, seed=0, size=(64, 64))
+    finally:
+        annotator.use_version(None)
+    assert loaded == ["1.0", "1.1"]
+
+
 # -- prompts --------------------------------------------------------------------------------------------------
 
 
