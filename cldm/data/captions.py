@@ -6,7 +6,6 @@ a text, as `cldm.data.photos` reads them; files are named relative to where the 
 """
 
 from collections import defaultdict
-from functools import cache
 from pathlib import Path
 
 from PIL import Image
@@ -63,18 +62,14 @@ def read_captions(root: Path) -> tuple[list[Pair], list[str]]:
 def find_pictures(folder: Path) -> dict[str, list[Path]]:
     """Picture files by relative name without suffix; hidden ones left out."""
     found: dict[str, list[Path]] = defaultdict(list)
+    suffixes = _suffixes()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if (
-            path.suffix.lower() in _suffixes()
-            and not any(part.startswith(".") for part in name.parts)
-            and path.is_file()
-        ):
+        if path.suffix.lower() in suffixes and not any(part.startswith(".") for part in name.parts) and path.is_file():
             found[name.with_suffix("").as_posix()].append(path)
     return found
 
 
-@cache
 def _suffixes() -> frozenset[str]:
-    """Of the formats that Pillow reads."""
+    """Of the formats that Pillow reads now: a plug-in such as pillow-heif may add one at any time."""
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)

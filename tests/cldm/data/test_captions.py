@@ -56,6 +56,18 @@ def test_hidden_files_and_notebook_copies_are_no_data(tmp_path):
     assert [pair.target.name for pair in pairs] == ["a.png"] and not complaints
 
 
+def test_a_format_that_pillow_has_learned_since_the_last_call_is_read(tmp_path, monkeypatch):
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.new", "PNG")
+    (tmp_path / "target/a.txt").write_text("good")
+    with pytest.raises(DataError):
+        read_captions(tmp_path)
+    monkeypatch.setitem(Image.EXTENSION, ".new", "PNG")  # as pillow-heif and others do when they are registered
+    pairs, complaints = read_captions(tmp_path)
+    assert [pair.target.name for pair in pairs] == ["a.new"] and not complaints
+
+
 def test_two_pictures_of_one_name_are_ambiguous(tmp_path):
     make(tmp_path, ["a", "b"])
     Image.new("RGB", (64, 64)).save(tmp_path / "source/a.jpg")
