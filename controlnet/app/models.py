@@ -143,7 +143,7 @@ class Models:
         with self._lock:
             path = choose(self.catalogue.bases(), base, "a base model")
             files = self._control_files(path, controls)
-            key = (path, path.stat().st_mtime_ns, *((file, file and file.stat().st_mtime_ns) for file in files))
+            key = (path, _state(path), *((file, file and _state(file)) for file in files))
             if key not in self._loaded:
                 while len(self._loaded) >= self.most:
                     self._loaded.popitem(last=False)

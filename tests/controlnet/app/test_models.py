@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cldm.checkpoint.converting import convert
 from cldm.pipeline import is_untrained
 from controlnet.app.files import TINY, Folders
 from controlnet.app.models import OWN, UNTRAINED, Catalogue, Models, untrained_controls
@@ -82,6 +83,19 @@ def test_a_file_that_is_written_anew_is_read_anew(models, folder):
     (folder / "models" / "steered.safetensors").touch()
     with models.use(STEERED, [OWN]) as after:
         assert after is not before
+
+
+def test_a_folder_of_diffusers_in_which_a_file_is_written_anew_is_read_anew(models, folder):
+    made = folder / "models" / "made"
+    try:
+        convert(folder / "models" / "steered.safetensors", made, "diffusers-pipeline", progress=False)
+        with models.use("models/made") as before:
+            pass
+        (made / "unet" / "diffusion_pytorch_model.safetensors").touch()
+        with models.use("models/made") as after:
+            assert after is not before
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def test_several_controls(models):
