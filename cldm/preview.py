@@ -26,7 +26,8 @@ class LatentPreview:
     @torch.no_grad()
     def __init__(self, model: LatentDiffusion) -> None:
         generator = torch.Generator().manual_seed(0)
-        colours = torch.rand(3, _GRID, _GRID, generator=generator) * 2 - 1
+        # Whatever torch's default type and device are: the generator is of the CPU, where the fitting is done.
+        colours = torch.rand(3, _GRID, _GRID, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
         picture = colours.repeat_interleave(_PATCH, 1).repeat_interleave(_PATCH, 2)[None]  # (1, 3, H, W)
         weight = next(model.first_stage_model.parameters(), picture)
         posterior = model.encode_first_stage(picture.to(weight.device))
@@ -34,7 +35,7 @@ class LatentPreview:
         latent = mean[0].float().cpu() * float(model.scale_factor)  # (C, h, w)
         step = latent.shape[1] // _GRID
         middles = latent[:, step // 2 :: step, step // 2 :: step].flatten(1).T  # (patches, C)
-        inputs = torch.cat([middles, torch.ones(len(middles), 1)], dim=1)
+        inputs = torch.cat([middles, middles.new_ones(len(middles), 1)], dim=1)
         self.matrix = torch.linalg.lstsq(inputs, colours.flatten(1).T).solution  # (C + 1, 3)
 
     def __call__(self, latents: Tensor) -> np.ndarray:

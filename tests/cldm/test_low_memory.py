@@ -48,8 +48,15 @@ def test_previews_show_about_the_colours_of_the_picture():
     picture[:, 2, :, 32:] = 1.0  # blue
     with torch.no_grad():
         latents = model.scale_factor * model.encode_first_stage(picture).mean
-    shown = LatentPreview(model)(latents)[0].astype(int)
+    preview = LatentPreview(model)
+    shown = preview(latents)[0].astype(int)
     assert shown.shape == (8, 8, 3)
     left, right = shown[2:6, 1:3].mean(axis=(0, 1)), shown[2:6, 5:7].mean(axis=(0, 1))
     assert left == pytest.approx([255, 0, 0], abs=60) and right == pytest.approx([0, 0, 255], abs=60), (left, right)
     assert np.isfinite(shown).all()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # where a notebook may have made all tensors by default, say on a GPU
+            assert torch.equal(LatentPreview(model).matrix, preview.matrix)
+    finally:
+        torch.set_default_dtype(torch.float32)
