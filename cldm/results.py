@@ -30,15 +30,19 @@ class Pictures(np.ndarray):
     settings: dict[str, Any] | None
     inputs: dict[str, Any]
 
-    def __new__(cls, pictures: np.ndarray, settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> "Pictures":
+    def __new__(cls, pictures: np.ndarray, settings: Mapping[str, Any] | None, inputs: Mapping[str, Any]) -> "Pictures":
         made = np.asarray(pictures).view(cls)
-        made.settings = dict(settings)
+        made.settings = None if settings is None else dict(settings)
         made.inputs = dict(inputs)
         return made
 
     def __array_finalize__(self, source: np.ndarray | None) -> None:
         self.settings = None
         self.inputs = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An array's own pickle would lose the settings.
+        return type(self), (np.asarray(self), self.settings, self.inputs)
 
     def settings_of(self, index: int) -> dict[str, Any]:
         """The settings that make picture number `index` alone again."""

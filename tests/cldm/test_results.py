@@ -1,5 +1,7 @@
 """Results: arrays with settings, saved as PNG text and read back."""
 
+import pickle
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +21,14 @@ def test_they_are_arrays():
     assert made.shape == (2, 8, 16, 3) and made.dtype == np.uint8 and np.array_equal(made, np.asarray(made))
     assert made.settings == SETTINGS and made[0].settings is None and made.astype(int).settings is None
     assert np.array_equal(np.asarray(made.to_pil()[1]), made[1])
+
+
+def test_another_process_gets_them_with_their_settings():
+    made = pictures()
+    sent = pickle.loads(pickle.dumps(made))
+    assert np.array_equal(sent, made) and sent.settings == SETTINGS and sent.inputs == made.inputs
+    part = pickle.loads(pickle.dumps(made[1:]))
+    assert np.array_equal(part, made[1:]) and part.settings is None
 
 
 def test_saved_pictures_carry_their_own_settings(tmp_path):
