@@ -231,7 +231,7 @@ def test_hints_with_other_channel_counts(channels):
         ControlPipeline(own)(picture[:, :, :1].repeat(2, axis=2), "a", steps=1)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (72, 200), (8, 130), (1024, 1536)])
+@pytest.mark.parametrize("size", [(64, 64), (72, 200), (8, 130), (640, 1000)])
 def test_any_height_and_width(size):
     # At the largest size attention over all positions would take a minute; it is the same code at every size.
     changes = {"attention_resolutions": [4]} if size[0] > 500 else {}
