@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -629,7 +630,7 @@ def test_dataset_script(tmp_path, capsys):
     assert "multiple of 64" in capsys.readouterr().err
 
 
-def test_a_run_that_goes_on_with_other_shards_says_so(tmp_path, caplog):
+def test_a_run_that_goes_on_with_other_shards_says_so(tmp_path, caplog, monkeypatch):
     note = tmp_path / "data.json"
     note_shards(["a.tar", "b.tar"], note, begun=False)
     note_shards(["./a.tar", "b.tar"], note, begun=True)
@@ -639,3 +640,13 @@ def test_a_run_that_goes_on_with_other_shards_says_so(tmp_path, caplog):
     assert "shards are not those" in caplog.text and "2 added, 0 removed" in caplog.text
     note_shards(["c.tar", "d.tar", "e.tar"], note, begun=True)
     assert len(caplog.records) == 1
+
+    # The script asks for it; what is in the shards does not matter here.
+    monkeypatch.setattr(TrainingData, "from_shards", lambda shards: None)
+    shards, run = tmp_path / "shards", SimpleNamespace(path=tmp_path / "run", checkpoint=tmp_path / "step.ckpt")
+    shards.mkdir()
+    run.path.mkdir()
+    for name in ("a.tar", "b.tar"):
+        (shards / name).touch()
+        tutorial_train.open_data(parse_settings([f"data={shards}"]), run)
+    assert "1 added, 0 removed" in caplog.text
