@@ -29,7 +29,7 @@ from cldm.cldm import ControlLDM
 from cldm.command import Parser, device_option, help_text, run_command
 from cldm.data.pairs import PairDataset
 from cldm.evaluation import CONDITIONS, DRAWN, Fidelity, Sampling, Score, generate, save_comparison
-from cldm.files import write_whole
+from cldm.files import locked, write_whole
 from cldm.model import OPTIONAL, create_model, load_control, load_weights
 from cldm.terminal import show
 from ldm.util import ConfigError
@@ -60,27 +60,29 @@ def evaluate(a: argparse.Namespace) -> dict[str, Any]:
     sampling = Sampling(a.steps, a.guidance_scale, a.seed, a.batch_size)
     if not 1 <= a.steps <= model.num_timesteps:
         raise ConfigError(f"--steps must be 1 to {model.num_timesteps}, found {a.steps}")
-    pictures = generate(model, hints, prompts, sampling, progress=True)
-    scores = score(pictures)
-    result = {
-        "checkpoint": str(a.checkpoint),
-        "folder": str(a.folder),
-        "condition": a.condition,
-        "pairs": [int(numbers[0]), int(numbers[-1])],
-        "scores": scores,
-        "of_targets": score(targets),
-        "of_other_hints": score(np.roll(pictures, max(len(pictures) // 2, 1), axis=0)) if len(pictures) > 1 else None,
-        "quality": quality(pictures, targets, prompts),
-        "sampling": {"steps": a.steps, "guidance_scale": a.guidance_scale, "seed": a.seed},
-    }
-    versions = [pictures]
-    if isinstance(score, Fidelity):
-        versions.append(score.found(pictures[:SHOWN]))
-    save_comparison(
-        out / PICTURE, hints[:SHOWN], targets[:SHOWN], prompts[:SHOWN], [version[:SHOWN] for version in versions]
-    )
-    text = json.dumps(_without_nan(result), indent=1)
-    write_whole(out / RESULT, (text + "\n").encode())
+    # Before the work: another command may be at it, or nothing can be written there.
+    with locked(out / RESULT, wait=False):
+        pictures = generate(model, hints, prompts, sampling, progress=True)
+        scores = score(pictures)
+        result = {
+            "checkpoint": str(a.checkpoint),
+            "folder": str(a.folder),
+            "condition": a.condition,
+            "pairs": [int(numbers[0]), int(numbers[-1])],
+            "scores": scores,
+            "of_targets": score(targets),
+            "of_other_hints": score(np.roll(pictures, len(pictures) // 2, axis=0)) if len(pictures) > 1 else None,
+            "quality": quality(pictures, targets, prompts),
+            "sampling": {"steps": a.steps, "guidance_scale": a.guidance_scale, "seed": a.seed},
+        }
+        versions = [pictures]
+        if isinstance(score, Fidelity):
+            versions.append(score.found(pictures[:SHOWN]))
+        save_comparison(
+            out / PICTURE, hints[:SHOWN], targets[:SHOWN], prompts[:SHOWN], [version[:SHOWN] for version in versions]
+        )
+        text = json.dumps(_without_nan(result), indent=1)
+        write_whole(out / RESULT, (text + "\n").encode())
     for name, value in scores.items():
         of_targets, chance = result["of_targets"][name], (result["of_other_hints"] or {}).get(name, math.nan)
         show(f"{name} {value:.4f} on {len(hints)} pairs (target pictures {of_targets:.4f}, other hints {chance:.4f})")

@@ -26,6 +26,7 @@ from cldm.evaluation import (
     map_ssim,
     mean_iou,
 )
+from cldm.files import locked
 from ldm.util import ConfigError
 
 RNG = np.random.default_rng(0)
@@ -269,3 +270,14 @@ def test_mistakes_are_one_line_and_exit_2(work, capsys, monkeypatch, more, messa
     assert main([str(work / "full.safetensors"), str(work / "data"), *more, *weights, *out]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error and not (work / "wrong").exists()
+
+
+def test_what_cannot_be_written_is_found_before_the_work(work, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cldm.evaluate.generate", None)  # the work
+    command = [str(work / "full.safetensors"), str(work / "data"), "--condition", "fill", "--device", "cpu", "--out"]
+    (tmp_path / "file").touch()
+    assert main([*command, str(tmp_path / "file")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    with locked(tmp_path / "out" / "evaluation.json"):
+        assert main([*command, str(tmp_path / "out")]) == 2
+    assert "in use by another process" in capsys.readouterr().err
