@@ -83,9 +83,10 @@ def evaluate(a: argparse.Namespace) -> dict[str, Any]:
         )
         text = json.dumps(_without_nan(result), indent=1)
         write_whole(out / RESULT, (text + "\n").encode())
+    others = result["of_other_hints"]
     for name, value in scores.items():
-        of_targets, chance = result["of_targets"][name], (result["of_other_hints"] or {}).get(name, math.nan)
-        show(f"{name} {value:.4f} on {len(hints)} pairs (target pictures {of_targets:.4f}, other hints {chance:.4f})")
+        chance = f", other hints {others[name]:.4f}" if others else ""  # of one pair there are none
+        show(f"{name} {value:.4f} on {len(hints)} pairs (target pictures {result['of_targets'][name]:.4f}{chance})")
     for name, value in result["quality"].items():
         show(f"{name} {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     show(f"{out / RESULT}, {out / PICTURE}")

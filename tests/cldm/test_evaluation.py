@@ -281,3 +281,11 @@ def test_what_cannot_be_written_is_found_before_the_work(work, tmp_path, capsys,
     with locked(tmp_path / "out" / "evaluation.json"):
         assert main([*command, str(tmp_path / "out")]) == 2
     assert "in use by another process" in capsys.readouterr().err
+
+
+def test_of_one_pair_there_are_no_other_hints(work, tmp_path, capsys):
+    command = [str(work / "full.safetensors"), str(work / "data"), *"--condition fill --device cpu --steps 1".split()]
+    assert main([*command, "--pairs", "1", "--out", str(tmp_path)]) == 0
+    written = capsys.readouterr().out
+    assert "fill/iou" in written and "other hints" not in written
+    assert json.loads((tmp_path / "evaluation.json").read_text())["of_other_hints"] is None
