@@ -56,6 +56,8 @@ def find_pairs(root: str | Path, prompts: str = LISTING) -> tuple[list[Pair], li
         DataError: no such folder, or no pairs in it.
     """
     root = Path(root)
+    if root.is_file():
+        raise DataError(f"{root} is a file; name the data folder that it lies in")
     if not root.is_dir():
         raise DataError(f"there is no data folder {str(root)!r}; `controlnet data --out {root}` makes a Fill set there")
     path = root / prompts

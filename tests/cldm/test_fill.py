@@ -160,6 +160,9 @@ def test_unusual_pictures_are_read_sensibly(folder):
 
 
 def test_missing_folders_and_listings(tmp_path):
+    (tmp_path / "a.json").touch()
+    with pytest.raises(DataError, match="a.json is a file; name the data folder"):
+        PairDataset(tmp_path / "a.json")
     with pytest.raises(DataError, match="no data folder"):
         PairDataset(tmp_path / "nowhere")
     with pytest.raises(DataError, match="prompt.json is missing"):
