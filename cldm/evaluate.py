@@ -28,6 +28,7 @@ from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
 from cldm.command import Parser, device_option, help_text, run_command
 from cldm.data.pairs import PairDataset
+from cldm.data.shards import find_shards
 from cldm.evaluation import CONDITIONS, DRAWN, Fidelity, Sampling, Score, generate, save_comparison
 from cldm.files import locked, write_whole
 from cldm.model import OPTIONAL, create_model, load_control, load_weights
@@ -105,6 +106,8 @@ def held_out(folder: str, count: int) -> tuple[np.ndarray, np.ndarray, list[str]
 
     Of several sizes, those of the first of them.
     """
+    if find_shards(folder):
+        raise ConfigError(f"{folder} holds shards, which are streamed; scores need a folder of pairs")
     dataset = PairDataset(folder)
     sizes = dataset.sizes()
     first = max(len(dataset) - count, 0)

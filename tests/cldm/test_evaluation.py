@@ -14,7 +14,7 @@ from cldm.checkpoint.control import add_control
 from cldm.config import resolve
 from cldm.data.fill import generate_fill
 from cldm.data.scenes import generate_scenes
-from cldm.evaluate import Unavailable, clip_score, fid, main
+from cldm.evaluate import Unavailable, clip_score, fid, held_out, main
 from cldm.evaluation import (
     COMPARISONS,
     CONDITIONS,
@@ -281,6 +281,13 @@ def test_what_cannot_be_written_is_found_before_the_work(work, tmp_path, capsys,
     with locked(tmp_path / "out" / "evaluation.json"):
         assert main([*command, str(tmp_path / "out")]) == 2
     assert "in use by another process" in capsys.readouterr().err
+
+
+def test_shards_are_not_taken_for_a_folder_that_lacks_its_listing(tmp_path):
+    (tmp_path / "0.tar").touch()
+    for shards in (tmp_path, tmp_path / "0.tar"):
+        with pytest.raises(ConfigError, match="holds shards, which are streamed; scores need a folder of pairs"):
+            held_out(str(shards), 1)
 
 
 def test_of_one_pair_there_are_no_other_hints(work, tmp_path, capsys):
