@@ -165,6 +165,11 @@ def open_data(s: Settings, run: RunFolder) -> TrainingData:
     if shards:
         if s.cache:
             raise ConfigError("cache=true needs pairs in a folder, and shards are streamed; leave cache away")
+        if s.held_out and run.checkpoint is None:
+            raise ConfigError(
+                f"held_out={s.held_out} needs pairs in a folder: shards are streamed, and none of their samples are held out; "
+                "leave held_out away"
+            )
         logging.info(
             "shards are streamed: none of their samples are held out, the pictures show samples that are trained on"
         )

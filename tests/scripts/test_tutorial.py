@@ -630,6 +630,17 @@ def test_dataset_script(tmp_path, capsys):
     assert "multiple of 64" in capsys.readouterr().err
 
 
+def test_shards_of_which_none_can_be_held_out(tmp_path, monkeypatch):
+    (tmp_path / "0.tar").touch()
+    monkeypatch.setattr(TrainingData, "from_shards", lambda shards: "data")
+    settings = parse_settings([f"data={tmp_path}", "held_out=3"])
+    with pytest.raises(ConfigError, match="held_out=3 needs pairs in a folder"):
+        tutorial_train.open_data(settings, SimpleNamespace(path=tmp_path, checkpoint=None))
+    # A run that was begun so goes on: another value would be another run's.
+    begun = SimpleNamespace(path=tmp_path, checkpoint=tmp_path / "step.ckpt")
+    assert tutorial_train.open_data(settings, begun) == "data"
+
+
 def test_a_run_that_goes_on_with_other_shards_says_so(tmp_path, caplog, monkeypatch):
     note = tmp_path / "data.json"
     note_shards(["a.tar", "b.tar"], note, begun=False)
