@@ -5,8 +5,11 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
+import numpy as np
 import torch
 
 T = TypeVar("T")
@@ -94,33 +97,62 @@ def instantiate_from_config(config: Mapping[str, Any] | str, kind: type = torch.
     params = config.get("params") or {}
     if not isinstance(params, Mapping):
         raise ConfigError(f"params of {config['target']} must be a mapping, found {params!r}")
-    _check_parameters(target, config["target"], params)
+    return construct(target, config["target"], params)
+
+
+def construct(target: Callable[..., T], name: str, params: Mapping[str, Any]) -> T:
+    """`target(**params)`.
+
+    Args:
+        name: what messages call the target.
+
+    Raises:
+        ConfigError: it does not take them; the message names the parameter.
+    """
+    _check_parameters(target, name, params)
     try:
         return target(**params)
     except ValueError as error:
         if type(error) is not ValueError:  # it is one of the library's own
             raise
-        raise ConfigError(f"{config['target']}: {error}") from error
+        raise ConfigError(f"{name}: {error}") from error
     except TypeError as error:
         # Which of its base classes' parameters a constructor fills in itself cannot be seen from outside.
         if re.search(r"__init__\(\) (missing \d+ required|got an unexpected keyword)", str(error)):
-            raise ConfigError(f"{config['target']}: {error}") from error
+            raise ConfigError(f"{name}: {error}") from error
+        # Only now: what could be built with a number of another type stays as it is.
+        kinds = _accepted_parameters(target)[0]
+        for key, value in params.items():
+            if not _fits(value, kinds.get(key)):
+                kind = inspect.formatannotation(kinds[key]).replace("collections.abc.", "")
+                raise ConfigError(f"{name}: {key} must be {kind}, found {value!r}") from error
         raise
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from a configuration can be of an annotated kind; numbers and lists of some are looked at, and nothing else."""
+    parts = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(kind) is Sequence:
+        return not isinstance(value, (str, Mapping)) and np.iterable(value) and all(_fits(v, parts[0]) for v in value)
+    numbers: dict[Any, type] = {int: Integral, float: Real, NoneType: NoneType}
+    return isinstance(value, numbers.get(kind, object))
 
 
 def _check_parameters(target: Any, name: str, params: Mapping[str, Any]) -> None:
     """Raise ConfigError if `target` cannot be called with these keyword arguments, following **kwargs up the bases."""
     accepted, required, open_ended = _accepted_parameters(target)
-    unknown = sorted(set(params) - accepted)
+    unknown = sorted(set(params) - set(accepted))
     if unknown and not open_ended:
         raise ConfigError(f"{name} does not take {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}")
     missing = sorted(required - set(params))
     if missing:
-        raise ConfigError(f"{name} needs the parameters {', '.join(missing)}, which are missing under its `params`")
+        raise ConfigError(f"{name} needs the parameters {', '.join(missing)}, which are missing")
 
 
-def _accepted_parameters(target: Any) -> tuple[set[str], set[str], bool]:
-    """Keyword names that `target` takes, those without a default, and whether it takes any other name too.
+def _accepted_parameters(target: Any) -> tuple[dict[str, Any], set[str], bool]:
+    """Keyword names that `target` takes, with their annotations, those without a default, and whether it takes any other name too.
 
     A constructor with **kwargs usually hands them to the next one in the method resolution order, so that one's names count
     too. Where the next one is torch's, the constructor itself must have a use for any name.
@@ -130,7 +162,7 @@ def _accepted_parameters(target: Any) -> tuple[set[str], set[str], bool]:
         constructors = [
             vars(cls)["__init__"] for cls in target.__mro__ if cls is not object and "__init__" in vars(cls)
         ]
-    accepted: set[str] = set()
+    accepted: dict[str, Any] = {}
     required: set[str] = set()
     for number, constructor in enumerate(constructors):
         if number and (getattr(constructor, "__module__", "") or "").split(".")[0] in _FRAMEWORKS:
@@ -142,7 +174,7 @@ def _accepted_parameters(target: Any) -> tuple[set[str], set[str], bool]:
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"]
         if number == 0:
             required = {p.name for p in named if p.default is p.empty}
-        accepted |= {p.name for p in named}
+        accepted = {p.name: p.annotation for p in named} | accepted
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return accepted, required, False
     return accepted, required, True

@@ -16,7 +16,7 @@ from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from ldm.modules.ema import LitEma, ema_weights
 from ldm.modules.losses import ReconstructionKL
 from ldm.modules.precision import guarded
-from ldm.util import ConfigError, images_to_nchw, instantiate_from_config
+from ldm.util import ConfigError, construct, images_to_nchw, instantiate_from_config
 
 
 class AutoencoderKL(pl.LightningModule):
@@ -73,8 +73,8 @@ class AutoencoderKL(pl.LightningModule):
         self.adam_betas = (0.5, 0.9)
         if monitor is not None:
             self.monitor = monitor
-        self.encoder = Encoder(**ddconfig)
-        self.decoder = Decoder(**ddconfig)
+        self.encoder = construct(Encoder, "ddconfig", ddconfig)
+        self.decoder = construct(Decoder, "ddconfig", ddconfig)
         loss = instantiate_from_config(lossconfig) if lossconfig else nn.Identity()
         self.loss = ReconstructionKL() if isinstance(loss, nn.Identity) else loss
         self.one_at_a_time = False

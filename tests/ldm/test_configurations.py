@@ -19,6 +19,14 @@ class Own(nn.Linear):
         super().__init__(width, width)
 
 
+class Faulty(nn.Module):
+    """A user's network with a mistake in it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.half = width / "2"  # type: ignore[operator]
+
+
 class OwnSchedule:
     """A user's schedule."""
 
@@ -97,3 +105,33 @@ def test_what_people_write_themselves_works():
 def test_targets_that_are_no_names(target):
     with pytest.raises(ConfigError):
         instantiate_from_config({"target": target})
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        ("model_channels", "abc", "UNetModel: model_channels must be int, found 'abc'"),
+        ("model_channels", 3.5, "UNetModel: model_channels must be int, found 3.5"),
+        ("channel_mult", [1, "x"], r"UNetModel: channel_mult must be Sequence\[int\], found \[1, 'x'\]"),
+        ("num_res_blocks", None, r"UNetModel: num_res_blocks must be int \| Sequence\[int\], found None"),
+        ("ch", "abc", "ddconfig: ch must be int, found 'abc'"),
+        ("timesteps", "abc", "LatentDiffusion: timesteps must be int, found 'abc'"),
+    ],
+)
+def test_a_number_that_is_something_else_is_named(place, value, message):
+    dd = {"z_channels": 4, "ch": 32, "ch_mult": [1], "num_res_blocks": 1, "attn_resolutions": [], "resolution": 8,
+          "in_channels": 3, "out_ch": 3}  # fmt: skip
+    unet = {
+        "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+        "params": {"model_channels": 32, "num_heads": 1},
+    }
+    first = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ddconfig": dd}}
+    params = {"first_stage_config": first, "cond_stage_config": "__is_unconditional__", "unet_config": unet}
+    {"ch": dd, "timesteps": params}.get(place, unet["params"])[place] = value
+    with pytest.raises(ConfigError, match=message):
+        instantiate_from_config({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params})
+
+
+def test_an_error_in_what_people_write_themselves_stays_what_it_is():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        instantiate_from_config({"target": f"{__name__}.Faulty", "params": {"width": 3}})
