@@ -64,7 +64,8 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     except ModuleNotFoundError as error:
         # Only a part of the path itself is the user's mistake; a dependency that fails to import inside it is not.
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigError(f"target {string!r}: there is no module {error.name!r}") from error
+            way_out = "" if "." in error.name else "; for one of your own, name its folder in PYTHONPATH"
+            raise ConfigError(f"target {string!r}: there is no module {error.name!r}{way_out}") from error
         raise
     if not hasattr(module, name):
         raise ConfigError(f"target {string!r}: module {module_name!r} has no {name!r}")
