@@ -57,6 +57,7 @@ from cldm.training.optim import optimizer_config, scheduler_config
 from cldm.training.phases import plan_phases
 from cldm.training.precision import allow_tf32, cast_frozen, set_recompute, use_channels_last
 from cldm.training.settings import TINY_DATA, Settings, parse_settings
+from ldm.files.errors import about
 from ldm.files.locating import locate
 from ldm.util import ConfigError
 from tutorial_dataset import MyDataset
@@ -79,6 +80,12 @@ def train(s: Settings) -> None:
         is_first = own_rank() == 0
         device = make_trainer(**trainer_options(s, s.steps)).strategy.root_device
 
+        # Mistakes in what these name are found before all pairs are read.
+        create_model(s.config, device="meta")
+        begun_with = locate(s.weights or s.base)
+        with about(begun_with):
+            begun_with.stat()
+
         # Data: pairs to train on, and the last few held out.
         if s.data == TINY_DATA:
             with locked(s.data):  # of several processes one makes it
@@ -86,12 +93,10 @@ def train(s: Settings) -> None:
         data = open_data(s, run)
 
         # Model: the configuration, filled from weights with control.
-        if s.weights:
-            weights = locate(s.weights)
-        else:
-            base = locate(s.base)
+        weights = begun_with
+        if not s.weights:
             weights = run.initial_weights(
-                base, s.config, lambda path: add_control(base, path, s.config, overwrite=True)
+                begun_with, s.config, lambda path: add_control(begun_with, path, s.config, overwrite=True)
             )
         identity = run.identify(weights)
         model: ControlLDM = create_model(s.config, weights=weights)

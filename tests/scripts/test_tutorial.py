@@ -496,6 +496,26 @@ def test_mistakes_are_one_line_and_exit_2(data, tmp_path, capsys, argument, mess
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("config", "cldm_v99", "no file 'cldm_v99'"),
+        ("config", "words.yaml", "model_channels must be int, found 'many'"),
+        ("weights", "nowhere.safetensors", "nowhere.safetensors: does not exist"),
+        ("base", "nowhere.safetensors", "nowhere.safetensors: does not exist"),
+    ],
+)
+def test_what_a_run_begins_with_is_looked_for_before_the_pairs(
+    data, tmp_path, capsys, monkeypatch, name, value, message
+):
+    monkeypatch.setattr(tutorial_train, "open_data", None)
+    tiny = (ROOT / "models" / "cldm_tiny.yaml").read_text()
+    (tmp_path / "words.yaml").write_text(tiny.replace("model_channels: 64", "model_channels: many"))
+    monkeypatch.chdir(tmp_path)
+    assert tutorial_train.main(arguments(data, "run", **{name: value})) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_hints_of_another_number_of_channels(data, tmp_path, capsys, monkeypatch):
     config = tmp_path / "four.yaml"
     config.write_text((ROOT / "models" / "cldm_tiny.yaml").read_text().replace("hint_channels: 3", "hint_channels: 4"))
