@@ -32,6 +32,7 @@ from cldm.data.fill import generate_fill
 from cldm.data.shards import find_shards
 from cldm.evaluation import Sampling
 from cldm.files import locked
+from cldm.low_memory import in_memory
 from cldm.model import create_model
 from cldm.settings import explain
 from cldm.training.cache import CachedPairs, make_cache, release_encoders
@@ -267,9 +268,14 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     if any(a in ("-h", "--help") for a in arguments):
         print(help_text(__doc__, PROGRAM, program), explain(Settings), sep="\n")
         return 0
+
+    def work() -> None:
+        with in_memory("a smaller batch_size with a larger accumulate, recompute=all, a preset or smaller pictures"):
+            train(parse_settings(arguments))
+
     return run_command(
         program,
-        lambda: train(parse_settings(arguments)),
+        work,
         interrupted="interrupted; the same command goes on from what was saved last",
     )
 

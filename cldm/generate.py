@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from annotator.detector import first_line
 from annotator.network import choose_device
 from annotator.options import RaisingParser, named_path, not_empty
 from annotator.pictures import IMAGE_SUFFIXES, find_pictures, read_image
@@ -39,7 +38,7 @@ from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
 from cldm.command import help_text, run_command
 from cldm.config import resolve
-from cldm.low_memory import is_out_of_memory
+from cldm.low_memory import in_memory
 from cldm.model import OPTIONAL, add_control, create_model, load_control, load_weights
 from cldm.pipeline import SAMPLER_NAMES, ControlPipeline
 from cldm.prompts import DEFAULT_PROMPT
@@ -433,18 +432,8 @@ def _check_options(pipeline: ControlPipeline, job: Job, options: dict[str, Any],
 
 
 def _run_in_memory(args: argparse.Namespace) -> int:
-    """`run`, but that too little memory is a mistake, with what helps.
-
-    Raises:
-        ConfigError: the memory does not suffice.
-    """
-    try:
+    with in_memory("a smaller --size, --vae-tiles, --sliced-attention or --offload"):
         return run(args)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        options = "a smaller --size, --vae-tiles, --sliced-attention or --offload"
-        raise ConfigError(f"not enough memory; {options} may help ({first_line(error)})") from error
 
 
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:

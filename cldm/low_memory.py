@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from annotator.detector import first_line
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.attention import get_attention, set_attention, sliced_attention
+from ldm.util import ConfigError
 
 BAND_POSITIONS = 256 * 256  # pixels of a band in the autoencoder's largest maps
 
@@ -66,6 +68,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)
     )
+
+
+@contextmanager
+def in_memory(what_helps: str) -> Iterator[None]:
+    """Within it too little memory is a mistake of the user's, with what helps.
+
+    Raises:
+        ConfigError: the memory does not suffice.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(f"not enough memory; {what_helps} may help ({first_line(error)})") from error
 
 
 def _set_switches(first_stage: AutoencoderKL, band_positions: int | None, one_at_a_time: bool) -> None:

@@ -283,6 +283,16 @@ def test_what_cannot_be_written_is_found_before_the_work(work, tmp_path, capsys,
     assert "in use by another process" in capsys.readouterr().err
 
 
+def test_too_little_memory_is_one_line_that_says_what_helps(work, tmp_path, capsys, monkeypatch):
+    def full(*args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr("cldm.evaluate.generate", full)
+    command = [str(work / "full.safetensors"), str(work / "data"), "--condition", "fill", "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    assert "not enough memory; a smaller --batch-size may help (CUDA out of memory.)" in capsys.readouterr().err
+
+
 def test_shards_are_not_taken_for_a_folder_that_lacks_its_listing(tmp_path):
     (tmp_path / "0.tar").touch()
     for shards in (tmp_path, tmp_path / "0.tar"):

@@ -108,7 +108,9 @@ def test_targets_that_are_no_names(target):
 
 
 def test_a_module_that_python_does_not_find():
-    with pytest.raises(ConfigError, match="there is no module 'mine'; for one of your own, name its folder in PYTHONPATH"):
+    with pytest.raises(
+        ConfigError, match="there is no module 'mine'; for one of your own, name its folder in PYTHONPATH"
+    ):
         instantiate_from_config({"target": "mine.Network"})
     with pytest.raises(ConfigError, match="there is no module 'ldm.mine'$"):
         instantiate_from_config({"target": "ldm.mine.Network"})

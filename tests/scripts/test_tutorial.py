@@ -540,6 +540,16 @@ def test_a_configuration_that_names_other_entries_of_a_batch(data, tmp_path, cap
     assert "tutorial_train.py: the batch has no 'edges'; it has 'jpg'" in capsys.readouterr().err
 
 
+def test_too_little_memory_is_one_line_that_says_what_helps(data, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried")
+
+    monkeypatch.setattr(tutorial_train, "fit", full)
+    assert tutorial_train.main(arguments(data, tmp_path / "run", pictures_before=False)) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "not enough memory; a smaller batch_size" in error and error.endswith("(CUDA out of memory.)")
+
+
 def test_mistakes_can_be_corrected_and_defects_are_shown(data, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
     assert tutorial_train.main(arguments(tmp_path / "nowhere", out)) == 2
