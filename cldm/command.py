@@ -94,7 +94,10 @@ def run_command(
         with _terminable():
             return work() or 0
     except mistakes as error:
-        fail(error if str(error) else type(error).__name__, program)
+        message = str(error) or type(error).__name__
+        if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
+            message = f"{error.filename}: there is a file where a folder is needed"
+        fail(message, program)
         return 2
     except KeyboardInterrupt:
         fail(interrupted)
