@@ -8,7 +8,6 @@ and the result decoded. A dispatch mode counts the storages that live on the fak
 libraries' workspaces and gaps between allocations come on top, about 0.5 to 1 GiB.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cldm.cldm import ControlLDM
-from cldm.command import run_command
+from cldm.command import Parser, run_command
 from cldm.guidance import Control
 from cldm.low_memory import LowMemory
 from cldm.model import create_model
@@ -149,7 +148,7 @@ def table(config: str, sizes: Sequence[int], cases: Sequence[Case]) -> list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m cldm.sampling_memory", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m cldm.sampling_memory", description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", default="cldm_v15", help="configuration (cldm_v15)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], help="pixels a side, multiples of 64")
     args = parser.parse_args(argv)

@@ -3,7 +3,6 @@
 python -m cldm.training.curves RUN_FOLDER
 """
 
-import argparse
 import io
 import math
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from cldm.command import run_command
+from cldm.command import Parser, run_command
 from cldm.files import write_whole
 from cldm.terminal import printable, show
 from cldm.training.instrument import LEVELS, Instrument
@@ -186,7 +185,7 @@ def _colour(palette: str, place: float) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the curves of runs again; 0, or 2 where a folder holds no run."""
-    parser = argparse.ArgumentParser(prog="python -m cldm.training.curves", description="Draw curves.png of a run.")
+    parser = Parser(prog="python -m cldm.training.curves", description="Draw curves.png of a run.")
     parser.add_argument("folders", nargs="+", metavar="RUN_FOLDER", help="folder that holds metrics.csv")
     arguments = parser.parse_args(argv)
 

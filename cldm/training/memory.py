@@ -9,7 +9,6 @@ tensor that is made and counts the storages that live. What comes out is what te
 gaps between allocations come on top: about 0.5 to 1 GiB on a GPU.
 """
 
-import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cldm.command import run_command
+from cldm.command import Parser, run_command
 from cldm.config import override
 from cldm.model import create_model
 from cldm.settings import explain, setting
@@ -208,12 +207,7 @@ def table(rows: Sequence[tuple[Plan, Report]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m cldm.training.memory",
-        description=__doc__,
-        epilog="settings:\n" + explain(Plan),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m cldm.training.memory", description=__doc__, epilog="settings:\n" + explain(Plan))
     parser.add_argument("settings", nargs="*", metavar="key=value", help="compute one plan instead of the presets")
     arguments = parser.parse_args(argv).settings
 

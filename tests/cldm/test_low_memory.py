@@ -10,6 +10,7 @@ from cldm.low_memory import LowMemory
 from cldm.model import create_model
 from cldm.preview import LatentPreview
 from cldm.sampling_memory import Case, measure
+from cldm.training import curves, memory
 
 
 def test_each_switch_saves_where_it_should(capsys):
@@ -38,6 +39,14 @@ def test_the_command_prints_a_table(capsys, monkeypatch):
     )
     assert sampling_memory.main(["cldm_tiny", "--sizes", "60"]) == 2
     assert "multiples of 64, found 60" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [sampling_memory, memory, curves])
+def test_a_misspelt_option_is_one_line_and_exit_2(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--sizs", "a"])
+    error = capsys.readouterr().err
+    assert "--sizs" in error and error.count("\n") == 1
 
 
 def test_previews_show_about_the_colours_of_the_picture():
