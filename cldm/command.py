@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 # What the user can mend. Any other error is a defect, of this library or another one, and keeps its traceback.
-MISTAKES = (ConfigError, DataError, CheckpointError, OSError)
+MISTAKES = (ConfigError, DataError, CheckpointError, FloatingPointError, OSError)
 
 
 class Parser(argparse.ArgumentParser):

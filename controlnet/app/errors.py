@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 _SECONDS = 20  # that a message stays
 # What people can mend. The annotators raise ValueError, and ImportError for an extra that is not installed.
-_MENDABLE = (*MISTAKES, ValueError, FloatingPointError, ImportError)
+_MENDABLE = (*MISTAKES, ValueError, ImportError)
 
 
 def complaint(error: Exception) -> str:

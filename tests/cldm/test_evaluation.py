@@ -14,7 +14,7 @@ from cldm.checkpoint.control import add_control
 from cldm.config import resolve
 from cldm.data.fill import generate_fill
 from cldm.data.scenes import generate_scenes
-from cldm.evaluate import Unavailable, clip_score, fid, held_out, main
+from cldm.evaluate import Unavailable, clip_score, fid, held_out, load_model, main
 from cldm.evaluation import (
     COMPARISONS,
     CONDITIONS,
@@ -238,7 +238,6 @@ def test_a_checkpoint_and_a_folder(work, capsys):
 
 def test_a_control_alone_on_its_base(work):
     from cldm.checkpoint import convert
-    from cldm.evaluate import load_model
     from cldm.model import create_model
 
     convert(work / "full.safetensors", work / "control.safetensors", "control")
@@ -291,6 +290,19 @@ def test_too_little_memory_is_one_line_that_says_what_helps(work, tmp_path, caps
     command = [str(work / "full.safetensors"), str(work / "data"), "--condition", "fill", "--device", "cpu"]
     assert main([*command, "--out", str(tmp_path)]) == 2
     assert "not enough memory; a smaller --batch-size may help (CUDA out of memory.)" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_named_in_one_line(work, tmp_path, capsys, monkeypatch):
+    def broken(*args):
+        model = load_model(*args)
+        model.model.diffusion_model.out[2].bias.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr("cldm.evaluate.load_model", broken)
+    command = [str(work / "full.safetensors"), str(work / "data"), *"--condition fill --device cpu --steps 1".split()]
+    assert main([*command, "--pairs", "1", "--out", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("python -m cldm.evaluate: sampling gives NaN") and "diffusion_model.out.2" in line
 
 
 def test_shards_are_not_taken_for_a_folder_that_lacks_its_listing(tmp_path):
