@@ -180,7 +180,7 @@ def _told(file: WeightsFile) -> dict[str, Any]:
     scale: Any = file.configs.get("vae", {}).get("scaling_factor")
     if scale is None and any(key.startswith(VAE_PREFIX) for key in file):
         scale = file.metadata.get(SCALE_FACTOR)
-    with suppress(TypeError, ValueError):  # there is none, or it is no number
+    with suppress(TypeError, ValueError, OverflowError):  # there is none, or it is no number of ordinary size
         if 0 < float(scale) < math.inf:
             told[SCALE_FACTOR] = float(scale)
     return told

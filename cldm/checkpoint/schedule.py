@@ -150,7 +150,7 @@ def schedule_betas(params: Mapping[str, Any]) -> np.ndarray:
         else:
             name = params.get("beta_schedule", "linear")
             betas = make_beta_schedule(name, steps, start, end, params.get("cosine_s", _COSINE_S))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"the noise schedule cannot be made: {error}") from error
     # The last beta is 1 where nothing of the image is left at the end.
     plain = betas.ndim == 1 and 1 <= len(betas) <= _MAX_STEPS

@@ -552,6 +552,9 @@ def test_the_scale_is_that_of_the_vae(full: dict[str, Tensor], tmp_path: Path) -
     for nonsense in ("half", "nan", "inf", "0", "-0.5"):
         write_weights(base, without(full, CONTROL), {"scale_factor": nonsense}, overwrite=True, **QUIET)
         assert "scale_factor" not in identify(base).told
+    for number in (10**400, "half", [0.5], -1):
+        (folder / "vae" / "config.json").write_text(json.dumps({"scaling_factor": number}))
+        assert "scale_factor" not in identify(folder).told
     # A model with another scale would paint noise: the file is refused before anything is filled.
     with pytest.raises(CheckpointError, match=r"scales latents by 0.5, this model by .*; set `scale_factor: 0.5`"):
         create_model("cldm_tiny", weights=source)
@@ -655,6 +658,7 @@ def test_the_noise_schedule_is_that_of_the_unet(
         {"num_train_timesteps": 10**9},
         {"trained_betas": [0.1, "x"]},
         {"trained_betas": {"a": 1}},
+        {"trained_betas": [10**400]},
     ],
 )
 def test_senseless_schedulers_are_refused(base: Path, tmp_path: Path, scheduler: dict[str, object]) -> None:
