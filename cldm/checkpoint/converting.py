@@ -252,9 +252,11 @@ def _base_is_wanted(model: ModelWeights, base: ModelWeights | None, with_base: b
 
 def _same_values(a: LazyTensor, b: LazyTensor) -> bool:
     """Whether two tensors are equal, beyond what the coarser dtype of the two can tell."""
+    if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
+        return a.dtype == b.dtype and torch.equal(a.read(), b.read())
     if a.shape != b.shape:
         return False
-    fine, coarse = sorted((a.dtype, b.dtype), key=lambda t: torch.finfo(t).eps if t.is_floating_point else 0)
+    fine, coarse = sorted((a.dtype, b.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     x, y = a.read().to(coarse), b.read().to(coarse)
     if torch.equal(x, y) or fine.itemsize > coarse.itemsize or fine == coarse:
         return torch.equal(x, y)

@@ -509,6 +509,18 @@ def test_a_base_in_another_precision_is_the_same_base(
     assert any(line.startswith("1 entries of the UNet differ") for line in lines)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint16, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_compared_too(
+    base: Path, full: dict[str, Tensor], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    odd = {**full, UNET + "out.2.weight": (30 * full[UNET + "out.2.weight"]).to(dtype)}
+    source = saved(tmp_path / "odd.safetensors", odd)
+    lines = convert(source, tmp_path / "a.safetensors", "control", base=base, **QUIET)
+    assert any(line.startswith("1 entries of the UNet differ") for line in lines)
+    lines = convert(source, tmp_path / "b.safetensors", "control", base=source, **QUIET)
+    assert any("is that of" in line for line in lines)
+
+
 def test_options_and_metadata_that_do_not_belong(base: Path, full: dict[str, Tensor], tmp_path: Path) -> None:
     source = tmp_path / "full.safetensors"
     told = {"modelspec.hash_sha256": "0x1", "sshs_model_hash": "2", "modelspec.title": "mine", "ss_sd_model_hash": "3"}
