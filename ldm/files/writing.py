@@ -164,11 +164,10 @@ def check_output(
         if not exists:
             return
         for source in map(_follow, map(locate, inputs)):
-            same = source.exists() and os.path.samefile(source, place)  # also under another name
-            # A folder may hold links to the files that it stands for, as the hub's cache does.
-            if source.is_dir() and place.is_file():
-                same = any(part.is_file() and os.path.samefile(part, place) for part in source.rglob("*"))
-            if same or source in place.parents or place in source.parents:
+            # A folder may hold links to the files and folders that it stands for, as the hub's cache does.
+            parts = (source, *source.glob("*"), *source.glob("*/*"))
+            same = any(part.exists() and os.path.samefile(part, place) for part in parts)  # also under another name
+            if same or source in place.parents or any(place in _follow(part).parents for part in parts):
                 raise CheckpointError("is also the input, or part of it; choose another name")
         if place.is_dir() != folder:
             raise CheckpointError("is a file; name a folder" if folder else "is a folder; name a file")

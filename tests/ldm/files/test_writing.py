@@ -289,6 +289,16 @@ def test_inputs_are_never_outputs(tmp_path: Path) -> None:
     inside.symlink_to(real)
     with pytest.raises(CheckpointError, match="is also the input"):
         check_output(real, overwrite=True, inputs=[folder])
+    with pytest.raises(CheckpointError, match="is also the input"):
+        check_output(tmp_path, overwrite=True, files=CONTENT, inputs=[folder])
+    # A pipeline of parts that lie elsewhere.
+    elsewhere = (folder / "unet").rename(tmp_path / "elsewhere")
+    (folder / "unet").symlink_to(elsewhere)
+    (elsewhere / inside.name).unlink()
+    real.rename(elsewhere / inside.name)
+    for output, files in ((elsewhere / inside.name, None), (elsewhere, CONTENT)):
+        with pytest.raises(CheckpointError, match="is also the input"):
+            check_output(output, overwrite=True, files=files, inputs=[folder])
 
 
 def test_links_are_written_through(tmp_path: Path) -> None:
