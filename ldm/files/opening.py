@@ -198,11 +198,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, is too large for a configuration, or holds something else.
     """
-    with about(path):
-        if path.stat().st_size > _MAX_JSON:
+    file = OpenFile(path)
+    with about(path), file.stream:
+        if file.size > _MAX_JSON:
             raise CheckpointError("too large for a configuration")
         try:
-            parsed = json.loads(path.read_bytes().decode("utf-8"))
+            parsed = json.loads(file.read(0, file.size).decode("utf-8"))
         except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
             raise CheckpointError(f"not valid JSON: {str(error)[:100]}") from error
         if type(parsed) is not dict:

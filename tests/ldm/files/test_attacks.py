@@ -674,6 +674,9 @@ def test_no_file(tmp_path: Path) -> None:
     refused(tmp_path / "absent.ckpt", "does not exist")
     os.mkfifo(tmp_path / "pipe.ckpt")
     refused(tmp_path / "pipe.ckpt", "not an ordinary file")
+    (tmp_path / "model.safetensors.index.json").symlink_to(os.devnull)  # reading a pipe would wait for ever
+    with pytest.raises(CheckpointError, match="index.json: not an ordinary file"):
+        open_weights(tmp_path)
 
 
 @pytest.mark.parametrize("format", [*FORMATS, "safetensors"])
