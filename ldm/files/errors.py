@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_MOST = 1000  # characters of a message: what a file says, and a message quotes, may be of any length
+
 
 class CheckpointError(ValueError):
     """A weights file that cannot be read, recognised, used as asked, or written.
@@ -17,6 +19,8 @@ class CheckpointError(ValueError):
     """
 
     def __init__(self, problem: str, path: str | Path | None = None) -> None:
+        if len(problem) > _MOST:
+            problem = f"{problem[: _MOST // 2]} ... {problem[-_MOST // 2 :]}"
         super().__init__(problem)
         self.problem, self.path = problem, path
 

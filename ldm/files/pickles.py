@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from ldm.files.errors import CheckpointError
-from ldm.files.tensors import DTYPES, MAX_DIMENSIONS, STORAGE_NAMES, LazyTensor, OpenFile, is_shape, is_size
+from ldm.files.tensors import DTYPES, MAX_DIMENSIONS, MAX_TEXT, STORAGE_NAMES, LazyTensor, OpenFile, is_shape, is_size
 
 MAX_INSTRUCTIONS = 2**20  # a checkpoint of SD 1.5 with its optimizer needs about 2**17; each builds less than 256 bytes
-MAX_TEXT = 1000  # characters of a key or a name
 MAX_FOREIGN = 100  # names that are reported
 _MAX_ARGUMENTS = 10  # of a call; each call copies them
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ldm.files.errors import CheckpointError
-from ldm.files.tensors import SAFETENSORS_NAMES, LazyTensor, OpenFile, Tensors, WeightsFile, is_shape
+from ldm.files.tensors import MAX_TEXT, SAFETENSORS_NAMES, LazyTensor, OpenFile, Tensors, WeightsFile, is_shape
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 METADATA = "__metadata__"
@@ -76,6 +76,8 @@ def _parse(header: bytes) -> dict[str, Any]:
 def _describe(key: str, description: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     """Dtype, shape and the range of bytes of one tensor."""
     name = repr(key[:100])
+    if len(key) > MAX_TEXT:
+        raise CheckpointError(f"the safetensors header has a name of {len(key):,} characters, {name}...")
     if type(description) is not dict or not {"dtype", "shape", "data_offsets"} <= description.keys():
         raise CheckpointError(f"the safetensors header has no dtype, shape and data_offsets for {name}")
     dtype, shape, offsets = description["dtype"], description["shape"], description["data_offsets"]

@@ -36,6 +36,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*SAFETENSORS_NA
 FLOAT_DTYPES = {name: DTYPES[name] for name in ("float32", "float16", "bfloat16")}
 _DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 MAX_DIMENSIONS = 64
+MAX_TEXT = 1000  # characters of a key or a name
 _MAX_NUMBER = 2**62
 
 

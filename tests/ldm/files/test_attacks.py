@@ -602,6 +602,7 @@ _W = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         (b'{"w":' + json.dumps(_W).encode() + b',"w":' + json.dumps(_W).encode() + b"}", "twice"),
         (b'{"w":{"dtype":"F32","dtype":"F32","shape":[4],"data_offsets":[0,16]}}', "twice"),
         (b'{"w":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,16]}}', "JSON"),
+        ({"w": _W, "k" * 2000: _W}, "2,000 characters"),
         ({"w": 5}, "no dtype"),
         ({"w": {"dtype": "F32", "shape": [4]}}, "no dtype"),
         ({"w": _W | {"dtype": "F4"}}, "unknown dtype 'F4'"),
@@ -637,6 +638,15 @@ def test_safetensors_headers_that_lie(tmp_path: Path, header: Any, match: str) -
 def test_safetensors_header_lengths_that_lie(tmp_path: Path, length: int) -> None:
     with cheap():
         refused(safetensors(tmp_path / "w.safetensors", {"w": _W}, bytes(16), length=length))
+
+
+def test_messages_are_short_whatever_they_quote(tmp_path: Path) -> None:
+    safetensors(tmp_path / "a.safetensors", {"w": _W}, bytes(16))
+    weight_map = {"begins" + "k" * 100_000 + "ends": "a.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match="lacks 'beginsk.* ... k.*ends', which the index") as raised:
+        open_weights(tmp_path)
+    assert len(raised.value.problem) < 1100
 
 
 # Failed downloads and broken copies.
