@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import torch
 
@@ -61,7 +61,7 @@ def from_diffusers(component: str, tensors: Tensors, open_clip: bool = False) ->
 def _network(component: str, tensors: Tensors, reverse: bool) -> Converted:
     """A UNet, ControlNet or VAE under the names of the other side."""
     if component == "vae":
-        tensors = {_OLD_VAE_ATTENTION.sub(lambda m: f".to_{_NEW_NAMES[m[1]]}.", k): t for k, t in tensors.items()}
+        tensors = _under(lambda key: _OLD_VAE_ATTENTION.sub(lambda m: f".to_{_NEW_NAMES[m[1]]}.", key), tensors)
         converted, unknown = _renamed(tensors, _vae_pairs(tensors), reverse)
         for key, tensor in converted.items():  # 1x1 convolutions here are linear layers there
             if ".attentions." in key and tensor.shape[2:] == (1, 1):
@@ -94,17 +94,27 @@ def _renamed(tensors: Tensors, pairs: Pairs, reverse: bool = False) -> Converted
     """Tensors under the names of the other side: a key changes by the longest module name that it begins with."""
     table = {there: here for here, there in pairs} if reverse else dict(pairs)
     longest = max(map(len, table), default=0)
-    made: Tensors = {}
-    unknown = []
-    for key, tensor in tensors.items():
+    names: dict[str, str] = {}
+    for key in tensors:
         end = len(key) if len(key) <= longest else key.rfind(".", 0, longest + 1)
         while end > 0 and key[:end] not in table:
             end = key.rfind(".", 0, end)
         if end > 0:
-            made[table[key[:end]] + key[end:]] = tensor
-        else:
-            unknown.append(key)
-    return made, unknown
+            names[key] = table[key[:end]] + key[end:]
+    return _under(names.__getitem__, {key: tensors[key] for key in names}), [key for key in tensors if key not in names]
+
+
+def _under(name: Callable[[str], str], tensors: Tensors) -> Tensors:
+    """The tensors under other names.
+
+    Raises:
+        CheckpointError: two of them would have the same one.
+    """
+    made: Tensors = {}
+    for key, tensor in tensors.items():
+        if made.setdefault(name(key), tensor) is not tensor:
+            raise CheckpointError(f"{key!r} is there a second time, under another name for the same entry")
+    return made
 
 
 def count_blocks(keys: Iterable[str], pattern: str) -> Counter[int]:
@@ -262,7 +272,7 @@ def _text_to_diffusers(tensors: Tensors) -> Converted:
 
 
 def _text_from_diffusers(tensors: Tensors, open_clip: bool) -> Converted:
-    tensors = {text_key(key): tensor for key, tensor in tensors.items()}
+    tensors = _under(text_key, tensors)
     if not open_clip:
         known = {key: tensor for key, tensor in tensors.items() if key.startswith(_TEXT_MODULE)}
         return with_prefix(known, _CLIP_PREFIX), [key for key in tensors if key not in known]
@@ -271,7 +281,7 @@ def _text_from_diffusers(tensors: Tensors, open_clip: bool) -> Converted:
     _transpose_projection(rest)
     pairs = _open_clip_pairs(match[1] for match in split.values())
     converted, unknown = _renamed(rest, pairs, reverse=True)
-    for layer, kind in sorted({(int(match[1]), match[2]) for match in split.values()}):
+    for layer, kind in dict.fromkeys(match.groups() for match in split.values()):
         names = [f"text_model.encoder.layers.{layer}.self_attn.{which}_proj.{kind}" for which in "qkv"]
         missing = next((name for name in names if name not in tensors), None)
         if missing is not None:

@@ -139,6 +139,32 @@ def test_odd_names_and_shapes_are_refused_or_left(part: str, given: dict[str, tu
         from_diffusers(part, entries, open_clip=True)
 
 
+@pytest.mark.parametrize(
+    ("component", "one", "other"),
+    [
+        ("vae", "decoder.mid_block.attentions.0.to_q.weight", "decoder.mid_block.attentions.0.query.weight"),
+        (
+            "vae",
+            "encoder.down_blocks.0.resnets.0.conv_shortcut.bias",
+            "encoder.down_blocks.0.resnets.0.nin_shortcut.bias",
+        ),
+        ("text_encoder", "text_model.final_layer_norm.bias", "final_layer_norm.bias"),
+    ],
+)
+def test_of_two_entries_for_one_place_none_is_lost(component: str, one: str, other: str) -> None:
+    entries = {"encoder.down_blocks.0.resnets.0.conv1.weight": unread((2,)), one: unread((2, 2))}
+    converted, unknown = from_diffusers(component, entries)
+    assert len(converted) + len(unknown) == 2
+    with pytest.raises(CheckpointError, match=f"'{other}' is there a second time"):
+        from_diffusers(component, {**entries, other: unread((2, 2))})
+
+
+def test_layers_with_numbers_written_in_two_ways_are_two_layers() -> None:
+    names = [f"text_model.encoder.layers.{i}.self_attn.{name}_proj.bias" for i in ("1", "01") for name in "qkv"]
+    converted, unknown = from_diffusers("text_encoder", {name: unread((2,)) for name in names}, open_clip=True)
+    assert not unknown and len(converted) == 2
+
+
 @pytest.mark.parametrize("shape", [(), (4,), (4, 4, 4), (4, 4, 4, 4, 4)])
 @pytest.mark.parametrize(
     "key", ["input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", "out.2.weight"]
