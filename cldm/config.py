@@ -67,7 +67,7 @@ def load_config(path: str | Path) -> DictConfig:
         config = OmegaConf.load(found)
         if isinstance(config, DictConfig):
             OmegaConf.resolve(config)  # a reference to nothing is found here, and not when it is read
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigError(f"{found} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{found} must hold a mapping, found {type(config).__name__}")

@@ -96,8 +96,8 @@ def instantiate_from_config(config: Mapping[str, Any] | str, kind: type = torch.
             "it was not called"
         )
     params = config.get("params") or {}
-    if not isinstance(params, Mapping):
-        raise ConfigError(f"params of {config['target']} must be a mapping, found {params!r}")
+    if not (isinstance(params, Mapping) and all(isinstance(name, str) for name in params)):
+        raise ConfigError(f"params of {config['target']} must be a mapping from names, found {params!r}")
     return construct(target, config["target"], params)
 
 

@@ -90,4 +90,4 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
 
 def digest_of(path: Path) -> str:
     """Which configuration a table belongs to."""
-    return hashlib.sha256(path.read_text(encoding="utf-8").encode()).hexdigest()  # whatever the line endings are
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()  # whatever the line endings are

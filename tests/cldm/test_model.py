@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cldm.checkpoint import CheckpointError, add_control, convert
-from cldm.checkpoint.expected import build_entries
+from cldm.checkpoint.expected import build_entries, expected_entries
 from cldm.config import load_config, override
 from cldm.model import create_model, load_control, load_state_dict, load_weights
 from ldm.files import write_weights
@@ -335,9 +335,11 @@ def test_configurations_are_found_by_name_and_mistakes_named(tmp_path):
         load_config("control_v11p_sd15_cany.yaml")
     with pytest.raises(ConfigError, match="cldm_v15"):
         load_config("cldm_v99")
-    (tmp_path / "broken.yaml").write_text("model: [1, 2")
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        load_config(tmp_path / "broken.yaml")
+    for broken in ("model: [1, 2", "a: " + "[" * 5000 + "]" * 5000, "a: " + "9" * 5000, "a: ${b}\nb: ${a}", "a: \xff"):
+        (tmp_path / "broken.yaml").write_text(broken, encoding="latin-1")
+        for read in (load_config, expected_entries):
+            with pytest.raises(ConfigError, match="not valid YAML"):
+                read(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n- 2")
     with pytest.raises(ConfigError, match="must hold a mapping"):
         load_config(tmp_path / "list.yaml")

@@ -144,3 +144,9 @@ def test_a_number_that_is_something_else_is_named(place, value, message):
 def test_an_error_in_what_people_write_themselves_stays_what_it_is():
     with pytest.raises(TypeError, match="unsupported operand"):
         instantiate_from_config({"target": f"{__name__}.Faulty", "params": {"width": 3}})
+
+
+@pytest.mark.parametrize("params", [[1], "x", {1: 2}, {None: 2}])
+def test_parameters_that_have_no_names(params):
+    with pytest.raises(ConfigError, match="a mapping from names"):
+        instantiate_from_config({"target": f"{__name__}.Own", "params": params})
