@@ -49,8 +49,9 @@ def check_version(version: str, name: str = "version") -> str:
 
 
 def first_line(err: BaseException) -> str:
-    """An error's text without what follows its first line; its class if it has none."""
-    return (str(err).strip().splitlines() or [type(err).__name__])[0]
+    """The first line of an error's text, with `?` for control characters that it quotes; its class if it has no text."""
+    line = (str(err).strip().splitlines() or [type(err).__name__])[0]
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

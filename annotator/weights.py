@@ -211,4 +211,4 @@ def load_weights(
 
 
 def _some(keys: Sequence[object]) -> str:
-    return ", ".join(map(str, keys[:3])) + (", ..." if len(keys) > 3 else "")
+    return ", ".join(repr(key)[:200] for key in keys[:3]) + (", ..." if len(keys) > 3 else "")

@@ -16,6 +16,7 @@ from cldm.checkpoint.opening import ModelWeights, open_model
 from cldm.checkpoint.recognising import EMA_PREFIX, POOLING, SCALE_FACTOR, SCHEDULE_KEYS
 from cldm.checkpoint.schedule import completed
 from cldm.config import load_config, model_section, resolve
+from cldm.terminal import printable
 from ldm.files import CheckpointError, LazyTensor
 from ldm.files.tensors import Tensors, parse_dtype
 from ldm.initial_values import deferred_initial_values
@@ -156,7 +157,7 @@ class LoadReport:
             parts.append(f"{len(self.kept)} kept their values ({abbreviate(self.kept)})")
         if self.ignored:
             parts.append(f"{len(self.ignored)} of the file ignored ({abbreviate(self.ignored)})")
-        return "; ".join([*parts, *self.notes])
+        return printable("; ".join([*parts, *self.notes]))
 
 
 def abbreviate(keys: Iterable[str], most: int = 3) -> str:
@@ -349,4 +350,4 @@ def _misfit(
         lines.append(
             f"it holds {len(tensors)} entries ({abbreviate(tensors, 2)}): choose the configuration that belongs to it"
         )
-    return " ".join(lines)
+    return printable(" ".join(lines))

@@ -119,7 +119,7 @@ def test_only_what_trains_may_be_missing(folder, tmp_path, caplog):
     torch.save({"state_dict": fewer}, path)
     with caplog.at_level(logging.WARNING):
         UniformerDetector(device="cpu", weights=path)
-    assert "7 entries missing: auxiliary_head.convs" in caplog.text
+    assert "7 entries missing: 'auxiliary_head.convs" in caplog.text
     for left in ("backbone.", "auxiliary_head."):  # a file without `decode_head` would segment at random
         torch.save(
             {

@@ -1,5 +1,6 @@
 """Weight files: where they are looked for, how they are read, and what is said when they do not fit."""
 
+import json
 import os
 import threading
 import time
@@ -179,6 +180,19 @@ def test_broken_and_hostile_files_are_named_and_execute_nothing(tmp_path):
             read_state_dict(path)
 
 
+@pytest.mark.parametrize("sizes", [[0, 4], [4, 8]])
+def test_names_in_a_file_cannot_write_to_the_terminal(tmp_path, caplog, sizes):
+    """Neither through a warning, nor through what a library says of a damaged file."""
+    header = json.dumps({"\x1b[2Jkey": {"dtype": "F32", "shape": [1], "data_offsets": sizes}}).encode()
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(WeightsError, match=r"\[2Jkey") as raised:
+        load_weights(nn.Linear(1, 1), read_state_dict(path), path)
+    assert str(raised.value).isprintable()
+    load_weights(nn.Module(), {"\x1b[2Jkey": torch.zeros(1)}, path, optional="")
+    assert "[2Jkey" in caplog.text and "\x1b" not in caplog.text
+
+
 def test_files_of_other_networks_are_refused_with_some_of_the_entries():
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
     fitting = {key: torch.randn_like(tensor) for key, tensor in network.state_dict().items()}
@@ -186,7 +200,7 @@ def test_files_of_other_networks_are_refused_with_some_of_the_entries():
     assert torch.equal(network[0].weight, fitting["0.weight"].half().float())
 
     partial = {key: tensor for key, tensor in fitting.items() if key != "1.bias"} | {"head.weight": torch.zeros(1)}
-    with pytest.raises(WeightsError, match=r"net.pth does not fit Seq.*missing: 1.bias.*unexpected: head.weight"):
+    with pytest.raises(WeightsError, match=r"net.pth does not fit Seq.*missing: '1.bias'.*unexpected: 'head.weight'"):
         load_weights(network, partial, "net.pth")
     load_weights(network, partial, "net.pth", optional="1.b")
     assert torch.equal(network[1].weight, fitting["1.weight"])

@@ -255,6 +255,19 @@ def test_what_a_file_tells_of_its_model_is_not_passed_over(saved, tmp_path, capl
     assert create_model(folder / "small.yaml", weights=other).parameterization == "v"
 
 
+def test_names_in_a_file_cannot_write_to_the_terminal(saved, tmp_path, caplog):
+    model, folder = saved
+    odd = {"\x1b[2Jkey": torch.ones(1)}
+    write_weights(tmp_path / "odd.pt", {**model.state_dict(), **odd}, progress=False)
+    with caplog.at_level("INFO"):
+        create_model(folder / "small.yaml", weights=tmp_path / "odd.pt")
+    assert "[2Jkey" in caplog.text and "\x1b" not in caplog.text
+    write_weights(tmp_path / "odd.pt", odd, overwrite=True, progress=False)
+    with pytest.raises(CheckpointError, match=r"\[2Jkey") as raised:
+        create_model(folder / "small.yaml", weights=tmp_path / "odd.pt")
+    assert str(raised.value).isprintable()
+
+
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("dtype", [None, "float16", torch.bfloat16])
 def test_precision_and_device_of_a_new_model(saved, weights, dtype):
