@@ -24,6 +24,7 @@ _COSINE_S = 8e-3  # the offset that diffusers' cosine schedule always has
 _BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
 _OPTIONS = {"beta_start": "linear_start", "beta_end": "linear_end", "num_train_timesteps": "timesteps"}
 _MAX_STEPS = 100_000
+_SENSELESS = f"the betas of the noise schedule must be a list of 1 to {_MAX_STEPS} numbers in (0, 1)"
 _PRECISION = 1e-5  # relative difference of betas that are the same, in float32
 
 
@@ -99,6 +100,8 @@ def model_betas(params: Mapping[str, Any], source: ModelWeights | None) -> np.nd
         return own
     with about(source.path):
         if "betas" in source.tensors:
+            if source.tensors["betas"].numel > _MAX_STEPS:  # as a list it would be many times larger than in the file
+                raise CheckpointError(_SENSELESS)
             stored = source.tensors["betas"].read()
             betas = schedule_betas({"given_betas": stored.tolist()})
             precision = max(precision, 4 * torch.finfo(stored.dtype).eps if stored.dtype.is_floating_point else 0)
@@ -155,5 +158,5 @@ def schedule_betas(params: Mapping[str, Any]) -> np.ndarray:
     # The last beta is 1 where nothing of the image is left at the end.
     plain = betas.ndim == 1 and 1 <= len(betas) <= _MAX_STEPS
     if not plain or not ((betas > 0) & (betas <= 1)).all() or 1 in betas[:-1]:
-        raise CheckpointError(f"the betas of the noise schedule must be a list of 1 to {_MAX_STEPS} numbers in (0, 1)")
+        raise CheckpointError(_SENSELESS)
     return betas

@@ -9,14 +9,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from cldm.checkpoint import ModelWeights, add_control, convert, identify, transfer_control
+from cldm.checkpoint import ModelWeights, add_control, convert, identify, open_model, transfer_control
 from cldm.checkpoint.control import initial_values, join_control
-from cldm.checkpoint.schedule import completed
+from cldm.checkpoint.expected import model_params
+from cldm.checkpoint.schedule import completed, model_betas
 from cldm.config import load_config
 from cldm.model import create_model
 from ldm.files import CheckpointError, LazyTensor, open_weights, read_state_dict, write_weights, writing
 from ldm.util import ConfigError
-from tests.checkpoint.files import CONTROL, TEXT, UNET, VAE, only, same, saved, tiny_full, without
+from tests.checkpoint.files import CONFIG, CONTROL, TEXT, UNET, VAE, only, same, saved, tiny_full, without
 from tests.parity import load_json
 
 QUIET = {"progress": False}
@@ -683,6 +684,13 @@ def test_senseless_schedulers_are_refused(base: Path, tmp_path: Path, scheduler:
         convert(tmp_path / "pipe", tmp_path / "out.pt", "base", **QUIET)
     with pytest.raises(CheckpointError, match="pipe: scheduler_config.json: "):
         create_model("cldm_tiny", weights=tmp_path / "pipe")
+
+
+def test_a_stored_schedule_of_many_millions_is_refused_unread(base: Path) -> None:
+    with open_model(base) as model:
+        model.tensors["betas"] = LazyTensor((10**9,), torch.float16, lambda: pytest.fail("it was read"))
+        with pytest.raises(CheckpointError, match="betas of the noise schedule must be a list of 1 to"):
+            model_betas(model_params(CONFIG), model)
 
 
 @pytest.mark.parametrize(
