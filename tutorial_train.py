@@ -32,7 +32,7 @@ from cldm.data.fill import generate_fill
 from cldm.data.shards import find_shards
 from cldm.evaluation import Sampling
 from cldm.files import locked
-from cldm.low_memory import in_memory
+from cldm.low_memory import memory_advice
 from cldm.model import create_model
 from cldm.settings import explain
 from cldm.training.cache import CachedPairs, make_cache, release_encoders
@@ -81,11 +81,11 @@ def train(s: Settings) -> None:
         is_first = own_rank() == 0
         device = make_trainer(**trainer_options(s, s.steps)).strategy.root_device
 
-        # Mistakes in what these name are found before all pairs are read.
+        # A configuration that cannot be built, or weights that are not there, are found before all pairs are read.
         create_model(s.config, device="meta")
-        begun_with = locate(s.weights or s.base)
-        with about(begun_with):
-            begun_with.stat()
+        given = locate(s.weights or s.base)
+        with about(given):
+            given.stat()
 
         # Data: pairs to train on, and the last few held out.
         if s.data == TINY_DATA:
@@ -94,10 +94,10 @@ def train(s: Settings) -> None:
         data = open_data(s, run)
 
         # Model: the configuration, filled from weights with control.
-        weights = begun_with
-        if not s.weights:
+        weights = given
+        if not s.weights:  # it is a base without control
             weights = run.initial_weights(
-                begun_with, s.config, lambda path: add_control(begun_with, path, s.config, overwrite=True)
+                given, s.config, lambda path: add_control(given, path, s.config, overwrite=True)
             )
         identity = run.identify(weights)
         model: ControlLDM = create_model(s.config, weights=weights)
@@ -270,7 +270,9 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         return 0
 
     def work() -> None:
-        with in_memory("a smaller batch_size with a larger accumulate, recompute=all, a preset or smaller pictures"):
+        with memory_advice(
+            "a smaller batch_size with a larger accumulate, recompute=all, a preset or smaller pictures"
+        ):
             train(parse_settings(arguments))
 
     return run_command(

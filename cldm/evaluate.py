@@ -31,7 +31,7 @@ from cldm.data.pairs import PairDataset
 from cldm.data.shards import find_shards
 from cldm.evaluation import CONDITIONS, DRAWN, Fidelity, Sampling, Score, generate, save_comparison
 from cldm.files import locked, write_whole
-from cldm.low_memory import in_memory
+from cldm.low_memory import memory_advice
 from cldm.model import OPTIONAL, create_model, load_control, load_weights
 from cldm.terminal import show
 from ldm.util import ConfigError
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     arguments = build_parser(program).parse_args(argv)
 
     def work() -> None:
-        with in_memory("a smaller --batch-size"):
+        with memory_advice("a smaller --batch-size"):
             evaluate(arguments)
 
     return run_command(program, work, interrupted="interrupted; nothing was written")

@@ -38,7 +38,7 @@ from cldm.checkpoint.recognising import SCHEDULE_KEYS
 from cldm.cldm import ControlLDM
 from cldm.command import help_text, run_command
 from cldm.config import resolve
-from cldm.low_memory import in_memory
+from cldm.low_memory import memory_advice
 from cldm.model import OPTIONAL, add_control, create_model, load_control, load_weights
 from cldm.pipeline import SAMPLER_NAMES, ControlPipeline
 from cldm.prompts import DEFAULT_PROMPT
@@ -431,20 +431,16 @@ def _check_options(pipeline: ControlPipeline, job: Job, options: dict[str, Any],
         pipeline(hints[0] if len(hints) == 1 else hints, "", seed=seed, callback=stop, **_read_start(job), **options)
 
 
-def _run_in_memory(args: argparse.Namespace) -> int:
-    with in_memory("a smaller --size, --vae-tiles, --sliced-attention or --offload"):
-        return run(args)
-
-
 def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command; see the module's text for the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    return run_command(
-        program,
-        lambda: _run_in_memory(build_parser(program).parse_args(argv, argparse.Namespace(program=program))),
-        interrupted="interrupted; start it again to go on",
-        mistakes=(ValueError, OSError),
-    )
+
+    def work() -> int:
+        with memory_advice("a smaller --size, --vae-tiles, --sliced-attention or --offload"):
+            return run(build_parser(program).parse_args(argv, argparse.Namespace(program=program)))
+
+    interrupted = "interrupted; start it again to go on"
+    return run_command(program, work, interrupted=interrupted, mistakes=(ValueError, OSError))
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def in_memory(what_helps: str) -> Iterator[None]:
-    """Within it too little memory is a mistake of the user's, with what helps.
+def memory_advice(what_helps: str) -> Iterator[None]:
+    """Within it, running out of memory is an error of one line that says what helps.
 
     Raises:
         ConfigError: the memory does not suffice.

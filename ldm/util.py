@@ -4,12 +4,11 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-import numpy as np
 import torch
 
 T = TypeVar("T")
@@ -131,12 +130,16 @@ def construct(target: Callable[..., T], name: str, params: Mapping[str, Any]) ->
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from a configuration can be of an annotated kind; numbers and lists of some are looked at, and nothing else."""
+    """Whether a value from a configuration can be of an annotated kind. Of numbers and lists of them alone this is told; others fit."""
     parts = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         return any(_fits(value, part) for part in parts)
     if get_origin(kind) is Sequence:
-        return not isinstance(value, (str, Mapping)) and np.iterable(value) and all(_fits(v, parts[0]) for v in value)
+        return (
+            isinstance(value, Iterable)
+            and not isinstance(value, (str, Mapping))
+            and all(_fits(v, parts[0]) for v in value)
+        )
     numbers: dict[Any, type] = {int: Integral, float: Real, NoneType: NoneType}
     return isinstance(value, numbers.get(kind, object))
 

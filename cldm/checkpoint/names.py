@@ -61,7 +61,7 @@ def from_diffusers(component: str, tensors: Tensors, open_clip: bool = False) ->
 def _network(component: str, tensors: Tensors, reverse: bool) -> Converted:
     """A UNet, ControlNet or VAE under the names of the other side."""
     if component == "vae":
-        tensors = _under(lambda key: _OLD_VAE_ATTENTION.sub(lambda m: f".to_{_NEW_NAMES[m[1]]}.", key), tensors)
+        tensors = _change_keys(lambda key: _OLD_VAE_ATTENTION.sub(lambda m: f".to_{_NEW_NAMES[m[1]]}.", key), tensors)
         converted, unknown = _renamed(tensors, _vae_pairs(tensors), reverse)
         for key, tensor in converted.items():  # 1x1 convolutions here are linear layers there
             if ".attentions." in key and tensor.shape[2:] == (1, 1):
@@ -101,18 +101,20 @@ def _renamed(tensors: Tensors, pairs: Pairs, reverse: bool = False) -> Converted
             end = key.rfind(".", 0, end)
         if end > 0:
             names[key] = table[key[:end]] + key[end:]
-    return _under(names.__getitem__, {key: tensors[key] for key in names}), [key for key in tensors if key not in names]
+    return _change_keys(names.__getitem__, {key: tensors[key] for key in names}), [
+        key for key in tensors if key not in names
+    ]
 
 
-def _under(name: Callable[[str], str], tensors: Tensors) -> Tensors:
-    """The tensors under other names.
+def _change_keys(change: Callable[[str], str], tensors: Tensors) -> Tensors:
+    """The tensors under changed keys.
 
     Raises:
-        CheckpointError: two of them would have the same one.
+        CheckpointError: two of them would have the same key.
     """
     made: Tensors = {}
     for key, tensor in tensors.items():
-        if made.setdefault(name(key), tensor) is not tensor:
+        if made.setdefault(change(key), tensor) is not tensor:
             raise CheckpointError(f"{key!r} is there a second time, under another name for the same entry")
     return made
 
@@ -272,7 +274,7 @@ def _text_to_diffusers(tensors: Tensors) -> Converted:
 
 
 def _text_from_diffusers(tensors: Tensors, open_clip: bool) -> Converted:
-    tensors = _under(text_key, tensors)
+    tensors = _change_keys(text_key, tensors)
     if not open_clip:
         known = {key: tensor for key, tensor in tensors.items() if key.startswith(_TEXT_MODULE)}
         return with_prefix(known, _CLIP_PREFIX), [key for key in tensors if key not in known]

@@ -37,7 +37,7 @@ TARGETS = ("target", "jpg", "jpeg", "png", "webp", "image")
 TEXT_KEYS = ("prompt", "text", "caption")  # in `KEY.json`
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")  # of a shard; `tarfile` reads them all
 _META = r"__[^/]*__($|/)"  # files about an archive itself
-_EMPTY = 20  # epochs in a row in which one of several processes may get broken shards alone
+_MAX_EMPTY_EPOCHS = 20  # in a row, in which one of several processes may get broken shards alone
 _AHEAD = 50  # batches that are looked through for a replacement of a broken sample
 
 Sample = dict[str, Any]
@@ -194,7 +194,7 @@ class ShardStream(IterableDataset):
                 if len(begun[size]) == self.batch_size:
                     yield size, begun.pop(size)
             empty = 0 if usable else empty + 1
-            if empty == (1 if self.world_size == 1 else _EMPTY):  # another epoch deals out the shards anew
+            if empty == (1 if self.world_size == 1 else _MAX_EMPTY_EPOCHS):  # another epoch deals out the shards anew
                 raise DataError(f"no sample in the {len(self.shards)} shards ({self.shards[0]}, ...) can be used")
 
     def _samples(self, epoch: int) -> Iterator[Sample]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_MOST = 1000  # characters of a message: what a file says, and a message quotes, may be of any length
+_MAX_MESSAGE = 1000  # characters; what a message quotes of a file may be of any length
 
 
 class CheckpointError(ValueError):
@@ -19,8 +19,8 @@ class CheckpointError(ValueError):
     """
 
     def __init__(self, problem: str, path: str | Path | None = None) -> None:
-        if len(problem) > _MOST:
-            problem = f"{problem[: _MOST // 2]} ... {problem[-_MOST // 2 :]}"
+        if len(problem) > _MAX_MESSAGE:
+            problem = f"{problem[: _MAX_MESSAGE // 2]} ... {problem[-_MAX_MESSAGE // 2 :]}"
         super().__init__(problem)
         self.problem, self.path = problem, path
 
