@@ -34,7 +34,7 @@ def prepare(extra: str) -> None:
     made_for, *extras = STAMP.read_text().splitlines() if STAMP.is_file() else [""]
     if made_for != wanted:
         print(
-            f"making the environment in {ENVIRONMENT}: this takes some minutes, and up to 10 GB of disk, most of it for PyTorch",
+            f"making the environment in {ENVIRONMENT}: this takes some minutes, and about 7 GB of disk, most of it for PyTorch",
             flush=True,
         )
         make_environment()
