@@ -4,7 +4,7 @@ import importlib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -116,7 +116,9 @@ def construct(target: Callable[..., T], name: str, params: Mapping[str, Any]) ->
         if type(error) is not ValueError:  # it is one of the library's own
             raise
         raise ConfigError(f"{name}: {error}") from error
-    except TypeError as error:
+    except (TypeError, RuntimeError, ZeroDivisionError) as error:
+        if isinstance(error, RuntimeError) and "dimension" not in str(error):  # such as too little memory
+            raise
         # Which of its base classes' parameters a constructor fills in itself cannot be seen from outside.
         if re.search(r"__init__\(\) (missing \d+ required|got an unexpected keyword)", str(error)):
             raise ConfigError(f"{name}: {error}") from error
@@ -126,6 +128,9 @@ def construct(target: Callable[..., T], name: str, params: Mapping[str, Any]) ->
             if not _fits(value, kinds.get(key)):
                 kind = inspect.formatannotation(kinds[key]).replace("collections.abc.", "")
                 raise ConfigError(f"{name}: {key} must be {kind}, found {value!r}") from error
+        suspects = ", ".join(f"{key}={value!r}" for key, value in params.items() if _below_one(value))
+        if suspects:
+            raise ConfigError(f"{name} cannot be made with {suspects}: {error}") from error
         raise
 
 
@@ -141,7 +146,14 @@ def _fits(value: Any, kind: Any) -> bool:
             and all(_fits(v, parts[0]) for v in value)
         )
     numbers: dict[Any, type] = {int: Integral, float: Real, NoneType: NoneType}
-    return isinstance(value, numbers.get(kind, object))
+    return isinstance(value, numbers.get(kind, object)) and not (kind in (int, float) and isinstance(value, bool))
+
+
+def _below_one(value: Any) -> bool:
+    """Whether a value from a configuration is no size: a whole number below one, an empty list, or a list with such a number."""
+    if isinstance(value, Collection) and not isinstance(value, str):
+        return not value or any(map(_below_one, value))
+    return isinstance(value, Integral) and not isinstance(value, bool) and value < 1
 
 
 def _check_parameters(target: Any, name: str, params: Mapping[str, Any]) -> None:

@@ -125,6 +125,9 @@ def test_a_module_that_python_does_not_find():
         ("num_res_blocks", None, r"UNetModel: num_res_blocks must be int \| Sequence\[int\], found None"),
         ("ch", "abc", "ddconfig: ch must be int, found 'abc'"),
         ("timesteps", "abc", "LatentDiffusion: timesteps must be int, found 'abc'"),
+        ("in_channels", -4, "UNetModel cannot be made with in_channels=-4: .*negative dimension"),
+        ("model_channels", True, "UNetModel: model_channels must be int, found True"),
+        ("ch_mult", [-1], r"ddconfig cannot be made with ch_mult=\[-1\]"),
     ],
 )
 def test_a_number_that_is_something_else_is_named(place, value, message):
@@ -136,7 +139,7 @@ def test_a_number_that_is_something_else_is_named(place, value, message):
     }
     first = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"ddconfig": dd}}
     params = {"first_stage_config": first, "cond_stage_config": "__is_unconditional__", "unet_config": unet}
-    {"ch": dd, "timesteps": params}.get(place, unet["params"])[place] = value
+    {"ch": dd, "ch_mult": dd, "timesteps": params}.get(place, unet["params"])[place] = value
     with pytest.raises(ConfigError, match=message):
         instantiate_from_config({"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params})
 
