@@ -24,7 +24,7 @@ from annotator.registry import Hint, Request, describe, list_annotators
 from cldm.command import MISTAKES, help_text, run_command
 from cldm.data.checking import check_dataset
 from cldm.data.fill import PALETTES, generate_fill
-from cldm.data.folders import claim_folder, note_count
+from cldm.data.folders import claimed_folder, note_count
 from cldm.data.pairs import DataError, PairDataset
 from cldm.data.photos import (
     Framing,
@@ -184,11 +184,8 @@ def make_pairs(options: argparse.Namespace) -> int:
     pairs = plan_pairs(options.photos, prompts, photos, options.crops)
     annotator, parameters = load_annotator(options, options.condition)
     settings = made_with(annotator, {k: v for k, v in parameters.items() if k != "seed"}, options)
-    claim_folder(options.out, "photos.json", settings_of(framing, settings))
-    note_count(options.out, "photos.json", len(pairs))
     for complaint in complaints:
         fail(complaint, options.program)
-    todo = [pair for pair in pairs if not pair.is_current(options.out)]
     failed: set[Path] = set()
 
     def read(pair: PhotoPair) -> Request:
@@ -200,11 +197,14 @@ def make_pairs(options: argparse.Namespace) -> int:
     def write(pair: PhotoPair, hint: Hint) -> None:
         write_pair(options.out, pair, hint.source, hint.picture)
 
-    try:
-        failed = run_with_bar(options.program, options, annotator, todo, read, write, len(pairs), unit="pair")
-    finally:
-        made = list_pairs(options.out, (pair for pair in pairs if pair.picture not in failed))
-    note_count(options.out, "photos.json", made)  # not reached where the making was interrupted
+    with claimed_folder(options.out, "photos.json", settings_of(framing, settings)):
+        note_count(options.out, "photos.json", len(pairs))
+        todo = [pair for pair in pairs if not pair.is_current(options.out)]
+        try:
+            failed = run_with_bar(options.program, options, annotator, todo, read, write, len(pairs), unit="pair")
+        finally:
+            made = list_pairs(options.out, (pair for pair in pairs if pair.picture not in failed))
+        note_count(options.out, "photos.json", made)  # not reached where the making was interrupted
     used = len(prompts) - len(failed)
     show(
         f"{made} pairs of {used}{f' of the {len(photos)}' if used < len(photos) else ''} pictures are in {options.out}"

@@ -4,6 +4,7 @@ A picture is an array (H, W), (H, W, 3) or (H, W, 4), uint8, in grey, RGB or RGB
 """
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,8 +189,10 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def whole_file(path: str | os.PathLike, replace: bool = True) -> Iterator[BinaryIO]:
     """A file to write beside `path`, which takes its place, flushed to the disk, at the end: nobody ever sees half a file.
+
+    Without `replace` a file that is there stays, which is a FileExistsError: of several processes one succeeds.
 
     Folders are made. The temporary name is unique, so that two processes that write the same file do not disturb each other; the
     last one wins. After an error nothing is left.
@@ -202,16 +205,38 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        if replace or not _link(temporary, path):
+            os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Give a file a second name, FileExistsError if that is taken; whether the file system can do so."""
+    try:
+        os.link(source, target)
+        return True
+    except FileExistsError:
         raise
+    except OSError:
+        if target.exists():
+            raise FileExistsError(target) from None
+        return False
 
 
 def write_whole(path: str | os.PathLike, data: bytes) -> None:
     """Write a file whole or not at all; see `whole_file`."""
     with whole_file(path) as file:
         file.write(data)
+
+
+def changed_at(path: Path) -> int:
+    """When a file came to be what it is here, in nanoseconds: it changed, or took the place of another with its old date.
+
+    A date in the future, of a camera's clock say, does not count.
+    """
+    found, now = path.stat(), time.time_ns()
+    return max((date for date in (found.st_mtime_ns, found.st_ctime_ns) if date <= now), default=0)
 
 
 def find_pictures(source: Path, target: Path | None = None, maps: bool = False) -> list[Path]:

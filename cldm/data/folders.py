@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,27 @@ import numpy as np
 from tqdm import tqdm
 
 from cldm.data.pairs import LISTING, NOTES, DataError
-from cldm.files import write_whole
+from cldm.files import whole_file, write_whole
 from cldm.pictures import save_png
 
 _COUNT = "pairs"  # in a note: how many there are when the making is done
 
 
-def claim_folder(folder: Path, note: str, settings: Mapping[str, Any]) -> None:
-    """Make the folder and note in it what it holds, or check that it holds just this.
+@contextmanager
+def claimed_folder(folder: Path, note: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Within it a data folder is made: `claim_folder`, whose note goes again if nothing was made in the end."""
+    claimed = claim_folder(folder, note, settings)
+    try:
+        yield
+    finally:
+        if claimed and not _holds_files(folder, note):
+            (folder / note).unlink(missing_ok=True)
+
+
+def claim_folder(folder: Path, note: str, settings: Mapping[str, Any]) -> bool:
+    """Make the folder and note in it what it holds, or check that it holds just this; whether the note is new.
+
+    Of several processes that begin at once, one writes the note, and the others find it.
 
     Args:
         note: name of the file with the settings.
@@ -27,22 +41,36 @@ def claim_folder(folder: Path, note: str, settings: Mapping[str, Any]) -> None:
     Raises:
         DataError: it holds something else.
     """
-    path = folder / note
+    path, text = folder / note, _as_text(settings)
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; choose another place for the data folder")
-    # Hidden files are a file manager's, or notes that a process beside this one is writing, or was when it was killed.
-    found_here = (file for file in folder.rglob("*") if file != path and not file.name.startswith("."))
-    others = folder.is_dir() and any(not file.is_dir() for file in found_here)
-    if path.is_file() and others:
-        known = read_note(path)
-        found = {key: value for key, value in known.items() if key != _COUNT}
-        if found == settings:
-            return
-        changed = ", ".join(key for key in settings if found.get(key) != settings[key]) or "what it notes"
-        raise DataError(f"{folder} was made with other settings ({changed}; see {path}); choose another folder")
-    if others:
+    holds_files = _holds_files(folder, note)
+    if holds_files and not path.is_file():
         raise DataError(f"{folder} is not empty and was not made by this command; choose another folder")
-    _write_note(path, settings)
+    try:
+        with whole_file(path, replace=False) as file:
+            file.write(text)
+        return True
+    except FileExistsError:
+        known = read_note(path)
+    if not known and not holds_files:  # it is broken, and of nothing
+        write_whole(path, text)
+        return True
+    found = {key: value for key, value in known.items() if key != _COUNT}
+    if found != settings:
+        changed = ", ".join(key for key in settings if found.get(key) != settings[key]) or "what it notes"
+        reason, way_out = f"made with other settings ({changed}; see {path})", "choose another folder"
+        if not holds_files:
+            raise DataError(f"{folder} is just being {reason}; {way_out}, or delete that file if no other run is on")
+        raise DataError(f"{folder} was {reason}; {way_out}")
+    return False
+
+
+def _holds_files(folder: Path, note: str) -> bool:
+    """Whether there is more than the note; hidden files are a file manager's, or were being written by a process that was killed."""
+    return any(
+        file != folder / note and not file.name.startswith(".") and not file.is_dir() for file in folder.rglob("*")
+    )
 
 
 def note_count(folder: Path, note: str, count: int) -> None:
@@ -50,7 +78,7 @@ def note_count(folder: Path, note: str, count: int) -> None:
     path = folder / note
     known = read_note(path)
     if known.get(_COUNT) != count:
-        _write_note(path, {**known, _COUNT: count})
+        write_whole(path, _as_text({**known, _COUNT: count}))
 
 
 def unfinished(folder: Path, listed: int) -> str:
@@ -74,8 +102,8 @@ def read_note(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write_note(path: Path, content: Mapping[str, object]) -> None:
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+def _as_text(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def write_listing(folder: Path, entries: Iterable[Mapping[str, str]]) -> Path:
@@ -125,29 +153,29 @@ def draw_folder(
         raise DataError(f"seed must not be negative, found {seed}")
     if workers is not None and workers < 1:
         raise DataError(f"workers must be at least 1, found {workers}")
-    claim_folder(folder, note, settings)
-    note_count(folder, note, count)
-    for part in ("source", "target"):
-        (folder / part).mkdir(exist_ok=True)
-    todo = [i for i in range(count) if not all((folder / part / f"{i}.png").is_file() for part in ("source", "target"))]
 
     def write(index: int) -> None:
         source, target = draw(index)
         save_png(folder / f"source/{index}.png", source)
         save_png(folder / f"target/{index}.png", target)  # last: where it is, the pair is whole
 
+    def is_made(index: int) -> bool:
+        return all((folder / part / f"{index}.png").is_file() for part in ("source", "target"))
+
     # Threads, not processes: drawing and encoding run outside Python's lock, and processes would each import torch first.
-    with (
-        tqdm(
-            total=count, initial=count - len(todo), unit="pair", desc=str(folder), disable=None if progress else True
-        ) as bar,
-        ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool,
-    ):
-        # In portions, so that an interruption does not wait for all that was queued.
-        for start in range(0, len(todo), 1000):
-            for done in as_completed([pool.submit(write, index) for index in todo[start : start + 1000]]):
-                done.result()
-                bar.update()
-    return write_listing(
-        folder, ({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt(i)} for i in range(count))
-    )
+    with claimed_folder(folder, note, settings), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        note_count(folder, note, count)
+        for part in ("source", "target"):
+            (folder / part).mkdir(exist_ok=True)
+        todo = [i for i in range(count) if not is_made(i)]
+        options: dict[str, Any] = {"unit": "pair", "desc": str(folder), "disable": None if progress else True}
+        with tqdm(total=count, initial=count - len(todo), **options) as bar:
+            # In portions, so that an interruption does not wait for all that was queued.
+            for start in range(0, len(todo), 1000):
+                for done in as_completed([pool.submit(write, index) for index in todo[start : start + 1000]]):
+                    done.result()
+                    bar.update()
+        return write_listing(
+            folder,
+            ({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt(i)} for i in range(count)),
+        )

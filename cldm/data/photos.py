@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from annotator.folder import seed_of
+from annotator.pictures import changed_at
 from cldm.data.folders import write_listing
 from cldm.data.pairs import LISTING, DataError, parse_object, read_rgb, resolved
 from cldm.pictures import save_png
@@ -132,7 +133,7 @@ class PhotoPair:
 
     def is_current(self, folder: Path) -> bool:
         """Whether both files are there, and not older than the photograph."""
-        return self.is_made(folder) and (folder / self.target).stat().st_mtime_ns >= self.picture.stat().st_mtime_ns
+        return self.is_made(folder) and (folder / self.target).stat().st_mtime_ns >= changed_at(self.picture)
 
 
 def plan_pairs(

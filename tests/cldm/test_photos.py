@@ -1,14 +1,18 @@
 """Pairs from photographs: parts, sizes, names and prompts."""
 
 import json
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cldm.data.folders import claim_folder
+from cldm.data.folders import claim_folder, claimed_folder
 from cldm.data.pairs import DataError
-from cldm.data.photos import Framing, bucket_sizes, parse_size, plan_pairs, read_prompts
+from cldm.data.photos import Framing, PhotoPair, bucket_sizes, parse_size, plan_pairs, read_prompts, write_pair
 
 
 def test_sizes():
@@ -127,8 +131,15 @@ def test_a_folder_is_claimed_once(tmp_path):
     out = tmp_path / "new" / "out"
     out.mkdir(parents=True)
     (out / ".0a.tmp").touch()  # a note that another process is just writing
-    claim_folder(out, "note.json", {"size": 1, "seed": 0})
-    claim_folder(out, "note.json", {"size": 2, "seed": 0})  # nothing was made with the first settings
+    with claimed_folder(out, "note.json", {"size": 1, "seed": 0}):
+        with pytest.raises(ValueError, match=r"just being made with other settings \(size; see .* or delete that file"):
+            claim_folder(out, "note.json", {"size": 2, "seed": 0})
+        with claimed_folder(out, "note.json", {"size": 1, "seed": 0}):
+            pass
+        assert (out / "note.json").exists()  # it goes with the run that wrote it
+    assert not (out / "note.json").exists()  # nothing was made with the first settings
+    (out / "note.json").touch()  # such as a full disk leaves it
+    claim_folder(out, "note.json", {"size": 2, "seed": 0})
     (out / "target").mkdir()
     (out / "target" / "a.png").touch()
     claim_folder(out, "note.json", {"size": 2, "seed": 0})
@@ -140,3 +151,37 @@ def test_a_folder_is_claimed_once(tmp_path):
     (out / "note.json").unlink()
     with pytest.raises(ValueError, match="not made by this command"):
         claim_folder(out, "note.json", {"size": 2})
+
+
+def test_of_processes_that_claim_a_folder_at_once_one_wins(tmp_path):
+    def claim(seed):
+        try:
+            return claim_folder(tmp_path / "out", "note.json", {"seed": seed})
+        except DataError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(claim, range(40)))
+    assert found.count(True) == 1 and found.count(None) == 39
+    assert json.loads((tmp_path / "out" / "note.json").read_text()) == {"seed": found.index(True)}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["note.json"]
+
+
+def test_a_photograph_is_made_again_when_it_has_changed(tmp_path):
+    """By its date, or as one of older date that took its place; a date in the future, of a camera's clock, is none."""
+    photo, other = tmp_path / "a.jpg", tmp_path / "other.jpg"
+    photo.touch()
+    other.touch()
+    os.utime(photo, (4e9, 4e9))
+    os.utime(other, (1e9, 1e9))
+    pair = PhotoPair(photo, "a", "x")
+    black = np.zeros((64, 64, 3), np.uint8)
+    time.sleep(0.02)
+    write_pair(tmp_path, pair, black, black)
+    assert pair.is_current(tmp_path)
+    time.sleep(0.02)
+    shutil.copy2(other, photo)
+    assert not pair.is_current(tmp_path)
+    time.sleep(0.02)
+    write_pair(tmp_path, pair, black, black)
+    assert pair.is_current(tmp_path)
