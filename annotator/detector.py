@@ -10,7 +10,6 @@ Two conventions of calling meet in one class:
 import importlib
 import inspect
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -36,13 +35,11 @@ def use_version(version: str | None) -> None:
     _version = None if version is None else check_version(version)
 
 
-def default_version() -> str:
-    """The version that `use_version`, or the environment variable ANNOTATOR_VERSION, has chosen, else 1.0."""
-    return _version or check_version(os.environ.get(VERSION_VARIABLE) or VERSIONS[0], VERSION_VARIABLE)
-
-
-def check_version(version: str, name: str = "version") -> str:
-    """`version` itself; ValueError, which says where it comes from, if ControlNet has no such version."""
+def check_version(version: str | None = None) -> str:
+    """`version` itself, or if it is None the chosen one; ValueError if ControlNet has no such version."""
+    name = "version"
+    if version is None:
+        name, version = VERSION_VARIABLE, _version or os.environ.get(VERSION_VARIABLE) or VERSIONS[0]
     if version not in VERSIONS:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, VERSIONS))}, got {version!r}")
     return version
@@ -92,23 +89,6 @@ class Parameter:
         return self.kind(value)
 
 
-def read_parameters(function: Callable) -> dict[str, Parameter]:
-    """The arguments of `function` that are annotated with a range and a text, such as `Annotated[int, 1, 255, "what it is"]`.
-
-    A bool has a text only, `Annotated[Literal["a", "b"], "what it is"]` is one of several words.
-    """
-    hints = get_type_hints(function, include_extras=True)
-    parameters = {}
-    for name, argument in inspect.signature(function).parameters.items():
-        if get_origin(hints.get(name)) is Annotated:
-            kind, *limits, text = get_args(hints[name])
-            choices = get_args(kind) if get_origin(kind) is Literal else ()
-            kind = str if choices else next((part for part in get_args(kind) if part is not type(None)), kind)
-            minimum, maximum = limits or (None, None)
-            parameters[name] = Parameter(name, kind, argument.default, text, minimum, maximum, choices)
-    return parameters
-
-
 class Detector:
     """Picture in, map out. A subclass gives `detect`, or is a `annotator.network.NetworkDetector`.
 
@@ -118,6 +98,7 @@ class Detector:
         version: of ControlNet, "1.0" or "1.1", where they differ; see `use_version` for the default.
     """
 
+    extra: ClassVar[str] = ""  # of this package, that the detector needs
     call: ClassVar[str] = "detect"  # the method whose arguments, after the picture, are those of the detector
     # In controlnet_aux's way: "pil", or None for a result of the kind that was given; shorter side of the map, None for the picture's.
     output_type: ClassVar[str | None] = "pil"
@@ -133,7 +114,7 @@ class Detector:
             from annotator.network import choose_device
 
             choose_device(device)  # which computes nothing here, but must exist
-        self.version = default_version() if version is None else check_version(version)
+        self.version = check_version(version)
 
     def load(self, **parameters: Any) -> None:
         """Load what a call with these arguments needs and is not loaded yet; ValueError if it cannot be had."""
@@ -152,8 +133,20 @@ class Detector:
     @classmethod
     @cache
     def parameters(cls) -> dict[str, Parameter]:
-        """Those of the arguments that people may choose; see `read_parameters`."""
-        return read_parameters(getattr(cls, cls.call))
+        """Those that are annotated with a range and a text, such as `Annotated[int, 1, 255, "what it is"]`, which people may choose.
+
+        A bool has a text only, `Annotated[Literal["a", "b"], "what it is"]` is one of several words.
+        """
+        hints = get_type_hints(getattr(cls, cls.call), include_extras=True)
+        parameters = {}
+        for name, default in cls.arguments().items():
+            if get_origin(hints.get(name)) is Annotated:
+                kind, *limits, text = get_args(hints[name])
+                choices = get_args(kind) if get_origin(kind) is Literal else ()
+                kind = str if choices else next((part for part in get_args(kind) if part is not type(None)), kind)
+                minimum, maximum = limits or (None, None)
+                parameters[name] = Parameter(name, kind, default, text, minimum, maximum, choices)
+        return parameters
 
     def __call__(self, input_image: Any = None, *args: Any, **parameters: Any) -> Any:
         """The map of a picture; see the module's text for the two conventions and `detect` or `decode` for the arguments.

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from annotator.detector import first_line, import_extra
 from annotator.network import NetworkDetector, inference
-from annotator.weights import FOLDER_VARIABLE, Hub, WeightsError, find_weights, refuse_unsafe_pickle, search_folders
+from annotator.weights import (
+    FOLDER_VARIABLE,
+    Hub,
+    WeightsError,
+    find_local,
+    find_weights,
+    refuse_unsafe_pickle,
+    search_folders,
+)
 
-EXTRA = "detectors"
 CONFIG = "config.json"
 # Nothing is fetched unseen, and no code of a model is run.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -25,10 +32,15 @@ MODEL_ID = r"[\w.-]+/[\w.-]+"  # owner/name
 class LibraryDetector(NetworkDetector):
     """A detector whose network does all between picture and result: a subclass gives `predict` and `decode`.
 
-    Pictures with a side below 32 pixels, where libraries fail, are padded.
+    Pictures with a side below 32 pixels, where libraries fail, are padded. `library` is imported before weights are fetched.
     """
 
+    library: ClassVar[str]
     min_side = 32
+
+    def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
+        import_extra(self.library, self.extra)
+        return super().find_file(name, filenames)
 
     def encode(self, image: np.ndarray) -> Tensor:
         return torch.from_numpy(np.require(image, requirements=["C", "W"]))
@@ -60,19 +72,18 @@ class HubModelDetector(LibraryDetector):
         processor: the image processor that belongs to the network.
     """
 
+    library, extra = "transformers", "detectors"
     model: ClassVar[str]
     auto_class: ClassVar[str]
     processor: Any
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
-        import_extra("transformers", EXTRA)  # rather now than after a long download
+        self.transformers: Any = import_extra(self.library, self.extra)
         if isinstance(self.weights, Hub):
             published = bool(self.filenames) or (bool(filenames) and self.weights.repository == self.repository)
         else:
-            places = search_folders() if self.weights is None else [Path(self.weights).expanduser()]
-            files = [file for place in places for file in (place, *(place / name for name in filenames))]
-            published = bool(filenames) and any(file.is_file() for file in files)
-        return find_weights(filenames, self.weights) if published else find_model(self.weights, self.model)
+            published = bool(filenames) and find_local(filenames, self.weights) is not None
+        return super().find_file(name, filenames) if published else find_model(self.weights, self.model)
 
     def load_network(self, name: str, path: Path) -> nn.Module:
         try:
@@ -89,11 +100,10 @@ class HubModelDetector(LibraryDetector):
 
     def load_model(self, path: Path) -> tuple[Any, Iterable[str]]:
         """The network of a model's folder, and its entries that no file there holds; sets `processor`."""
-        transformers = import_extra("transformers", EXTRA)
         if not any(path.glob("*.safetensors")):
             for pickle in path.glob("*.bin"):
                 refuse_unsafe_pickle(pickle)
-        self.processor = transformers.AutoImageProcessor.from_pretrained(path, **self.processor_options(path))
+        self.processor = self.transformers.AutoImageProcessor.from_pretrained(path, **self.processor_options(path))
         network, report = self.network_class(path).from_pretrained(path, output_loading_info=True, **LOCAL)
         return network, report["missing_keys"]
 
@@ -103,7 +113,7 @@ class HubModelDetector(LibraryDetector):
 
     def network_class(self, path: Path) -> Any:
         """The class of transformers that loads the network of a folder."""
-        return getattr(import_extra("transformers", EXTRA), self.auto_class)
+        return getattr(self.transformers, self.auto_class)
 
     def processor_options(self, path: Path) -> dict[str, Any]:
         """How the image processor of a folder is loaded."""
@@ -134,11 +144,11 @@ def find_model(weights: Any, model: str) -> Path:
         return _fetch(weights)
     name = model.split("/")[-1]
     place = Path(weights or "").expanduser()
-    for folder in (place, place / name) if weights else [folder / name for folder in search_folders()]:
+    places = [place, place / name] if weights else [folder / name for folder in search_folders()]
+    for folder in places:
         if (folder / CONFIG).is_file():
             return folder
     if weights is None:
-        places = [folder / name for folder in search_folders()]
         try:
             return _fetch(Hub(model))
         except WeightsError as err:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from annotator.detector import Detector, check_version, default_version, first_line
+from annotator.detector import Detector, check_version, first_line
 from annotator.pictures import HWC3, pad_to_multiple
 from annotator.weights import REPOSITORY, Hub, find_weights, fingerprint, load_weights, read_state_dict
 
@@ -116,7 +116,7 @@ class NetworkDetector(Detector):
         version: str | None = None,
         filenames: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
-        self.version = default_version() if version is None else check_version(version)
+        self.version = check_version(version)
         self.device = choose_device(device)
         self.weights = weights
         self.filenames = filenames or {}

@@ -7,7 +7,7 @@ white lines on black are shown inverted; in 1.1 Canny has a size of its own too,
 import importlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from annotator.canny import check_thresholds
-from annotator.detector import VERSIONS, Detector, Parameter, check_version, default_version
+from annotator.detector import VERSIONS, Detector, Parameter, check_version
 from annotator.inpaint import cut_hole, picture_with_hole, scale_with_hole, show_hole
 from annotator.pictures import HWC3, Picture, as_array, check_image, resize, resize_image, without_alpha
 from annotator.scribble import fake_scribble
@@ -53,9 +53,8 @@ class AnnotatorInfo:
     Attributes:
         detector: dotted path of the class, imported when it is needed.
         weights: what must be fetched: published files, or the id of a model.
-        extra: the extra of this package that the detector needs.
-        offers: arguments that people may choose; ranges and defaults stand in the detector's signature.
-        defaults_here: where they are not the detector's own.
+        only: the arguments that people may choose, if not all that the detector's signature gives a range.
+        defaults_here: of arguments, where they are not the detector's own.
         check: raises ValueError for values that do not fit together.
         works_at: on the picture at `detect_resolution` ("detect"), at its final size ("image"), or as it was given ("input").
         detect_resolution: shorter side of what the detector is given; None unless `works_at` is "detect".
@@ -68,12 +67,11 @@ class AnnotatorInfo:
     """
 
     name: str
-    version: str
     title: str
     detector: str
     weights: str = ""
-    extra: str = ""
-    offers: tuple[str, ...] = ()
+    version: str = "1.1"
+    only: tuple[str, ...] | None = None
     defaults_here: Mapping[str, Any] = field(default_factory=dict)
     check: Callable[[dict[str, Any]], object] | None = None
     works_at: str = "detect"
@@ -100,9 +98,19 @@ class AnnotatorInfo:
         return getattr(importlib.import_module(module), name)
 
     @property
+    def extra(self) -> str:
+        """The extra of this package that the detector needs."""
+        return self.detector_class.extra
+
+    @property
     def parameters(self) -> tuple[Parameter, ...]:
         """What people may choose; imports the detector."""
-        return tuple(self.detector_class.parameters()[name] for name in self.offers)
+        known = self.detector_class.parameters().values()
+        return tuple(parameter for parameter in known if self.only is None or parameter.name in self.only)
+
+    @property
+    def offers(self) -> tuple[str, ...]:
+        return tuple(parameter.name for parameter in self.parameters)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -225,90 +233,74 @@ class Annotator:
         return Hint(self.info, self.info.finish(map), request.picture[:, :, :3])
 
 
-# Title, class and weights of what both versions have.
-CANNY = ("Canny edges", "annotator.canny.CannyDetector")
-MLSD = ("straight lines (M-LSD)", "annotator.mlsd.MLSDdetector", "mlsd_large_512_fp32.pth")
-SCRIBBLE = ("a user's scribble, dark on light", "annotator.scribble.ScribbleDetector")
-INTERACTIVE = ("a drawn mask, light on dark", "annotator.scribble.InteractiveScribbleDetector")
-POSE_FILES = "body_pose_model.pth, hand_pose_model.pth, 1.1: facenet.pth"
-POSE = ("human pose (OpenPose)", "annotator.openpose.OpenposeDetector", POSE_FILES)
-SEG = ("semantic segmentation (UniFormer)", "annotator.uniformer.UniformerDetector", "upernet_global_small.pth")
-MIDAS = ("annotator.midas.MidasDetector", "dpt_hybrid-midas-501f0c75.pt")
-HED, OLD_OR_NEW = "annotator.hed.HEDdetector", "ControlNetHED.pth or network-bsds500.pth"
-PIDINET = ("annotator.pidinet.PidiNetDetector", "table5_pidinet.pth")
-THRESHOLDS = ("low_threshold", "high_threshold")
+def both_versions(info: AnnotatorInfo, **older: Any) -> list[AnnotatorInfo]:
+    """A condition's records in 1.0, where `older` is different, and in 1.1."""
+    return [replace(info, version="1.0", **older), info]
 
-# Each record: name, version, title, class, weights, and what is not the usual. Detectors that ControlNet did not have follow 1.1.
+
+NEAREST = cv2.INTER_NEAREST
+HED = AnnotatorInfo("hed", "soft edges (HED)", "annotator.hed.HEDdetector", "ControlNetHED.pth")
+OLD_OR_NEW = "ControlNetHED.pth or network-bsds500.pth"
+PIDINET = AnnotatorInfo("pidinet", "soft edges (PiDiNet)", "annotator.pidinet.PidiNetDetector", "table5_pidinet.pth")
+MIDAS = AnnotatorInfo("depth", "depth (MiDaS)", "annotator.midas.MidasDetector", "dpt_hybrid-midas-501f0c75.pt",
+                      only=(), detect_resolution=384)  # fmt: skip
+
+# Each record: name, title, class, weights, and what is not the usual. Detectors that ControlNet did not have follow 1.1.
 CONDITIONS = [
-    AnnotatorInfo("canny", "1.0", *CANNY, offers=THRESHOLDS, check=check_thresholds, works_at="image", to_shown=invert),
-    AnnotatorInfo("canny", "1.1", *CANNY, offers=THRESHOLDS, check=check_thresholds),
-    AnnotatorInfo("mlsd", "1.0", *MLSD, offers=("thr_v", "thr_d"), interpolation=cv2.INTER_NEAREST, to_shown=thicken_and_invert),
-    AnnotatorInfo("mlsd", "1.1", *MLSD, offers=("thr_v", "thr_d")),
-    AnnotatorInfo("hed", "1.0", "soft edges (HED)", HED, OLD_OR_NEW),
-    AnnotatorInfo("hed", "1.1", "soft edges (HED)", HED, "ControlNetHED.pth", offers=("safe",)),
-    AnnotatorInfo("scribble", "1.0", *SCRIBBLE, works_at="image", to_shown=invert),
-    AnnotatorInfo("scribble", "1.1", *SCRIBBLE, works_at="image"),
-    AnnotatorInfo("scribble_interactive", "1.0", *INTERACTIVE, works_at="image", takes=without_alpha, to_shown=invert),
-    AnnotatorInfo("scribble_interactive", "1.1", *INTERACTIVE, works_at="image", takes=without_alpha),
-    AnnotatorInfo("fake_scribble", "1.0", "scribble made from HED edges", HED, OLD_OR_NEW, finish=fake_scribble, to_shown=invert),
-    AnnotatorInfo("fake_scribble", "1.1", "scribble made from HED edges", HED, "ControlNetHED.pth", finish=fake_scribble),
-    AnnotatorInfo("fake_scribble_pidinet", "1.1", "scribble made from PiDiNet edges", *PIDINET, finish=fake_scribble),
-    AnnotatorInfo("openpose", "1.0", *POSE, offers=("hand",), interpolation=cv2.INTER_NEAREST, output=0),
-    AnnotatorInfo("openpose", "1.1", *POSE, offers=("hand_and_face",)),
-    AnnotatorInfo("seg", "1.0", *SEG, interpolation=cv2.INTER_NEAREST),
-    AnnotatorInfo("seg", "1.1", *SEG),
-    AnnotatorInfo("depth", "1.0", "depth (MiDaS)", *MIDAS, detect_resolution=384, output=0),
-    AnnotatorInfo("depth", "1.1", "depth (MiDaS)", *MIDAS, detect_resolution=384),
-    AnnotatorInfo("normal", "1.0", "normals from depth (MiDaS)", *MIDAS, offers=("a", "bg_th"), defaults_here={"bg_th": 0.4},
-                  detect_resolution=384, output=1, to_hint=scale_reversed),
-    AnnotatorInfo("normalbae", "1.1", "normals (NormalBae)", "annotator.normalbae.NormalBaeDetector", "scannet.pt"),
-    AnnotatorInfo("lineart", "1.1", "line art", "annotator.lineart.LineartDetector", "sk_model.pth, coarse: sk_model2.pth",
-                  offers=("coarse",), to_hint=scale_inverted),
-    AnnotatorInfo("lineart_anime", "1.1", "anime line art", "annotator.lineart_anime.LineartAnimeDetector", "netG.pth",
+    *both_versions(AnnotatorInfo("canny", "Canny edges", "annotator.canny.CannyDetector", check=check_thresholds),
+                   works_at="image", to_shown=invert),
+    *both_versions(AnnotatorInfo("mlsd", "straight lines (M-LSD)", "annotator.mlsd.MLSDdetector", "mlsd_large_512_fp32.pth"),
+                   interpolation=NEAREST, to_shown=thicken_and_invert),
+    *both_versions(HED, weights=OLD_OR_NEW, only=()),
+    *both_versions(AnnotatorInfo("scribble", "a user's scribble, dark on light", "annotator.scribble.ScribbleDetector",
+                                 works_at="image"), to_shown=invert),
+    *both_versions(AnnotatorInfo("scribble_interactive", "a drawn mask, light on dark", "annotator.scribble.InteractiveScribbleDetector",
+                                 works_at="image", takes=without_alpha), to_shown=invert),
+    *both_versions(replace(HED, name="fake_scribble", title="scribble made from HED edges", only=(), finish=fake_scribble),
+                   weights=OLD_OR_NEW, to_shown=invert),
+    replace(PIDINET, name="fake_scribble_pidinet", title="scribble made from PiDiNet edges", only=(), finish=fake_scribble),
+    *both_versions(AnnotatorInfo("openpose", "human pose (OpenPose)", "annotator.openpose.OpenposeDetector",
+                                 "body_pose_model.pth, hand_pose_model.pth, 1.1: facenet.pth", only=("hand_and_face",)),
+                   only=("hand",), interpolation=NEAREST, output=0),
+    *both_versions(AnnotatorInfo("seg", "semantic segmentation (UniFormer)", "annotator.uniformer.UniformerDetector",
+                                 "upernet_global_small.pth"), interpolation=NEAREST),
+    *both_versions(MIDAS, output=0),
+    replace(MIDAS, name="normal", version="1.0", title="normals from depth (MiDaS)", only=None, defaults_here={"bg_th": 0.4},
+            output=1, to_hint=scale_reversed),
+    AnnotatorInfo("normalbae", "normals (NormalBae)", "annotator.normalbae.NormalBaeDetector", "scannet.pt"),
+    AnnotatorInfo("lineart", "line art", "annotator.lineart.LineartDetector", "sk_model.pth, coarse: sk_model2.pth",
                   to_hint=scale_inverted),
-    AnnotatorInfo("pidinet", "1.1", "soft edges (PiDiNet)", *PIDINET, offers=("safe",)),
-    AnnotatorInfo("shuffle", "1.1", "shuffled content", "annotator.shuffle.ContentShuffleDetector", offers=("f", "seed"),
-                  works_at="input"),
-    AnnotatorInfo("tile", "1.1", "the picture itself, resized linearly", "annotator.pixels.TileDetector", works_at="input"),
-    AnnotatorInfo("ip2p", "1.1", "the picture itself, for instructions", "annotator.pixels.TileDetector", works_at="image"),
-    AnnotatorInfo("inpaint", "1.1", "the picture with a hole", "annotator.inpaint.InpaintDetector", offers=("blur",),
-                  works_at="image", takes=picture_with_hole, finish=check_image, to_hint=scale_with_hole, to_shown=show_hole),
+    AnnotatorInfo("lineart_anime", "anime line art", "annotator.lineart_anime.LineartAnimeDetector", "netG.pth", to_hint=scale_inverted),
+    PIDINET,
+    AnnotatorInfo("shuffle", "shuffled content", "annotator.shuffle.ContentShuffleDetector", works_at="input"),
+    AnnotatorInfo("tile", "the picture itself, resized linearly", "annotator.pixels.TileDetector", works_at="input"),
+    AnnotatorInfo("ip2p", "the picture itself, for instructions", "annotator.pixels.TileDetector", works_at="image"),
+    AnnotatorInfo("inpaint", "the picture with a hole", "annotator.inpaint.InpaintDetector", works_at="image", takes=picture_with_hole,
+                  finish=check_image, to_hint=scale_with_hole, to_shown=show_hole),
     # Conditions that neither version of ControlNet came with.
-    AnnotatorInfo("depth_anything", "1.1", "depth (Depth Anything V2 or another)",
-                  "annotator.depth_anything.DepthAnythingDetector", "depth-anything/Depth-Anything-V2-Small-hf",
-                  extra="detectors", offers=("distances",)),
-    AnnotatorInfo("depth_zoe", "1.1", "depth (ZoeDepth)", "annotator.zoe.ZoeDetector", "ZoeD_M12_N.pt or Intel/zoedepth-nyu",
-                  extra="detectors", offers=("gamma_corrected",), detect_resolution=384),
-    AnnotatorInfo("normal_from_depth", "1.1", "normals from depth (Depth Anything)",
-                  "annotator.depth_anything.DepthNormalDetector", "depth-anything/Depth-Anything-V2-Small-hf",
-                  extra="detectors", offers=("a", "bg_th", "distances")),
-    AnnotatorInfo("oneformer_ade20k", "1.1", "classes of ADE20K (OneFormer)",
-                  "annotator.oneformer.OneformerADE20kDetector", "shi-labs/oneformer_ade20k_swin_large", extra="detectors"),
-    AnnotatorInfo("oneformer_coco", "1.1", "classes of COCO (OneFormer)",
-                  "annotator.oneformer.OneformerCOCODetector", "shi-labs/oneformer_coco_swin_large", extra="detectors"),
-    AnnotatorInfo("segmentation", "1.1", "classes, objects (OneFormer, others)",
-                  "annotator.segmentation.SegmentationDetector", "shi-labs/oneformer_coco_swin_large", extra="detectors",
-                  offers=("task", "threshold"), interpolation=cv2.INTER_NEAREST),
-    AnnotatorInfo("segment_anything", "1.1", "masks (Segment Anything)", "annotator.sam.SamDetector",
-                  "facebook/sam-vit-base", extra="detectors",
-                  offers=("points", "pred_iou_thresh", "stability_score_thresh"), interpolation=cv2.INTER_NEAREST),
-    AnnotatorInfo("dwpose", "1.1", "human pose (DWPose)", "annotator.dwpose.DWposeDetector",
-                  "yolox_l.onnx, dw-ll_ucoco_384.onnx", extra="dwpose",
-                  offers=("include_body", "include_hand", "include_face")),
-    AnnotatorInfo("mediapipe_face", "1.1", "faces (MediaPipe)", "annotator.mediapipe_face.MediapipeFaceDetector",
-                  "face_landmarker.task", extra="face", offers=("max_faces", "min_confidence")),
-    AnnotatorInfo("teed", "1.1", "soft edges (TEED)", "annotator.teed.TEEDdetector", "5_model.pth", offers=("safe_steps",)),
-    AnnotatorInfo("invert", "1.1", "light for dark", "annotator.pixels.InvertDetector", works_at="image"),
-    AnnotatorInfo("threshold", "1.1", "black and white", "annotator.pixels.ThresholdDetector", offers=("threshold",),
-                  works_at="image"),
-    AnnotatorInfo("blur", "1.1", "the picture out of focus", "annotator.pixels.BlurDetector", offers=("sigma",),
-                  works_at="image"),
-    AnnotatorInfo("grey", "1.1", "the picture without colours", "annotator.pixels.GreyDetector",
-                  offers=("gamma", "intensity"), works_at="image"),
-    AnnotatorInfo("colour", "1.1", "a coarse grid of colours", "annotator.pixels.ColourDetector", offers=("cell",),
-                  works_at="image"),
-    AnnotatorInfo("tile_gaussian", "1.1", "the picture without fine detail", "annotator.pixels.GaussianTileDetector",
-                  offers=("scale_factor", "blur_strength"), works_at="image"),
+    AnnotatorInfo("depth_anything", "depth (Depth Anything V2 or another)", "annotator.depth_anything.DepthAnythingDetector",
+                  "depth-anything/Depth-Anything-V2-Small-hf"),
+    AnnotatorInfo("depth_zoe", "depth (ZoeDepth)", "annotator.zoe.ZoeDetector", "ZoeD_M12_N.pt or Intel/zoedepth-nyu",
+                  detect_resolution=384),
+    AnnotatorInfo("normal_from_depth", "normals from depth (Depth Anything)", "annotator.depth_anything.DepthNormalDetector",
+                  "depth-anything/Depth-Anything-V2-Small-hf"),
+    AnnotatorInfo("oneformer_ade20k", "classes of ADE20K (OneFormer)", "annotator.oneformer.OneformerADE20kDetector",
+                  "shi-labs/oneformer_ade20k_swin_large", only=()),
+    AnnotatorInfo("oneformer_coco", "classes of COCO (OneFormer)", "annotator.oneformer.OneformerCOCODetector",
+                  "shi-labs/oneformer_coco_swin_large", only=()),
+    AnnotatorInfo("segmentation", "classes, objects (OneFormer, others)", "annotator.segmentation.SegmentationDetector",
+                  "shi-labs/oneformer_coco_swin_large", interpolation=NEAREST),
+    AnnotatorInfo("segment_anything", "masks (Segment Anything)", "annotator.sam.SamDetector", "facebook/sam-vit-base",
+                  interpolation=NEAREST),
+    AnnotatorInfo("dwpose", "human pose (DWPose)", "annotator.dwpose.DWposeDetector", "yolox_l.onnx, dw-ll_ucoco_384.onnx"),
+    AnnotatorInfo("mediapipe_face", "faces (MediaPipe)", "annotator.mediapipe_face.MediapipeFaceDetector", "face_landmarker.task"),
+    AnnotatorInfo("teed", "soft edges (TEED)", "annotator.teed.TEEDdetector", "5_model.pth"),
+    AnnotatorInfo("invert", "light for dark", "annotator.pixels.InvertDetector", works_at="image"),
+    AnnotatorInfo("threshold", "black and white", "annotator.pixels.ThresholdDetector", works_at="image"),
+    AnnotatorInfo("blur", "the picture out of focus", "annotator.pixels.BlurDetector", works_at="image"),
+    AnnotatorInfo("grey", "the picture without colours", "annotator.pixels.GreyDetector", works_at="image"),
+    AnnotatorInfo("colour", "a coarse grid of colours", "annotator.pixels.ColourDetector", works_at="image"),
+    AnnotatorInfo("tile_gaussian", "the picture without fine detail", "annotator.pixels.GaussianTileDetector", works_at="image"),
 ]  # fmt: skip
 REGISTRY = {(info.name, info.version): info for info in CONDITIONS}
 
@@ -329,11 +321,10 @@ def describe(name: str, version: str | None = None) -> AnnotatorInfo:
     known = [candidate for candidate in VERSIONS if (name, candidate) in REGISTRY]
     if not known:
         raise ValueError(f"no annotator {name!r}; there are: {', '.join(list_annotators())}")
-    if version is None:
-        version = default_version() if default_version() in known else known[0]
-    if check_version(version) not in known:
+    wanted = check_version(version)
+    if version is not None and wanted not in known:
         raise ValueError(f"{name} exists in version {' and '.join(known)}, not in {version!r}")
-    return REGISTRY[name, version]
+    return REGISTRY[name, wanted if wanted in known else known[0]]
 
 
 def load(

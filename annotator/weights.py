@@ -50,6 +50,16 @@ def search_folders() -> list[Path]:
     return [CKPTS] + ([Path(named).expanduser()] if named else [])
 
 
+def find_local(filenames: Sequence[str], weights: str | os.PathLike | None) -> Path | None:
+    """One of the files, or `weights` if it is a file, where it is on this machine; see `find_weights`."""
+    places = search_folders() if weights is None else [Path(weights).expanduser()]
+    if weights is not None and places[0].is_file():
+        return places[0]
+    files = [place / name for place in places for name in filenames]
+    candidates = (candidate for file in files for candidate in (file, file.with_suffix(".safetensors")))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
 def find_weights(
     filenames: Sequence[str], weights: str | os.PathLike | Hub | None = None, repository: str = REPOSITORY
 ) -> Path:
@@ -72,14 +82,8 @@ def find_weights(
         except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
             reason = f"which is no folder here either: {first_line(err)}"
             raise WeightsError(f"cannot get {first} from {weights.repository}, {reason}") from err
-    places = search_folders() if weights is None else [Path(weights).expanduser()]
-    if weights is not None and places[0].is_file():
-        return places[0]
-    for place in places:
-        for name in filenames:
-            for candidate in (place / name, (place / name).with_suffix(".safetensors")):
-                if candidate.is_file():
-                    return candidate
+    if found := find_local(filenames, weights):
+        return found
     address = repository if _is_address(repository) else f"https://huggingface.co/{repository}/resolve/main/{first}"
     if weights is not None:
         raise WeightsError(
@@ -90,8 +94,8 @@ def find_weights(
         return _fetch(Hub(repository), first)
     except Exception as err:
         raise WeightsError(
-            f"cannot get the weights {first}: not in {', '.join(map(str, places))}; fetching {address} failed "
-            f"({first_line(err)}); put the file into {places[-1]}, or name its folder with the environment variable "
+            f"cannot get the weights {first}: not in {', '.join(map(str, search_folders()))}; fetching {address} failed "
+            f"({first_line(err)}); put the file into {search_folders()[-1]}, or name its folder with the environment variable "
             f"{FOLDER_VARIABLE} or as weights"
         ) from err
 

@@ -7,14 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from annotator.detector import first_line, import_extra
+from annotator.detector import first_line
 from annotator.dwpose import decoding
 from annotator.library import LibraryDetector
 from annotator.network import LazyNetwork
 from annotator.openpose import draw_pose
 from annotator.weights import WeightsError
 
-EXTRA = "dwpose"
 BOX_SIDE, CROP = 640, (384, 288)  # of the published networks, where the file leaves its input's size open
 
 
@@ -27,7 +26,8 @@ class OnnxNetwork(nn.Module):
 
     def to(self, device: torch.device) -> "OnnxNetwork":  # type: ignore[override]
         """Open the session; ValueError if this build of onnxruntime cannot compute there."""
-        onnxruntime = import_extra("onnxruntime", EXTRA)
+        import onnxruntime
+
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda":
             if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -58,6 +58,7 @@ class DWposeDetector(LibraryDetector):
     network = LazyNetwork("yolox_l.onnx")
     pose_network = LazyNetwork("dw-ll_ucoco_384.onnx")
     repository = "yzd-v/DWPose"
+    library, extra = "onnxruntime", "dwpose"
 
     def load(self, **parameters: Any) -> None:
         _ = self.network, self.pose_network

@@ -7,13 +7,11 @@ from typing import Annotated, Any
 import numpy as np
 from torch import nn
 
-from annotator.detector import import_extra
 from annotator.library import LibraryDetector
 from annotator.mediapipe_face.drawing import COLOURS, draw_face
 from annotator.network import LazyNetwork
 from annotator.weights import WeightsError
 
-EXTRA = "face"
 FILE = "face_landmarker.task"
 MODELS = "https://storage.googleapis.com/mediapipe-models"
 
@@ -23,15 +21,15 @@ class FaceMesh(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path = path
-        self.mediapipe = import_extra("mediapipe", EXTRA)
-        self.vision = import_extra("mediapipe.tasks.python.vision", EXTRA)
+        import mediapipe
+
+        self.path, self.mediapipe, self.vision = path, mediapipe, mediapipe.tasks.vision
         edges = {part: getattr(self.vision.FaceLandmarksConnections, f"FACE_LANDMARKS_{part}") for part in COLOURS}
         self.edges = {part: [(edge.start, edge.end) for edge in edges[part]] for part in COLOURS}
         self.landmarker = lru_cache(maxsize=1)(self._landmarker)  # made anew only when the call's arguments change
 
     def _landmarker(self, max_faces: int, min_confidence: float) -> Any:
-        base = import_extra("mediapipe.tasks.python", EXTRA).BaseOptions(model_asset_path=str(self.path))
+        base = self.mediapipe.tasks.BaseOptions(model_asset_path=str(self.path))
         options = self.vision.FaceLandmarkerOptions(
             base_options=base, num_faces=max_faces, min_face_detection_confidence=min_confidence
         )
@@ -55,11 +53,8 @@ class MediapipeFaceDetector(LibraryDetector):
     """
 
     network = LazyNetwork(FILE)
+    library, extra = "mediapipe", "face"
     repository = f"{MODELS}/face_landmarker/face_landmarker/float16/latest/{FILE}"
-
-    def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
-        import_extra("mediapipe", EXTRA)  # rather now than after the download
-        return super().find_file(name, filenames)
 
     def load_network(self, name: str, path: Path) -> nn.Module:
         return FaceMesh(path)

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from annotator.detector import import_extra
-from annotator.library import EXTRA, LOCAL, HubModelDetector
+from annotator.library import LOCAL, HubModelDetector
 from annotator.segmentation.colours import colour_labels, distinct_colours, palette_for, stack_masks
 
 Task = Literal["semantic", "instance", "panoptic"]
@@ -28,18 +27,16 @@ class SegmentationDetector(HubModelDetector):
     def load_model(self, path: Path) -> tuple[Any, Iterable[str]]:
         network, missing = super().load_model(path)
         if network.config.model_type == "oneformer":  # which is told its task in words
-            transformers = import_extra("transformers", EXTRA)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **LOCAL)
+            tokenizer = self.transformers.AutoTokenizer.from_pretrained(path, **LOCAL)
             length = network.config.task_seq_len
-            self.processor = transformers.OneFormerProcessor(self.processor, tokenizer, task_seq_length=length)
+            self.processor = self.transformers.OneFormerProcessor(self.processor, tokenizer, task_seq_length=length)
         return network, missing
 
     def network_class(self, path: Path) -> Any:
-        transformers = import_extra("transformers", EXTRA)
-        config = transformers.AutoConfig.from_pretrained(path, **LOCAL)
+        config = self.transformers.AutoConfig.from_pretrained(path, **LOCAL)
         for kind in ("Semantic", "Universal", "Instance"):
-            if type(config) in getattr(transformers, f"MODEL_FOR_{kind.upper()}_SEGMENTATION_MAPPING"):
-                return getattr(transformers, f"AutoModelFor{kind}Segmentation")
+            if type(config) in getattr(self.transformers, f"MODEL_FOR_{kind.upper()}_SEGMENTATION_MAPPING"):
+                return getattr(self.transformers, f"AutoModelFor{kind}Segmentation")
         raise ValueError(f"{config.model_type} is no segmentation model")
 
     def processor_options(self, path: Path) -> dict[str, Any]:

@@ -7,8 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from annotator.depth_anything import DepthAnythingDetector
-from annotator.detector import import_extra
-from annotator.library import EXTRA, load_entries
+from annotator.library import load_entries
 from annotator.network import LazyNetwork
 from annotator.pictures import to_uint8
 from annotator.weights import read_state_dict
@@ -30,11 +29,11 @@ class ZoeDetector(DepthAnythingDetector):
     output_type = None
 
     def load_published(self, path: Path) -> nn.Module:
-        transformers = import_extra("transformers", EXTRA)
-        self.processor = transformers.ZoeDepthImageProcessor(**PROCESSOR)
-        config = transformers.ZoeDepthConfig(backbone_config=transformers.BeitConfig(**BACKBONE), **CONFIG)
+        self.processor = self.transformers.ZoeDepthImageProcessor(**PROCESSOR)
+        backbone = self.transformers.BeitConfig(**BACKBONE)
+        config = self.transformers.ZoeDepthConfig(backbone_config=backbone, **CONFIG)
         entries = hub_names(read_state_dict(path))
-        return load_entries(transformers.ZoeDepthForDepthEstimation, config, entries, path)
+        return load_entries(self.transformers.ZoeDepthForDepthEstimation, config, entries, path)
 
     def predict_depth(self, pixels: Tensor) -> Tensor:
         """The mean of the distances in the picture and in its mirror image: (B, h, w)."""
