@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from annotator.detector import first_line, import_extra
-from annotator.network import NetworkDetector, inference
+from annotator.network import NetworkDetector, without_autocast
 from annotator.weights import (
     FOLDER_VARIABLE,
     Hub,
@@ -45,10 +45,10 @@ class LibraryDetector(NetworkDetector):
     def encode(self, image: np.ndarray) -> Tensor:
         return torch.from_numpy(np.require(image, requirements=["C", "W"]))
 
-    @inference
     def run(self, x: Tensor, **parameters: Any) -> list[Any]:
         """What `predict` finds in each picture of a batch (B, H, W, 3), uint8."""
-        return list(self.predict(list(x.cpu().numpy()), **self.arguments() | parameters))
+        with without_autocast(self.device):
+            return list(self.predict(list(x.cpu().numpy()), **self.arguments() | parameters))
 
     @abstractmethod
     def predict(self, images: list[np.ndarray], *args: Any, **parameters: Any) -> Sequence[Any]:

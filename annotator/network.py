@@ -3,10 +3,9 @@
 import os
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,15 +15,9 @@ from annotator.detector import Detector, check_version, first_line
 from annotator.pictures import HWC3, pad_to_multiple
 from annotator.weights import REPOSITORY, Hub, find_weights, fingerprint, load_weights, read_state_dict
 
-Method = TypeVar("Method", bound=Callable[..., Any])
-
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """`device`, or the best one this machine has: an accelerator, else the CPU.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
+    """`device`, or the best one this machine has: an accelerator, else the CPU; ValueError if there is no such device."""
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -42,17 +35,10 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     return device
 
 
-def inference(method: Method) -> Method:
-    """A method of a detector that runs networks: without gradients, and also inside autocast in float32, as numpy needs it."""
-
-    @wraps(method)
-    def run(self: "NetworkDetector", *args: Any, **parameters: Any) -> Any:
-        kind = self.device.type
-        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        with torch.no_grad(), autocast:
-            return method(self, *args, **parameters)
-
-    return run  # type: ignore[return-value]
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Networks compute in float32, as numpy needs it, also where the caller has switched autocast on."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 class LazyNetwork:
@@ -85,12 +71,11 @@ class LazyNetwork:
 class NetworkDetector(Detector):
     """A detector around a network: `encode` makes its input of a picture, `decode` a map of its output.
 
-    A subclass names the published file, `network = LazyNetwork("file.pth")`, and gives `build_network`, `encode` and `decode`;
-    where it needs them, `stride`, `min_side`, `forward`.
+    A subclass names the published file, `network = LazyNetwork("file.pth")`, and gives `build_network`, `encode` and `decode`.
 
     Attributes:
         network: in eval mode, on `device`, without gradients.
-        build_network: makes the network, with any weights: its class, if that takes no arguments.
+        build_network: makes the network, with any weights.
         stride, min_side: pictures are padded, by repeating the last row and column, to multiples of `stride`; and, if a side
             is below `min_side`, to multiples of that. The map is that of the picture without the padding.
         repository: of the published file, or the address of the file itself.
@@ -202,8 +187,6 @@ class NetworkDetector(Detector):
         """
         raise NotImplementedError
 
-    # What follows joins these steps; `annotator.folder` takes them one by one, with many pictures at once.
-
     def prepare(self, image: np.ndarray) -> Tensor:
         """The network's input (C, h, w) for any picture: checked, padded, encoded; ValueError if it is none, or too large."""
         image = HWC3(image)
@@ -217,13 +200,12 @@ class NetworkDetector(Detector):
             image = pad_to_multiple(image, self.min_side)
         return self.encode(pad_to_multiple(image, self.stride))
 
-    @inference
     def run(self, x: Tensor, **parameters: Any) -> list[Any]:
         """The network's outputs for a batch (B, C, h, w), one for each picture."""
-        output = self.forward(x.to(self.device), **parameters)
+        with without_autocast(self.device):
+            output = self.forward(x.to(self.device), **parameters)
         return [_picture_of(output, index) for index in range(len(x))]
 
-    @torch.no_grad()
     def finish(self, output: Any, image: np.ndarray, *args: Any, **parameters: Any) -> Any:
         """The map of a picture (H, W, C) from the network's output."""
         return self.decode(output, image.shape[:2], *args, **parameters)

@@ -20,7 +20,15 @@ __all__ = ["BSDS500HED", "ControlNetHED", "HEDdetector", "nms"]
 Safe = Annotated[bool, "quantise the map to three levels, so that it hides less of the picture"]
 
 
-class HEDdetector(NetworkDetector):
+class SoftEdgeDetector(NetworkDetector):
+    """In controlnet_aux's way the edges can become a scribble."""
+
+    def aux_map(self, view: np.ndarray, size: tuple[int, int], scribble: bool = False, **parameters: Any) -> np.ndarray:
+        found = super().aux_map(view, size, **parameters)
+        return fake_scribble(found) if scribble else found
+
+
+class HEDdetector(SoftEdgeDetector):
     """Edges of a picture, white on black, soft.
 
     Takes `ControlNetHED.pth` (1.0's last state and 1.1) and, except in version 1.1, `network-bsds500.pth` (1.0 before April
@@ -54,10 +62,6 @@ class HEDdetector(NetworkDetector):
             mean = sum(cv2.resize(map[0].cpu().numpy(), full, interpolation=cv2.INTER_LINEAR) for map in output)
             edge = sigmoid(mean / len(BLOCKS))
         return edges_to_map(edge[: size[0], : size[1]], 2 if safe else 0)
-
-    def aux_map(self, view: np.ndarray, size: tuple[int, int], scribble: bool = False, **parameters: Any) -> np.ndarray:
-        found = super().aux_map(view, size, **parameters)
-        return fake_scribble(found) if scribble else found
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

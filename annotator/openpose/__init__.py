@@ -14,7 +14,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from annotator.network import LazyNetwork, NetworkDetector, inference, to_tensor
+from annotator.network import LazyNetwork, NetworkDetector, to_tensor, without_autocast
 from annotator.openpose.assembly import assemble_people
 from annotator.openpose.boxes import face_boxes, hand_boxes
 from annotator.openpose.drawing import draw_body_1_0, draw_hands_1_0, draw_pose
@@ -215,7 +215,6 @@ class OpenposeDetector(NetworkDetector):
             [self.find_face(bgr[y : y + side, x : x + side]) for x, y, side in around_faces],
         )
 
-    @inference
     def find_hand(self, bgr: np.ndarray) -> np.ndarray:
         """The points of the hand in a picture of one hand (h, w, 3), uint8, BGR.
 
@@ -232,7 +231,7 @@ class OpenposeDetector(NetworkDetector):
             map_height = map_width = HAND_MAP_SIZE
         means = np.zeros((HAND_POINTS, map_height, map_width))
         for view in views:
-            maps = _channels_last(self.hand_network(self._batch_of_one(view))[0])
+            maps = _channels_last(self._run(self.hand_network, view)[0])
             seen = enlarge_one_by_one(maps, HAND_POINTS, view.shape, map_height, map_width, self.version)
             for mean, heatmap in zip(means, seen, strict=True):
                 mean += heatmap / len(views)
@@ -241,16 +240,16 @@ class OpenposeDetector(NetworkDetector):
             return peaks
         return (peaks * np.array([float(width), float(height)]) / HAND_MAP_SIZE).astype(np.int64)
 
-    @inference
     def find_face(self, bgr: np.ndarray) -> np.ndarray:
         """The landmarks of the face in a picture of one face (h, w, 3), uint8, BGR: (n, 2), int64, x, y in pixels."""
         view = resize(bgr, FACE_SIZE, FACE_SIZE, "1.1")
-        heatmaps = self.face_network(self._batch_of_one(view))[-1]  # (1, 71, 48, 48)
+        heatmaps = self._run(self.face_network, view)[-1]  # (1, 71, 48, 48)
         heatmaps = F.interpolate(heatmaps, bgr.shape[:2], mode="bilinear", align_corners=True)
         return find_face_peaks(heatmaps[0].cpu().numpy())
 
-    def _batch_of_one(self, view: np.ndarray) -> Tensor:
-        return to_tensor(network_input(view))[None].to(self.device)
+    def _run(self, network: nn.Module, view: np.ndarray) -> Any:
+        with without_autocast(self.device):
+            return network(to_tensor(network_input(view))[None].to(self.device))
 
 
 def _channels_last(maps: Tensor) -> np.ndarray:
