@@ -12,15 +12,7 @@ from torch import Tensor, nn
 
 from annotator.detector import first_line, import_extra
 from annotator.network import NetworkDetector, without_autocast
-from annotator.weights import (
-    FOLDER_VARIABLE,
-    Hub,
-    WeightsError,
-    find_local,
-    find_weights,
-    refuse_unsafe_pickle,
-    search_folders,
-)
+from annotator.weights import Hub, WeightsError, find_local, find_weights, refuse_unsafe_pickle, search_folders
 
 CONFIG = "config.json"
 # Nothing is fetched unseen, and no code of a model is run.
@@ -65,17 +57,12 @@ class HubModelDetector(LibraryDetector):
         weights: a model's id on the Hugging Face hub, a folder that `save_pretrained` has written, or the published file or its
             folder. If not given: the published file, or a folder with the name of `model`, in one of the places for weights, else
             the hub.
-
-    Attributes:
-        model: id of the model that is used if none is named.
-        auto_class: the class of transformers that loads the network.
-        processor: the image processor that belongs to the network.
     """
 
     library, extra = "transformers", "detectors"
-    model: ClassVar[str]
-    auto_class: ClassVar[str]
-    processor: Any
+    model: ClassVar[str]  # id of the model that is used if none is named
+    auto_class: str  # of transformers, that loads the network
+    processor: Any  # the image processor that belongs to the network
 
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
         self.transformers: Any = import_extra(self.library, self.extra)
@@ -98,26 +85,19 @@ class HubModelDetector(LibraryDetector):
                 raise WeightsError(f"the weights in {path} have no {part}, which {type(network).__name__} needs")
         return network.float()
 
-    def load_model(self, path: Path) -> tuple[Any, Iterable[str]]:
+    def load_model(self, path: Path, **processor_options: Any) -> tuple[Any, Iterable[str]]:
         """The network of a model's folder, and its entries that no file there holds; sets `processor`."""
         if not any(path.glob("*.safetensors")):
             for pickle in path.glob("*.bin"):
                 refuse_unsafe_pickle(pickle)
-        self.processor = self.transformers.AutoImageProcessor.from_pretrained(path, **self.processor_options(path))
-        network, report = self.network_class(path).from_pretrained(path, output_loading_info=True, **LOCAL)
+        self.processor = self.transformers.AutoImageProcessor.from_pretrained(path, **LOCAL, **processor_options)
+        network_class = getattr(self.transformers, self.auto_class)
+        network, report = network_class.from_pretrained(path, output_loading_info=True, **LOCAL)
         return network, report["missing_keys"]
 
     def load_published(self, path: Path) -> nn.Module:
         """The same for the published file of another layout, which must hold all entries."""
         raise NotImplementedError
-
-    def network_class(self, path: Path) -> Any:
-        """The class of transformers that loads the network of a folder."""
-        return getattr(self.transformers, self.auto_class)
-
-    def processor_options(self, path: Path) -> dict[str, Any]:
-        """How the image processor of a folder is loaded."""
-        return dict(LOCAL)
 
     def inputs(self, images: list[np.ndarray], **options: Any) -> dict[str, Any]:
         """What the network takes for pictures of one size, on its device."""
@@ -135,11 +115,7 @@ def load_entries(network_class: Any, config: Any, entries: dict[str, Tensor], pa
 
 
 def find_model(weights: Any, model: str) -> Path:
-    """The folder of a model on this machine, fetched once from the hub if it is nowhere; see `HubModelDetector`.
-
-    Raises:
-        WeightsError: saying where it was looked for, and where to put it.
-    """
+    """The folder of a model on this machine, fetched once from the hub if it is nowhere; see `HubModelDetector`."""
     if isinstance(weights, Hub):
         return _fetch(weights)
     name = model.split("/")[-1]
@@ -155,7 +131,7 @@ def find_model(weights: Any, model: str) -> Path:
             raise WeightsError(
                 f"cannot get the model {model}: not in {', '.join(map(str, places))}; fetching https://huggingface.co/{model} "
                 f"failed ({first_line(err)}); put its folder at {places[-1]}, or name the folder around it with the "
-                f"environment variable {FOLDER_VARIABLE}, or it as weights (--weights)"
+                f"environment variable ANNOTATOR_CKPTS, or it as weights (--weights)"
             ) from err
     if place.exists():
         raise WeightsError(f"{place} is no folder of a model of transformers: it holds no {CONFIG}")
@@ -171,12 +147,8 @@ def _fetch(hub: Hub) -> Path:
     find_weights((CONFIG,), hub)  # fails at once, with the reason, where there is no way to the hub
     for weights in ("*.safetensors", "*.bin"):  # the second kind is for older models
         try:
-            files = ["*.json", "*.txt", weights]
-            folder = Path(
-                snapshot_download(
-                    hub.repository, cache_dir=hub.cache_dir, local_files_only=hub.local_files_only, allow_patterns=files
-                )
-            )
+            place: dict[str, Any] = {"cache_dir": hub.cache_dir, "local_files_only": hub.local_files_only}
+            folder = Path(snapshot_download(hub.repository, allow_patterns=["*.json", "*.txt", weights], **place))
         except Exception as err:  # the client raises errors of several libraries, all with the same meaning here
             raise WeightsError(f"cannot get the model {hub.repository} from the hub: {first_line(err)}") from err
         if any(folder.glob(weights)):

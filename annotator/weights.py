@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from annotator.detector import first_line
 from annotator.util import annotator_ckpts_path
@@ -27,7 +28,7 @@ FOLDER_VARIABLE = "ANNOTATOR_CKPTS"
 CKPTS = Path(annotator_ckpts_path)
 # torch.load(weights_only=True) runs code of a file before 2.6 (CVE-2025-32434), and corrupts memory before 2.10
 # (CVE-2026-24747).
-SAFE_UNPICKLER = (2, 10)
+SAFE_UNPICKLER = "2.10"
 WRAPPERS = ("state_dict", "model")  # entries of published files under which the weights lie
 
 
@@ -63,17 +64,13 @@ def find_local(filenames: Sequence[str], weights: str | os.PathLike | None) -> P
 def find_weights(
     filenames: Sequence[str], weights: str | os.PathLike | Hub | None = None, repository: str = REPOSITORY
 ) -> Path:
-    """Where the published file lies on this machine, fetched once if it is nowhere.
+    """Where the published file lies on this machine, fetched once if it is nowhere; WeightsError if it cannot be had.
 
     Args:
         filenames: published names, any of which serves, also with the suffix `.safetensors`; the first one is fetched.
         weights: a file (of any name), a folder that holds one of the files, or a repository; then nowhere else is looked.
+            If not given: see `search_folders`, then the download.
         repository: Hugging Face repository of the published file, or the file's own address elsewhere.
-
-    Without `weights`: `annotator/ckpts/`, then the folder named by the variable ANNOTATOR_CKPTS, then the download.
-
-    Raises:
-        WeightsError: naming the file, its address and the folders looked in.
     """
     first = filenames[0]
     if isinstance(weights, Hub):
@@ -84,7 +81,7 @@ def find_weights(
             raise WeightsError(f"cannot get {first} from {weights.repository}, {reason}") from err
     if found := find_local(filenames, weights):
         return found
-    address = repository if _is_address(repository) else f"https://huggingface.co/{repository}/resolve/main/{first}"
+    address = repository if "://" in repository else f"https://huggingface.co/{repository}/resolve/main/{first}"
     if weights is not None:
         raise WeightsError(
             f"no weights at {weights}: neither a file nor a folder that holds {' or '.join(filenames)} "
@@ -100,15 +97,11 @@ def find_weights(
         ) from err
 
 
-def _is_address(repository: str) -> bool:
-    return "://" in repository
-
-
 def _fetch(hub: Hub, filename: str) -> Path:
     """A file from the cache of the hub's client (or of torch, for an address elsewhere), or downloaded into it."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-    if _is_address(hub.repository):
+    if "://" in hub.repository:
         stored = Path(torch.hub.get_dir()) / "checkpoints" / filename
         if not stored.is_file():
             logger.info("fetching %s", hub.repository)
@@ -147,10 +140,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     """Tensors of a weight file, a `.safetensors` file or one written by `torch.save`, on the CPU, by name.
 
     Those under an entry `state_dict` or `model` are taken, as some of the published files have it. A `module.` before every key,
-    which data-parallel training leaves, is dropped; so are entries that are not tensors by name.
-
-    Raises:
-        WeightsError: naming the file; also for a pickle where this version of torch cannot read it safely.
+    which data-parallel training leaves, is dropped; so are entries that are not tensors by name. WeightsError names a file that
+    cannot be read, or not safely.
     """
     path = Path(path)
     try:
@@ -179,26 +170,19 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def refuse_unsafe_pickle(path: Path) -> None:
     """WeightsError if this version of torch cannot read a pickle safely."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < SAFE_UNPICKLER:
-        safe = ".".join(map(str, SAFE_UNPICKLER))
+    if TorchVersion(torch.__version__) < SAFE_UNPICKLER:
         raise WeightsError(
             f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, CVE-2026-24747); "
-            f"install torch {safe} or later, or give the weights as {path.stem}.safetensors"
+            f"install torch {SAFE_UNPICKLER} or later, or give the weights as {path.stem}.safetensors"
         )
 
 
 def load_weights(
     network: nn.Module, state_dict: dict[str, Tensor], path: str | os.PathLike, optional: str | None = None
 ) -> None:
-    """Copy `state_dict` into `network`.
+    """Copy `state_dict`, which was read from `path`, into `network`; WeightsError, with some of the entries, if it does not fit.
 
-    Args:
-        path: where it was read, for messages.
-        optional: entries that begin with this may be missing, and further ones may be there; both are logged.
-
-    Raises:
-        WeightsError: naming the file and some of the entries that do not fit.
+    Entries that begin with `optional` may be missing, and further ones may be there; both are logged.
     """
     try:
         missing, unexpected = network.load_state_dict(state_dict, strict=False)
@@ -206,7 +190,7 @@ def load_weights(
         shapes = "; ".join(line.strip() for line in str(err).splitlines()[1:4])
         raise WeightsError(f"{path} does not fit {type(network).__name__}: {shapes}") from err
     needed = [key for key in missing if optional is None or not key.startswith(optional)]
-    found = [("missing", needed or missing), ("unexpected", unexpected)]
+    found = (("missing", needed or missing), ("unexpected", unexpected))
     complaint = "; ".join(f"{len(keys)} entries {kind}: {_some(keys)}" for kind, keys in found if keys)
     if needed or (unexpected and optional is None):
         raise WeightsError(f"{path} does not fit {type(network).__name__}: {complaint}")

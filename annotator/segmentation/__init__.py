@@ -9,6 +9,7 @@ import numpy as np
 from annotator.library import LOCAL, HubModelDetector
 from annotator.segmentation.colours import colour_labels, distinct_colours, palette_for, stack_masks
 
+KINDS = ("Semantic", "Universal", "Instance")  # of models in transformers
 Task = Literal["semantic", "instance", "panoptic"]
 
 
@@ -24,26 +25,22 @@ class SegmentationDetector(HubModelDetector):
 
     model = "shi-labs/oneformer_coco_swin_large"
 
-    def load_model(self, path: Path) -> tuple[Any, Iterable[str]]:
-        network, missing = super().load_model(path)
+    def load_model(self, path: Path, **processor_options: Any) -> tuple[Any, Iterable[str]]:
+        config = self.transformers.AutoConfig.from_pretrained(path, **LOCAL)
+        mappings = {kind: f"MODEL_FOR_{kind.upper()}_SEGMENTATION_MAPPING" for kind in KINDS}
+        kinds = [kind for kind, mapping in mappings.items() if type(config) in getattr(self.transformers, mapping)]
+        if not kinds:
+            raise ValueError(f"{config.model_type} is no segmentation model")
+        self.auto_class = f"AutoModelFor{kinds[0]}Segmentation"
+        # OneFormer's processor would fetch names of classes, which only its training needs, from elsewhere on the hub.
+        if any('"class_info_file"' in file.read_text(errors="replace") for file in path.glob("*processor_config.json")):
+            processor_options["class_info_file"] = ""
+        network, missing = super().load_model(path, **processor_options)
         if network.config.model_type == "oneformer":  # which is told its task in words
             tokenizer = self.transformers.AutoTokenizer.from_pretrained(path, **LOCAL)
             length = network.config.task_seq_len
             self.processor = self.transformers.OneFormerProcessor(self.processor, tokenizer, task_seq_length=length)
         return network, missing
-
-    def network_class(self, path: Path) -> Any:
-        config = self.transformers.AutoConfig.from_pretrained(path, **LOCAL)
-        for kind in ("Semantic", "Universal", "Instance"):
-            if type(config) in getattr(self.transformers, f"MODEL_FOR_{kind.upper()}_SEGMENTATION_MAPPING"):
-                return getattr(self.transformers, f"AutoModelFor{kind}Segmentation")
-        raise ValueError(f"{config.model_type} is no segmentation model")
-
-    def processor_options(self, path: Path) -> dict[str, Any]:
-        # OneFormer's processor would fetch names of classes, which only its training needs, from elsewhere on the hub.
-        texts = [file.read_text(errors="replace") for file in path.glob("*processor_config.json")]
-        named = any('"class_info_file"' in text for text in texts)
-        return super().processor_options(path) | ({"class_info_file": ""} if named else {})
 
     def predict(
         self, images: list[np.ndarray], task: Task = "semantic", threshold: float = 0.5, **parameters: Any
