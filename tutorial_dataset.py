@@ -201,7 +201,7 @@ def make_pairs(options: argparse.Namespace) -> int:
         note_count(options.out, "photos.json", len(pairs))
         todo = [pair for pair in pairs if not pair.is_current(options.out)]
         try:
-            failed = run_with_bar(options.program, options, annotator, todo, read, write, len(pairs), unit="pair")
+            failed = run_with_bar(options, annotator, todo, read, write, len(pairs), "pair")
         finally:
             made = list_pairs(options.out, (pair for pair in pairs if pair.picture not in failed))
         note_count(options.out, "photos.json", made)  # not reached where the making was interrupted

@@ -108,8 +108,7 @@ def _plan(source: Path, target: Path, mask: Path | None) -> list[Job]:
 def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], force: bool) -> list[Job]:
     """Jobs whose file is missing, or older than the picture or the settings that the folder's maps are made with.
 
-    Raises:
-        ValueError: the folder holds something else than maps with these settings, and `force` does not say to write all the same.
+    ValueError if the folder holds something else than maps with these settings, and `force` does not say to write all the same.
     """
     note, text = target / SETTINGS, json.dumps(settings)
     others = sorted(path.name for path in target.iterdir() if path.name[0] != ".") if target.is_dir() else []
@@ -177,7 +176,7 @@ def _run(args: argparse.Namespace) -> int:
         save_png(job.target, getattr(hint, SAVED[args.save]))
 
     try:
-        failed = len(run_with_bar(args.program, args, annotator, todo, read, write, len(jobs)))
+        failed = len(run_with_bar(args, annotator, todo, read, write, len(jobs), "picture"))
     finally:
         if many and all(path.name[0] == "." for path in args.target.iterdir()):
             (args.target / SETTINGS).unlink(missing_ok=True)  # no map was made, so the next run may have other settings

@@ -33,12 +33,7 @@ def seed_of(seed: int | None, name: str) -> int:
 
 
 def run(
-    annotator: Annotator,
-    jobs: Sequence[Job],
-    read: Read,
-    write: Write,
-    batch: int | None = None,
-    workers: int | None = None,
+    annotator: Annotator, jobs: Sequence[Job], read: Read, write: Write, batch: int | None, workers: int | None
 ) -> Reports:
     """Do the jobs, and report each when it is done.
 
@@ -46,11 +41,10 @@ def run(
 
     Args:
         annotator: its networks should be loaded (`annotator.detector.load`), or each picture reports what is missing.
-        read: what the detector is to be called with for a job; called by several threads, as is `write`.
-        write: keeps a job's hint.
+        read, write: what the detector is to be called with for a job, and what keeps its hint; called by several threads.
         batch: pictures that a network sees at once; if not given, 8 on an accelerator and 1 on the CPU, where batches gain
             nothing. A batch that does not fit into memory is halved.
-        workers: threads that read and write; as many as there are processors if not given.
+        workers: threads; as many as there are processors if not given.
     """
     detector: Any = annotator.detector
     has_network = hasattr(detector, "prepare")

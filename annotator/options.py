@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from annotator.detector import VERSIONS
-from annotator.folder import Job, Read, Write, run
+from annotator.folder import Read, Write, run
 from annotator.registry import REGISTRY, Annotator, AnnotatorInfo, describe, load
 
 
@@ -69,8 +69,7 @@ def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out:
 def load_annotator(args: argparse.Namespace, name: str) -> tuple[Annotator, dict[str, Any]]:
     """The condition with the weights that the options of `add_detector_options` ask for, and all of its parameters.
 
-    Raises:
-        ValueError: for values out of range, before anything is loaded; and for weights that cannot be had.
+    ValueError for values out of range, before anything is loaded; and for weights that cannot be had.
     """
     info = describe(name, args.version)
     for option in ("workers", "batch"):
@@ -106,14 +105,7 @@ def check_resolution(option: str, value: int | None) -> None:
 
 
 def run_with_bar(
-    program: str,
-    args: argparse.Namespace,
-    annotator: Annotator,
-    jobs: Sequence[Job],
-    read: Read,
-    write: Write,
-    total: int,
-    unit: str = "picture",
+    args: argparse.Namespace, annotator: Annotator, jobs: Sequence, read: Read, write: Write, total: int, unit: str
 ) -> set[Path]:
     """Do the jobs under a progress bar of `total`; the pictures that failed, each complained about once, on stderr."""
     failed: set[Path] = set()
@@ -121,6 +113,6 @@ def run_with_bar(
         for job, complaint in run(annotator, jobs, read, write, args.batch, args.workers):
             if complaint and job.picture not in failed:
                 failed.add(job.picture)
-                tqdm.write(f"{program}: {complaint}", file=sys.stderr)
+                tqdm.write(f"{args.program}: {complaint}", file=sys.stderr)
             bar.update()
     return failed
