@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from annotator.detector import first_line
 from annotator.util import annotator_ckpts_path
@@ -28,7 +27,7 @@ FOLDER_VARIABLE = "ANNOTATOR_CKPTS"
 CKPTS = Path(annotator_ckpts_path)
 # torch.load(weights_only=True) runs code of a file before 2.6 (CVE-2025-32434), and corrupts memory before 2.10
 # (CVE-2026-24747).
-SAFE_UNPICKLER = "2.10"
+SAFE_UNPICKLER = (2, 10)
 WRAPPERS = ("state_dict", "model")  # entries of published files under which the weights lie
 
 
@@ -170,10 +169,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def refuse_unsafe_pickle(path: Path) -> None:
     """WeightsError if this version of torch cannot read a pickle safely."""
-    if TorchVersion(torch.__version__) < SAFE_UNPICKLER:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_UNPICKLER:
+        safe = ".".join(map(str, SAFE_UNPICKLER))
         raise WeightsError(
             f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434, CVE-2026-24747); "
-            f"install torch {SAFE_UNPICKLER} or later, or give the weights as {path.stem}.safetensors"
+            f"install torch {safe} or later, or give the weights as {path.stem}.safetensors"
         )
 
 
