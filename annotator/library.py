@@ -64,8 +64,12 @@ class HubModelDetector(LibraryDetector):
     auto_class: str  # of transformers, that loads the network
     processor: Any  # the image processor that belongs to the network
 
+    @property
+    def transformers(self) -> Any:
+        return import_extra(self.library, self.extra)
+
     def find_file(self, name: str, filenames: tuple[str, ...]) -> Path:
-        self.transformers: Any = import_extra(self.library, self.extra)
+        import_extra(self.library, self.extra)
         if isinstance(self.weights, Hub):
             published = bool(self.filenames) or (bool(filenames) and self.weights.repository == self.repository)
         else:

@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from annotator.detector import import_extra
 from annotator.library import HubModelDetector, load_entries
 from annotator.network import LazyNetwork
 from annotator.sam.published import hub_names, vision_config
@@ -34,7 +33,7 @@ class SamDetector(HubModelDetector):
     auto_class = "AutoModelForMaskGeneration"
 
     def load_published(self, path: Path) -> nn.Module:
-        transformers = import_extra("transformers", self.extra)
+        transformers = self.transformers
         entries = hub_names(read_state_dict(path))
         self.processor = transformers.SamImageProcessor()
         config = transformers.SamConfig(vision_config=transformers.SamVisionConfig(**vision_config(entries)))
@@ -44,9 +43,8 @@ class SamDetector(HubModelDetector):
         self, images: list[np.ndarray], points: int, pred_iou_thresh: float, stability_score_thresh: float
     ) -> list[np.ndarray]:
         """For each picture (H, W), int: numbers of masks, largest first; -1 for nothing."""
-        transformers = import_extra("transformers", self.extra)
         models = {"model": self.network, "image_processor": self.processor, "device": self.device}
-        pipeline = transformers.pipeline("mask-generation", **models)
+        pipeline = self.transformers.pipeline("mask-generation", **models)
         limits = {"pred_iou_thresh": pred_iou_thresh, "stability_score_thresh": stability_score_thresh}
         results = []
         for image in images:
