@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,11 +28,10 @@ from annotator.options import (
     named_path,
     run_with_bar,
 )
-from annotator.pictures import SETTINGS, find_pictures, save_png, write_whole
+from annotator.pictures import SETTINGS, changed_at, find_pictures, save_png, whole_file, write_whole
 from annotator.registry import REGISTRY, Hint, Request, describe, list_annotators
 
 PROGRAM = "python -m annotator"
-NOTE_SECONDS = 2  # that another process may need to write a few hundred bytes
 SAVED = {"hint": "source", "shown": "shown", "map": "map"}  # by name on the command line: which part of a Hint
 
 
@@ -105,48 +103,56 @@ def _plan(source: Path, target: Path, mask: Path | None) -> list[Job]:
     return list(jobs.values())
 
 
-def _unfinished(jobs: list[Job], target: Path, settings: dict[str, object], force: bool) -> list[Job]:
-    """Jobs whose file is missing, or older than the picture or the settings that the folder's maps are made with.
+def _claim(folder: Path, settings: dict[str, object], force: bool) -> bool:
+    """Note in a folder what its maps are made with, or check that the note there says so; whether the note is new.
 
-    ValueError if the folder holds something else than maps with these settings, and `force` does not say to write all the same.
+    Of several processes that start at once, one writes the note, and the others find it.
+
+    Raises:
+        ValueError: the folder holds something else; or maps with other settings, and `force` does not say to write all the same.
     """
-    note, text = target / SETTINGS, json.dumps(settings)
-    others = sorted(path.name for path in target.iterdir() if path.name[0] != ".") if target.is_dir() else []
-    if others and not note.exists() and not force:
-        told = f"{target} already holds {others[0]}, made by something else"
+    note, text = folder / SETTINGS, json.dumps(settings).encode()
+    others = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+    if others and not note.exists():
+        told = f"{folder} already holds {others[0]}, made by something else"
         raise ValueError(f"{told}; choose another name for the folder")
-    target.mkdir(parents=True, exist_ok=True)
-    try:  # of several processes that start at once, one notes its settings, and the others find them
-        with open(note, "xb") as file:
-            file.write(text.encode())
+    try:
+        with whole_file(note, replace=False) as file:
+            file.write(text)
+        return True
     except FileExistsError:
-        until = time.monotonic() + NOTE_SECONDS
-        while not note.stat().st_size and time.monotonic() < until:  # it is just being written
-            time.sleep(0.01)
-        try:
-            found = dict(json.loads(note.read_bytes()))
-        except (ValueError, TypeError):  # it is broken
-            found = {}
-        wanted = json.loads(text)
-        if found != wanted and not force:
-            changed = ", ".join(key for key in wanted if found.get(key) != wanted[key]) or note.name
-            reason = f"is for maps made with other settings ({changed})"
-            raise ValueError(f"{target} {reason}; choose another folder, or --force to make such files anew") from None
-        if force:
-            write_whole(note, text.encode())
-    since = note.stat().st_mtime_ns
+        found = _noted(note)
+    if force or not (found or others):  # or it is broken, and of nothing
+        write_whole(note, text)
+    elif changed := _differences(settings, found):
+        reason = f"is for maps made with other settings ({changed})"
+        raise ValueError(f"{folder} {reason}; choose another folder, or --force to make such files anew")
+    return False
+
+
+def _noted(note: Path) -> dict[str, object]:
+    """The settings in a note; none if it is broken."""
+    try:
+        return dict(json.loads(note.read_bytes()))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _differences(settings: dict[str, object], found: dict[str, object]) -> str:
+    """The names of the settings that a note has otherwise."""
+    wanted = json.loads(json.dumps(settings))
+    changed = ", ".join(key for key in wanted if found.get(key) != wanted[key])
+    return changed or ("" if found == wanted else SETTINGS)
+
+
+def _unfinished(jobs: list[Job], since: int) -> list[Job]:
+    """Jobs whose file is missing, or older than the picture, the mask or this time, in nanoseconds."""
 
     def is_done(job: Job) -> bool:
-        changes = [since, *(_changed(path) for path in (job.picture, job.mask) if path and path.exists())]
+        changes = [since, *(changed_at(path) for path in (job.picture, job.mask) if path and path.exists())]
         return job.target.exists() and job.target.stat().st_mtime_ns >= max(changes)
 
     return [job for job in jobs if not is_done(job)]
-
-
-def _changed(path: Path) -> int:
-    """When a file changed, in nanoseconds. A date in the future, of a camera's clock say, gives way to that of its arrival."""
-    found = path.stat()
-    return found.st_mtime_ns if found.st_mtime_ns <= time.time_ns() else found.st_ctime_ns
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -164,7 +170,11 @@ def _run(args: argparse.Namespace) -> int:
     settings = made_with(annotator, parameters, args) | {"resolution": args.resolution, "saved": args.save}
     if args.mask:
         settings["mask"] = str(args.mask.resolve())
-    todo = _unfinished(jobs, args.target, settings, args.force) if many else jobs
+    note = (args.target if many else jobs[0].target.parent) / SETTINGS
+    claimed = many and _claim(args.target, settings, args.force)
+    if not many and note.exists() and (changed := _differences(settings, _noted(note))):
+        raise ValueError(f"{note.parent} is for maps made with other settings ({changed}); choose another folder")
+    todo = _unfinished(jobs, note.stat().st_mtime_ns) if many else jobs
 
     def read(job: Job) -> Request:
         own = dict(parameters)
@@ -178,8 +188,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         failed = len(run_with_bar(args, annotator, todo, read, write, len(jobs), "picture"))
     finally:
-        if many and all(path.name[0] == "." for path in args.target.iterdir()):
-            (args.target / SETTINGS).unlink(missing_ok=True)  # no map was made, so the next run may have other settings
+        if claimed and all(path.name[0] == "." for path in args.target.iterdir()):
+            note.unlink(missing_ok=True)  # no map was made, so the next run may have other settings
     line = f"{len(todo) - failed} written to {args.target}"
     if len(todo) < len(jobs):
         line += f", {len(jobs) - len(todo)} were there already"
