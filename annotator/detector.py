@@ -46,9 +46,13 @@ def check_version(version: str | None = None) -> str:
 
 
 def first_line(err: BaseException) -> str:
-    """The first line of an error's text, with `?` for control characters that it quotes; its class if it has no text."""
-    line = (str(err).strip().splitlines() or [type(err).__name__])[0]
-    return "".join(character if character.isprintable() else "?" for character in line)
+    """The first line of an error's text, as `printable`; its class if it has no text."""
+    return printable((str(err).strip().splitlines() or [type(err).__name__])[0])
+
+
+def printable(text: str) -> str:
+    """A text with `?` for control characters and lone surrogates, which names in files may hold and which act on the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
@@ -170,6 +174,8 @@ class Detector:
         view = resize_image(HWC3(image), parameters.pop("detect_resolution", 512))
         resolution = parameters.pop("image_resolution", self.image_resolution)
         output_type = parameters.pop("output_type", None) or self.output_type
+        if "return_pil" in parameters:  # its older name
+            output_type = "pil" if parameters.pop("return_pil") else "np"
         if output_type is None:
             output_type = "np" if isinstance(input_image, np.ndarray) else "pil"
         if output_type not in ("pil", "np"):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from annotator.detector import first_line
+from annotator.detector import first_line, printable
 from annotator.registry import Annotator, Hint, Request
 
 logger = logging.getLogger(__name__)
@@ -22,9 +22,10 @@ Write = Callable[[Job, Hint], None]
 Reports = Iterator[tuple[Job, str | None]]  # a job that is done with None, or with one line that says what went wrong
 
 
-def usable_cpus() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_workers() -> int:
+    """One for each processor that this process may run on, but at most 8: each has whole photographs in memory."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, 8)
 
 
 def seed_of(seed: int | None, name: str) -> int:
@@ -44,12 +45,12 @@ def run(
         read, write: what the detector is to be called with for a job, and what keeps its hint; called by several threads.
         batch: pictures that a network sees at once; if not given, 8 on an accelerator and 1 on the CPU, where batches gain
             nothing. A batch that does not fit into memory is halved.
-        workers: threads; as many as there are processors if not given.
+        workers: threads; `default_workers` if not given.
     """
     detector: Any = annotator.detector
     has_network = hasattr(detector, "prepare")
     at_once = batch or (BATCH if has_network and detector.device.type != "cpu" else 1)
-    workers = workers or usable_cpus()
+    workers = workers or default_workers()
     pool = ThreadPoolExecutor(workers)
 
     def begin(job: Job) -> tuple[Request, Any]:
@@ -83,7 +84,7 @@ def run(
             output = detector.finish(output, request.view, **request.parameters)
         write(job, annotator.finish(request, output))
 
-    size = max(4 * at_once, 2 * workers)
+    size = max(4 * at_once, workers)
     chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     ending: deque[tuple[Job, Future]] = deque()
     beginning: list[tuple[Job, Future]] = []
@@ -124,4 +125,4 @@ def _complaint(job: Job, err: BaseException | None) -> str | None:
     line = f"{type(err).__name__}: {first_line(err)}"
     if isinstance(err, (ValueError, OSError)) and str(err):
         line = " ".join(str(err).split())
-    return line if name in line else f"{name}: {line}"
+    return printable(line if name in line else f"{name}: {line}")

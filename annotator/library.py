@@ -87,7 +87,7 @@ class HubModelDetector(LibraryDetector):
             keys = {f"{part}.{key}" for key in module.state_dict()}
             if keys and keys <= set(missing) and part not in ONLY_FOR_TRAINING:  # they would stay random
                 raise WeightsError(f"the weights in {path} have no {part}, which {type(network).__name__} needs")
-        return network.float()
+        return network
 
     def load_model(self, path: Path, **processor_options: Any) -> tuple[Any, Iterable[str]]:
         """The network of a model's folder, and its entries that no file there holds; sets `processor`."""

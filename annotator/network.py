@@ -63,7 +63,7 @@ class LazyNetwork:
             if self.name not in loaded:
                 path = detector.find_file(self.name, detector.filenames.get(self.name, self.filenames))
                 network = detector.load_network(self.name, path)
-                loaded[self.name] = network.to(detector.device).eval().requires_grad_(False)
+                loaded[self.name] = network.to(detector.device).float().eval().requires_grad_(False)
                 detector.loaded_from[path.name] = path
             return loaded[self.name]
 
@@ -137,7 +137,7 @@ class NetworkDetector(Detector):
         if subfolder:
             filenames = {"network": cls.network.filenames} | filenames
             filenames = {name: tuple(f"{subfolder}/{file}" for file in files) for name, files in filenames.items()}
-        place = Path(pretrained_model_or_path)
+        place = Path(pretrained_model_or_path).expanduser()
         weights = place if place.exists() else Hub(str(pretrained_model_or_path), cache_dir, local_files_only)
         options.setdefault("version", "1.1")  # which that library is made from
         detector = cls(device, weights, filenames=filenames, **options)

@@ -48,7 +48,9 @@ def add_detector_options(command: argparse.ArgumentParser, name: str, leave_out:
         command.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu (default: the best there is)")
         command.add_argument("--weights", type=not_empty, help="weight file, or folder that holds it")
         command.add_argument("--batch", type=int, help="pictures it sees at once (default: 1 on the CPU, else 8)")
-    command.add_argument("--workers", type=int, help="threads that read and write (default: one for each processor)")
+    command.add_argument(
+        "--workers", type=int, help="threads that read and write (default: one for each processor, at most 8)"
+    )
     offered = {parameter.name: (parameter, info) for info in infos for parameter in info.parameters}
     for parameter, info in offered.values():
         default = info.defaults[parameter.name]

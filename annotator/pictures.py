@@ -159,6 +159,7 @@ def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
 
 
 def _from_pil(picture: Image.Image) -> np.ndarray:
+    """As it is: only files are turned as their EXIF data say, as others would not expect it of a PIL picture."""
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         lowest, highest = values.min(initial=0), values.max(initial=0)
@@ -169,9 +170,9 @@ def _from_pil(picture: Image.Image) -> np.ndarray:
         return (values if is_8_bit else values // 257).astype(np.uint8)
     if picture.mode == "F":
         raise ValueError("it holds floating-point numbers, whose range is unknown")
-    if picture.mode in ("1", "L"):
-        return np.array(picture.convert("L"))
-    return np.array(picture.convert("RGBA" if picture.has_transparency_data else "RGB"))
+    if picture.has_transparency_data:
+        return np.array(picture.convert("RGBA"))
+    return np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
@@ -243,7 +244,7 @@ def find_pictures(source: Path, target: Path | None = None, maps: bool = False) 
     """The pictures in a folder and its sub-folders, sorted, but for hidden files and folders and what lies in `target`.
 
     Args:
-        maps: also those in sub-folders that the command `annotator` has made.
+        maps: also those in sub-folders that the command `annotator` has made, and in training sets.
 
     Raises:
         ValueError: if there are none.
@@ -251,7 +252,11 @@ def find_pictures(source: Path, target: Path | None = None, maps: bool = False) 
     # Not `resolve`, which fails at a link to itself.
     goal = Path(os.path.realpath(target)) if target else None
     own = goal if goal and goal.is_relative_to(os.path.realpath(source)) else None
-    made = set() if maps else {note.parent for note in source.rglob(SETTINGS)} - {source}
+    made: set[Path] = set()
+    if not maps:
+        sets = (folder.parent for folder in source.rglob("source") if (folder.parent / "target").is_dir())
+        made = {note.parent for note in source.rglob(SETTINGS)} | {one for one in sets if any(one.glob("*.json"))}
+        made.discard(source)
     found = sorted(
         path
         for path in source.rglob("*")

@@ -44,6 +44,7 @@ def thicken_and_invert(map: np.ndarray) -> np.ndarray:
 
 
 Convert = Callable[[np.ndarray], np.ndarray]
+ROWS = 256  # of a map that are floats at once, as those of a whole photograph take much memory
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,15 @@ class Hint:
     @cached_property
     def source(self) -> np.ndarray:
         """The hint as an image file of a training set holds it: (H, W, 3), uint8, `hint` times 255; ValueError if it has a hole."""
-        if self.hint.min() < 0:
-            raise ValueError("the hole of the hint is -1, which no picture file can hold; keep its map, which is RGBA")
-        return np.rint(self.hint * 255.0).astype(np.uint8)
+        parts = []
+        for top in range(0, len(self.map), ROWS):
+            hint = self.info.to_hint(self.map[top : top + ROWS])
+            if hint.min() < 0:
+                raise ValueError(
+                    "the hole of the hint is -1, which no picture file can hold; keep its map, which is RGBA"
+                )
+            parts.append(np.rint(hint * 255.0).astype(np.uint8))
+        return np.concatenate(parts)
 
     def __repr__(self) -> str:
         return f"Hint({self.info.name} {self.info.version}, {self.map.shape[0]}x{self.map.shape[1]})"

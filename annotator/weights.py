@@ -28,6 +28,7 @@ CKPTS = Path(annotator_ckpts_path)
 # torch.load(weights_only=True) runs code of a file before 2.6 (CVE-2025-32434), and corrupts memory before 2.10
 # (CVE-2026-24747).
 SAFE_UNPICKLER = (2, 10)
+MODEL_FILES = (".json", ".txt", ".safetensors", ".bin")  # of a model of transformers
 WRAPPERS = ("state_dict", "model")  # entries of published files under which the weights lie
 
 
@@ -125,10 +126,10 @@ def _fetch(hub: Hub, filename: str) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """The first 16 digits of the SHA-256 of a file, or of all files in a folder: which weights they are."""
+    """The first 16 digits of the SHA-256 of a file, or of a model's files in a folder: which weights they are."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
+        if file.is_file() and (file == path or file.suffix in MODEL_FILES):
             with open(file, "rb") as opened:
                 while block := opened.read(2**20):
                     digest.update(block)

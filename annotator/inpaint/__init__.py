@@ -3,13 +3,14 @@
 The map carries the hole as transparency, so that it can be kept as a PNG.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from annotator.detector import Detector
-from annotator.pictures import check_image, without_alpha
+from annotator.pictures import Picture, as_array, check_image, without_alpha
 from annotator.scribble import first_channel
 
 
@@ -59,20 +60,25 @@ def show_hole(map: np.ndarray) -> np.ndarray:
 
 
 class InpaintDetector(Detector):
-    """Cuts a hole."""
+    """Cuts a hole, which PIL pictures keep too: controlnet_aux has no such detector, so its way of calling is not followed."""
+
+    def __call__(self, input_image: Picture, *args: Any, **parameters: Any) -> Any:
+        found = self.detect(as_array(input_image), *args, **parameters)
+        return Image.fromarray(found) if isinstance(input_image, Image.Image) else found
 
     def detect(
         self,
         image: np.ndarray,
-        mask: np.ndarray | None = None,
+        mask: Picture | None = None,
         blur: Annotated[float, 0.0, 64.0, "sigma that softens the hole's border, in pixels"] = 5.0,
     ) -> np.ndarray:
         """The picture with alpha 0 in the hole and 255 elsewhere: (H, W, 4), uint8.
 
         Args:
             image: (H, W, 3), uint8; without `mask` RGBA, where what is transparent is to be painted.
-            mask: (h, w) or (h, w, C), uint8, white where to paint, of any size.
+            mask: white where to paint, of any size; also a PIL picture or a path.
         """
+        mask = None if mask is None else as_array(mask)
         rgba = picture_with_hole(image) if mask is None else cut_hole(image, mask)
         height, width = rgba.shape[:2]
         hole = soft_mask(255 - rgba[:, :, 3] if mask is None else mask, height, width, blur) > 0.5

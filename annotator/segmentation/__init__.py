@@ -42,13 +42,22 @@ class SegmentationDetector(HubModelDetector):
             self.processor = self.transformers.OneFormerProcessor(self.processor, tokenizer, task_seq_length=length)
         return network, missing
 
+    def load(self, task: Task = "semantic", **parameters: Any) -> None:
+        super().load(**parameters)
+        self.decoder(task)
+
+    def decoder(self, task: str) -> Any:
+        """What makes segments of the network's output; ValueError if the model gives none of this kind."""
+        found = getattr(self.processor, f"post_process_{task}_segmentation", None)
+        if found is None:
+            raise ValueError(f"the model {self.network.config.model_type} gives no {task} segmentation")
+        return found
+
     def predict(
         self, images: list[np.ndarray], task: Task = "semantic", threshold: float = 0.5, **parameters: Any
     ) -> list[np.ndarray]:
         """For each picture (H, W), int: classes, or numbers of segments, largest first; -1 for nothing."""
-        decode = getattr(self.processor, f"post_process_{task}_segmentation", None)
-        if decode is None:
-            raise ValueError(f"the model {self.network.config.model_type} gives no {task} segmentation")
+        decode = self.decoder(task)
         sizes = [image.shape[:2] for image in images]
         outputs = self.network(**self.inputs_for(images, task))
         if task == "semantic":

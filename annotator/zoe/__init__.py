@@ -1,7 +1,8 @@
 """Depth by ZoeDepth, as ControlNet 1.1 uses it. S. F. Bhat et al., "ZoeDepth", 2023."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from annotator.depth_anything import DepthAnythingDetector
 from annotator.library import load_entries
 from annotator.network import LazyNetwork
 from annotator.pictures import to_uint8
-from annotator.weights import read_state_dict
+from annotator.weights import WeightsError, read_state_dict
 from annotator.zoe.published import BACKBONE, CONFIG, PROCESSOR, hub_names
 
 NEAR, FAR = 2, 85  # percentiles of the distances: what is nearer is white, what is farther is black
@@ -34,6 +35,14 @@ class ZoeDetector(DepthAnythingDetector):
         config = self.transformers.ZoeDepthConfig(backbone_config=backbone, **CONFIG)
         entries = hub_names(read_state_dict(path))
         return load_entries(self.transformers.ZoeDepthForDepthEstimation, config, entries, path)
+
+    def load_model(self, path: Path, **processor_options: Any) -> tuple[Any, Iterable[str]]:
+        network, missing = super().load_model(path, **processor_options)
+        if network.config.model_type != "zoedepth":  # it might give the inverse of distances
+            raise WeightsError(
+                f"{path} holds a model of type {network.config.model_type}, not zoedepth; use depth_anything"
+            )
+        return network, missing
 
     def predict_depth(self, pixels: Tensor) -> Tensor:
         """The mean of the distances in the picture and in its mirror image: (B, h, w)."""

@@ -20,6 +20,7 @@ from annotator.network import LazyNetwork, NetworkDetector, to_tensor
 from annotator.pictures import SETTINGS, as_array, read_image, save_png, to_uint8
 from annotator.registry import CONDITIONS, REGISTRY
 from annotator.shuffle import ContentShuffleDetector
+from tests.annotator import tiny_models
 from tests.annotator.cases import case_state_dict, open_cases
 
 ARRAYS, _ = open_cases("canny")
@@ -517,3 +518,36 @@ def test_the_module_runs_and_lists_itself():
     command = [sys.executable, "-m", "annotator", "normal", "--help"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"})
     assert "0.1 to 20, default 6.28319" in ran.stdout and "0 to 1, default 0.4" in ran.stdout
+
+
+def test_sets_made_in_the_folder_are_not_photographs(photos, tmp_path, capsys):
+    for part in ("source", "target"):
+        save_png(photos / "training" / part / "a.png", PHOTOS[0])
+    (photos / "training" / "photos.json").write_text("{}")
+    assert main(["tile", str(photos), str(tmp_path / "maps"), "--workers", "1"]) == 0
+    assert "3 written" in capsys.readouterr().out
+    # Folders of these names alone, or the set itself when it is named, are as good as any.
+    (photos / "training" / "photos.json").rename(photos / "note.json")
+    assert main(["tile", str(photos), str(tmp_path / "more"), "--workers", "1"]) == 0
+    assert "5 written" in capsys.readouterr().out
+
+
+def test_names_of_pictures_cannot_write_to_the_terminal(photos, tmp_path, capsys):
+    (photos / "bro\x1b[31mken.png").write_bytes(b"nonsense")
+    assert main(["tile", str(photos), str(tmp_path / "maps"), "--workers", "1"]) == 1
+    assert "bro?[31mken.png" in (told := capsys.readouterr().err) and "\x1b" not in told
+
+
+def test_a_task_that_a_model_has_not_is_a_mistake_in_the_command(photos, tmp_path, capsys):
+    model = str(tiny_models.segformer(tmp_path / "segformer"))
+    command = ["segmentation", str(photos), str(tmp_path / "maps"), "--weights", model, "--task", "panoptic"]
+    assert main(command) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("the model segformer gives no panoptic segmentation")
+
+
+def test_what_else_lies_in_a_models_folder_is_not_its_weights(photos, tmp_path):
+    model = tiny_models.depth_anything(tmp_path / "depth")
+    command = ["depth_anything", str(photos), str(tmp_path / "maps"), "--weights", str(model), "--workers", "1"]
+    assert main(command) == 0
+    (model / "README.md").write_text("hi")
+    assert main(command) == 0

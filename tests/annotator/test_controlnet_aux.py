@@ -123,6 +123,7 @@ def test_its_conventions_and_the_references_side_by_side(tmp_path):
         assert np.array_equal(detector(PHOTO, **sizes, output_type="np", scribble=True), fake_scribble(want))
     assert np.array_equal(CannyDetector()(PHOTO, **sizes).shape, (192, 192, 3))  # as arrays are answered there
     assert isinstance(CannyDetector()(PHOTO, **sizes, output_type="pil"), Image.Image)
+    assert isinstance(library(PHOTO, return_pil=False), np.ndarray)  # the older name of output_type
     grey = Image.fromarray(PHOTO[:, :, 0])
     assert library(grey, **sizes).size == (192, 192)
 

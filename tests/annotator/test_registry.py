@@ -13,6 +13,7 @@ from annotator.pictures import HWC3, resize_image
 from annotator.registry import (
     REGISTRY,
     Annotator,
+    Hint,
     invert,
     scale,
     scale_inverted,
@@ -180,3 +181,10 @@ def test_the_version_is_chosen_once(monkeypatch):
 def test_importing_the_package_loads_no_network_library():
     code = "import sys, annotator; annotator.load('canny'); sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["canny", "lineart", "normal"])
+def test_the_source_of_a_large_map_is_the_hint_in_whole_numbers(name):
+    info, drawn = describe(name), np.random.RandomState(0).randint(0, 256, (600, 8, 3), dtype=np.uint8)
+    hint = Hint(info, drawn, drawn)
+    assert np.array_equal(hint.source, np.rint(hint.hint * 255).astype(np.uint8))

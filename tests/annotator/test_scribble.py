@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from annotator import describe, load
 from annotator.inpaint import InpaintDetector, soft_mask
@@ -88,3 +89,14 @@ def test_what_is_transparent_does_not_bleed_into_what_is_seen(hole, resolution):
     made = load("inpaint").make_hint(rgba, resolution, blur=0.0)
     seen = made.hint.min(axis=2) >= 0
     assert 0 < seen.mean() < 1 and np.abs(made.hint[seen] * 255 - 200).max() <= 1
+
+
+def test_pil_pictures_keep_their_hole(hole, tmp_path):
+    mask = np.where(hole, 255, 0).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    expected = InpaintDetector()(IMAGE, mask)
+    rgba = Image.fromarray(np.dstack([IMAGE, 255 - mask]))
+    for call in ((rgba,), (Image.fromarray(IMAGE), mask), (Image.fromarray(IMAGE), Image.fromarray(mask))):
+        found = InpaintDetector()(*call)
+        assert isinstance(found, Image.Image) and np.array_equal(np.asarray(found), expected)
+    assert np.array_equal(InpaintDetector()(IMAGE, tmp_path / "mask.png"), expected)

@@ -1,11 +1,14 @@
 """Image helpers against the public reference, pixel for pixel, and what they say to bad input."""
 
+import io
 import random
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from annotator import pictures, util
+from annotator.pictures import read_image
 from tests.annotator.cases import assert_close, open_cases
 
 ARRAYS, META = open_cases("util")
@@ -121,3 +124,12 @@ def test_thinning_at_the_limits():
     for resolution in (float("inf"), float("nan")):
         with pytest.raises(ValueError, match="resolution"):
             util.resize_image(np.zeros((8, 8, 3), np.uint8), resolution)
+
+
+def test_grey_pictures_with_transparency_keep_it():
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    file = io.BytesIO()
+    Image.fromarray(grey).save(file, "png", transparency=5)
+    found = read_image(file)
+    assert found.shape == (8, 8, 4) and np.array_equal(found[:, :, 0], grey)
+    assert np.array_equal(found[:, :, 3] == 0, grey == 5)

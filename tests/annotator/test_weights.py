@@ -245,6 +245,16 @@ def test_a_network_detector_is_ready_to_run_and_refuses_what_is_too_large(tmp_pa
         detector(np.zeros((20, 30, 3), dtype=np.uint8), 1, 2)
 
 
+def test_another_default_dtype_changes_nothing(tmp_path):
+    torch.save(nn.Conv2d(3, 1, 3).state_dict(), tmp_path / "blur.pth")
+    want = Blur(device="cpu", weights=tmp_path)(np.zeros((20, 30, 3), dtype=np.uint8))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert np.array_equal(Blur(device="cpu", weights=tmp_path)(np.zeros((20, 30, 3), dtype=np.uint8)), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_autocast_changes_nothing(tmp_path):
     """Its bfloat16, which numpy does not have, is not for detectors."""
     torch.save(nn.Conv2d(3, 1, 3).state_dict(), tmp_path / "blur.pth")

@@ -100,3 +100,9 @@ def test_a_folder_of_the_models_name_is_found_and_controlnet_aux_is_followed(fol
     assert annotator.load("depth_zoe", "cpu")(IMAGE).tolist() == expected.tolist()
     with pytest.raises(ValueError, match="model_type must be zoedepth"):
         ZoeDetector.from_pretrained(str(folder), model_type="zoedepth_nk")
+
+
+def test_a_model_that_is_not_zoedepth_is_refused(tmp_path):
+    """Depth Anything's depth is inverse: it would come out with near and far exchanged."""
+    with pytest.raises(WeightsError, match="a model of type depth_anything, not zoedepth; use depth_anything"):
+        ZoeDetector("cpu", tiny_models.depth_anything(tmp_path / "other"))
