@@ -207,10 +207,14 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         args = parser.parse_args(argv, argparse.Namespace(program=program))
         if args.list:
             _print_list()
+            sys.stdout.flush()
             return 0
         if args.name is None:
             parser.error("which condition? --list shows them all")
         return _run(args)
+    except BrokenPipeError:  # `head`, say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        return 0
     except KeyboardInterrupt:
         print(f"{program}: interrupted; start it again to go on", file=sys.stderr)
         return 130

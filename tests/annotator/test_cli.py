@@ -551,3 +551,11 @@ def test_what_else_lies_in_a_models_folder_is_not_its_weights(photos, tmp_path):
     assert main(command) == 0
     (model / "README.md").write_text("hi")
     assert main(command) == 0
+
+
+def test_a_list_that_nobody_reads_to_its_end(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-m", "annotator", "--list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
