@@ -1,5 +1,6 @@
 """Many pictures: read by threads, grouped by shape for the network, and written by threads, a few of each at a time."""
 
+import errno
 import logging
 import os
 import zlib
@@ -118,7 +119,8 @@ def _complaint(job: Job, err: BaseException | None) -> str | None:
     """What went wrong with one picture, in a line."""
     if err is None:
         return None
-    if not isinstance(err, Exception):  # such as an interruption
+    # An interruption, or a full disk, ends all that would follow.
+    if not isinstance(err, Exception) or isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
         raise err
     logger.debug("%s failed", job.picture, exc_info=err)
     name = " ".join(str(job.picture).split())  # it may hold a line break

@@ -208,6 +208,9 @@ def whole_file(path: str | os.PathLike, replace: bool = True) -> Iterator[Binary
             os.fsync(file.fileno())
         if replace or not _link(temporary, path):
             os.replace(temporary, path)
+    except OSError as err:
+        err.filename = err.filename or os.fspath(path)  # of a full disk the system names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

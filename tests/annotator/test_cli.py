@@ -158,6 +158,24 @@ def test_a_full_disk_leaves_no_note(photos, tmp_path, monkeypatch):
     assert main(["canny", str(photos), str(tmp_path / "maps"), "--workers", "1"]) == 0
 
 
+def test_a_disk_that_fills_up_ends_the_run_in_one_line(photos, tmp_path, monkeypatch, capsys):
+    flush, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 2:  # the note and a map
+            raise OSError(28, "No space left on device")
+        flush(descriptor)
+
+    command = ["tile", str(photos), str(tmp_path / "maps"), "--workers", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        assert main(command) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("python -m annotator: [Errno 28] No space left on device: ") and "maps" in told
+    assert len(maps(tmp_path / "maps")) == 1 and main(command) == 0
+
+
 def test_a_run_that_fails_leaves_the_note_of_another(photos, tmp_path, monkeypatch):
     """The second one makes nothing, and ends when the first has made no map yet."""
     first, target, broken = CannyDetector.detect, str(tmp_path / "maps"), tmp_path / "broken"
