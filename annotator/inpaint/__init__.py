@@ -62,7 +62,7 @@ def show_hole(map: np.ndarray) -> np.ndarray:
 class InpaintDetector(Detector):
     """Cuts a hole, which PIL pictures keep too: controlnet_aux has no such detector, so its way of calling is not followed."""
 
-    def __call__(self, input_image: Picture, *args: Any, **parameters: Any) -> Any:
+    def __call__(self, input_image: Any = None, *args: Any, **parameters: Any) -> Any:
         found = self.detect(as_array(input_image), *args, **parameters)
         return Image.fromarray(found) if isinstance(input_image, Image.Image) else found
 
