@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from annotator.detector import first_line, import_extra
-from annotator.network import NetworkDetector, without_autocast
+from annotator.network import NetworkDetector, inference
 from annotator.weights import Hub, WeightsError, find_local, find_weights, refuse_unsafe_pickle, search_folders
 
 CONFIG = "config.json"
@@ -39,7 +39,7 @@ class LibraryDetector(NetworkDetector):
 
     def run(self, x: Tensor, **parameters: Any) -> list[Any]:
         """What `predict` finds in each picture of a batch (B, H, W, 3), uint8."""
-        with without_autocast(self.device):
+        with inference(self.device):
             return list(self.predict(list(x.cpu().numpy()), **self.arguments() | parameters))
 
     @abstractmethod

@@ -2,8 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,10 +35,12 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
     return device
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Networks compute in float32, as numpy needs it, also where the caller has switched autocast on."""
+@contextmanager
+def inference(device: torch.device) -> Iterator[None]:
+    """Networks compute without gradients, and in float32, as numpy needs it, also where the caller has switched autocast on."""
     enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+    with torch.no_grad(), torch.autocast(device.type, enabled=False) if enabled else nullcontext():
+        yield
 
 
 class LazyNetwork:
@@ -202,7 +204,7 @@ class NetworkDetector(Detector):
 
     def run(self, x: Tensor, **parameters: Any) -> list[Any]:
         """The network's outputs for a batch (B, C, h, w), one for each picture."""
-        with without_autocast(self.device):
+        with inference(self.device):
             output = self.forward(x.to(self.device), **parameters)
         return [_picture_of(output, index) for index in range(len(x))]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from annotator.network import LazyNetwork, NetworkDetector, to_tensor, without_autocast
+from annotator.network import LazyNetwork, NetworkDetector, inference, to_tensor
 from annotator.openpose.assembly import assemble_people
 from annotator.openpose.boxes import face_boxes, hand_boxes
 from annotator.openpose.drawing import draw_body_1_0, draw_hands_1_0, draw_pose
@@ -248,7 +248,7 @@ class OpenposeDetector(NetworkDetector):
         return find_face_peaks(heatmaps[0].cpu().numpy())
 
     def _run(self, network: nn.Module, view: np.ndarray) -> Any:
-        with without_autocast(self.device):
+        with inference(self.device):
             return network(to_tensor(network_input(view))[None].to(self.device))
 
 

@@ -78,7 +78,7 @@ def test_a_published_file_gives_the_same_masks(folder, tmp_path, monkeypatch):
         SamModel=transformers.SamModel,
         pipeline=transformers.pipeline,
     )
-    monkeypatch.setattr("annotator.sam.import_extra", lambda module, extra: tiny)
+    monkeypatch.setattr(SamDetector, "transformers", tiny)
     (tmp_path / "checkpoints").mkdir()
     torch.save(published, tmp_path / "checkpoints" / "sam_vit_h_4b8939.pth")
     made = SamDetector.from_pretrained(tmp_path, subfolder="checkpoints")  # as controlnet_aux's README
