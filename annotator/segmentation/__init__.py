@@ -42,9 +42,10 @@ class SegmentationDetector(HubModelDetector):
             self.processor = self.transformers.OneFormerProcessor(self.processor, tokenizer, task_seq_length=length)
         return network, missing
 
-    def load(self, task: Task = "semantic", **parameters: Any) -> None:
+    def load(self, **parameters: Any) -> None:
         super().load(**parameters)
-        self.decoder(task)
+        if "task" in parameters:
+            self.decoder(parameters["task"])
 
     def decoder(self, task: str) -> Any:
         """What makes segments of the network's output; ValueError if the model gives none of this kind."""
