@@ -18,7 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
-from annotator.options import RaisingParser, add_detector_options, load_annotator, made_with, run_with_bar
+from annotator.options import (
+    RaisingParser,
+    add_detector_options,
+    load_annotator,
+    made_with,
+    named_path,
+    run_with_bar,
+)
 from annotator.pictures import find_pictures
 from annotator.registry import Hint, Request, describe, list_annotators
 from cldm.command import MISTAKES, help_text, run_command
@@ -43,6 +50,7 @@ from cldm.terminal import fail, show
 
 PROGRAM = "tutorial_dataset.py"
 FILL_FOLDER = "./training/fill50k/"
+MOST_CROPS = 10_000  # of one picture
 # What can be drawn.
 TASKS = {
     "fill": "circles to fill",
@@ -100,12 +108,12 @@ def photos_parser(condition: str, program: str = PROGRAM) -> argparse.ArgumentPa
         )
         if name != condition:
             continue
-        command.add_argument("photos", metavar="PHOTOS", type=Path, help="folder of pictures, with sub-folders")
-        command.add_argument("out", metavar="OUT", type=Path, help="data folder to write")
+        command.add_argument("photos", metavar="PHOTOS", type=named_path, help="folder of pictures, with sub-folders")
+        command.add_argument("out", metavar="OUT", type=named_path, help="data folder to write")
         prompts = command.add_mutually_exclusive_group()
         prompts.add_argument(
             "--captions",
-            type=Path,
+            type=named_path,
             metavar="FILE",
             help='lines like {"file": "a.jpg", "prompt": "..."} (default: a.txt beside a.jpg)',
         )
@@ -172,8 +180,8 @@ def draw_pairs(options: argparse.Namespace) -> int:
 
 def make_pairs(options: argparse.Namespace) -> int:
     """Make a set from photographs."""
-    if options.crops is not None and options.crops < 1:
-        raise DataError(f"--crops must be at least 1, found {options.crops}")
+    if options.crops is not None and not 1 <= options.crops <= MOST_CROPS:
+        raise DataError(f"--crops must lie within 1 and {MOST_CROPS:,}, found {options.crops}")
     framing = Framing(*parse_size(options.size), options.buckets, options.crops is not None, options.seed)
     if not options.photos.is_dir():
         raise DataError(f"there is no folder {options.photos}")

@@ -188,8 +188,11 @@ def _run(args: argparse.Namespace) -> int:
     try:
         failed = len(run_with_bar(args, annotator, todo, read, write, len(jobs), "picture"))
     finally:
-        if claimed and all(path.name[0] == "." for path in args.target.iterdir()):
-            note.unlink(missing_ok=True)  # no map was made, so the next run may have other settings
+        made = many and any(path.name[0] != "." for path in args.target.iterdir())
+        if claimed and not made:
+            note.unlink(missing_ok=True)  # so the next run may have other settings
+        elif made and not note.exists():  # the run that wrote it made nothing, and took it away
+            write_whole(note, json.dumps(settings).encode())
     line = f"{len(todo) - failed} written to {args.target}"
     if len(todo) < len(jobs):
         line += f", {len(jobs) - len(todo)} were there already"

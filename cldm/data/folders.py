@@ -25,8 +25,11 @@ def claimed_folder(folder: Path, note: str, settings: Mapping[str, Any]) -> Iter
     try:
         yield
     finally:
-        if claimed and not _holds_files(folder, note):
-            (folder / note).unlink(missing_ok=True)
+        made, path = _holds_files(folder, note), folder / note
+        if claimed and not made:
+            path.unlink(missing_ok=True)
+        elif made and not path.exists():  # the run that wrote it made nothing, and took it away
+            write_whole(path, _as_text(settings))
 
 
 def claim_folder(folder: Path, note: str, settings: Mapping[str, Any]) -> bool:
@@ -77,7 +80,7 @@ def note_count(folder: Path, note: str, count: int) -> None:
     """Note how many pairs a folder that was claimed will have; with fewer in its listing, its making was interrupted."""
     path = folder / note
     known = read_note(path)
-    if known.get(_COUNT) != count:
+    if known and known.get(_COUNT) != count:
         write_whole(path, _as_text({**known, _COUNT: count}))
 
 

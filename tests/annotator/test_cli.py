@@ -192,6 +192,19 @@ def test_a_run_that_fails_leaves_the_note_of_another(photos, tmp_path, monkeypat
     assert second[0] == 1 and (tmp_path / "maps" / SETTINGS).exists()
 
 
+def test_the_note_comes_back_if_the_run_that_wrote_it_took_it_away(photos, tmp_path, monkeypatch):
+    """As the other one of two runs does that makes nothing."""
+    target = tmp_path / "maps"
+
+    def detect(self, image, **parameters):
+        (target / SETTINGS).unlink(missing_ok=True)
+        return image[:, :, 0]
+
+    monkeypatch.setattr(CannyDetector, "detect", detect)
+    command = ["canny", str(photos), str(target), "--workers", "1"]
+    assert main(command) == 0 and (target / SETTINGS).exists() and main(command) == 0
+
+
 def test_a_single_picture_does_not_mix_into_a_folder_of_maps(photos, tmp_path, capsys):
     target = tmp_path / "maps"
     assert main(["canny", str(photos), str(target), "--workers", "1"]) == 0

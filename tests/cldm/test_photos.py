@@ -138,6 +138,12 @@ def test_a_folder_is_claimed_once(tmp_path):
             pass
         assert (out / "note.json").exists()  # it goes with the run that wrote it
     assert not (out / "note.json").exists()  # nothing was made with the first settings
+    with claimed_folder(out, "other.json", {"size": 1}):
+        (out / "a.png").touch()
+        (out / "other.json").unlink()  # by the run that wrote it, which made nothing
+    assert json.loads((out / "other.json").read_text()) == {"size": 1}
+    (out / "other.json").unlink()
+    (out / "a.png").unlink()
     (out / "note.json").touch()  # such as a full disk leaves it
     claim_folder(out, "note.json", {"size": 2, "seed": 0})
     (out / "target").mkdir()
