@@ -209,7 +209,8 @@ def whole_file(path: str | os.PathLike, replace: bool = True) -> Iterator[Binary
         if replace or not _link(temporary, path):
             os.replace(temporary, path)
     except OSError as err:
-        err.filename = err.filename or os.fspath(path)  # of a full disk the system names none
+        if err.errno and not err.filename:  # of a full disk the system names none
+            err.filename = os.fspath(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

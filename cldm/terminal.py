@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from annotator.detector import printable
 
-__all__ = ["fail", "printable", "show"]
+def printable(text: str) -> str:
+    """The text with `?` for control characters and lone surrogates."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def show(line: str, stream: TextIO | None = None) -> None:
