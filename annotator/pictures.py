@@ -3,6 +3,7 @@
 A picture is an array (H, W), (H, W, 3) or (H, W, 4), uint8, in grey, RGB or RGBA.
 """
 
+import logging
 import os
 import time
 import uuid
@@ -14,6 +15,8 @@ from typing import Any, BinaryIO
 import cv2
 import numpy as np
 from PIL import Image, ImageOps
+
+logger = logging.getLogger(__name__)
 
 SIZE_STEP = 64
 SETTINGS = ".annotator.json"  # in a folder of maps: what they were made with
@@ -256,20 +259,17 @@ def find_pictures(source: Path, target: Path | None = None, maps: bool = False) 
     # Not `resolve`, which fails at a link to itself.
     goal = Path(os.path.realpath(target)) if target else None
     own = goal if goal and goal.is_relative_to(os.path.realpath(source)) else None
-    made: set[Path] = set()
-    if not maps:
-        sets = (folder.parent for folder in source.rglob("source") if (folder.parent / "target").is_dir())
-        made = {note.parent for note in source.rglob(SETTINGS)} | {one for one in sets if any(one.glob("*.json"))}
-        made.discard(source)
-    found = sorted(
-        path
-        for path in source.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(source).parts)
-        and made.isdisjoint(path.parents)
-        and path.is_file()
-        and not (own and path.resolve().is_relative_to(own))
-    )
+    found = []
+    for folder, folders, files in os.walk(source, onerror=lambda err: logger.warning("left out: %s", err)):
+        here = Path(folder)
+        is_set = {"source", "target"} <= set(folders) and any(name.endswith(".json") for name in files)
+        if not maps and here != source and (SETTINGS in files or is_set):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+        paths = (here / name for name in names)
+        found += [p for p in paths if p.is_file() and not (own and p.resolve().is_relative_to(own))]
     if not found:
         raise ValueError(f"no pictures in {source} (looked for {' '.join(IMAGE_SUFFIXES)})")
-    return found
+    return sorted(found)

@@ -505,6 +505,21 @@ def test_hidden_folders_are_left_out(photos, tmp_path):
     assert list(maps(tmp_path / "maps")) == ["a.png", "sub/b.png", "sub/deep/c d.png"]
 
 
+def test_a_folder_that_cannot_be_read_is_named(photos, tmp_path, monkeypatch, caplog):
+    scandir = os.scandir
+
+    def refuse(path):  # file permissions do not hold for the user that tests often run as
+        if os.path.basename(path) == "deep":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert main(["canny", str(photos), str(tmp_path / "maps")]) == 0
+    monkeypatch.undo()
+    assert list(maps(tmp_path / "maps")) == ["a.png", "sub/b.png"]
+    assert f"Permission denied: '{photos / 'sub' / 'deep'}'" in caplog.text
+
+
 def test_threads_that_write_leave_the_umask_alone(tmp_path):
     old = os.umask(0o027)
     try:
