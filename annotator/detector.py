@@ -10,6 +10,7 @@ Two conventions of calling meet in one class:
 import importlib
 import inspect
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -22,6 +23,8 @@ from annotator.pictures import HWC3, as_array, resize, resize_image, resized_sha
 
 VERSIONS = ("1.0", "1.1")
 VERSION_VARIABLE = "ANNOTATOR_VERSION"
+# Of every call in controlnet_aux.
+AUX_ARGUMENTS = ("detect_resolution", "image_resolution", "output_type", "return_pil")
 
 _version: str | None = None
 
@@ -61,6 +64,12 @@ def import_extra(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as err:
         raise ImportError(f"this detector needs {module}: pip install 'controlnet[{extra}]'") from err
+
+
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments that may be left out, by name, each with its default."""
+    arguments = inspect.signature(function).parameters.items()
+    return {name: argument.default for name, argument in arguments if argument.default is not argument.empty}
 
 
 @dataclass(frozen=True)
@@ -131,8 +140,7 @@ class Detector:
     @cache
     def arguments(cls) -> dict[str, Any]:
         """The arguments of a call after the picture, by name, each with its default."""
-        signature = inspect.signature(getattr(cls, cls.call)).parameters.items()
-        return {name: argument.default for name, argument in signature if argument.default is not argument.empty}
+        return defaults_of(getattr(cls, cls.call))
 
     @classmethod
     @cache
@@ -167,6 +175,9 @@ class Detector:
         if len(args) > len(known) or given.keys() & parameters.keys():
             raise TypeError(f"{type(self).__name__} takes {', '.join(known) or 'nothing'} after the picture, each once")
         parameters |= given
+        takes = (*(known | defaults_of(self.aux_map)), *AUX_ARGUMENTS)
+        if unknown := [name for name in parameters if name not in takes]:
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}; it takes {', '.join(takes)}")
         image = as_array(input_image)
         if not self.pretrained and not isinstance(input_image, Image.Image) and parameters.keys() <= known.keys():
             return self.detect(image, **parameters)

@@ -22,6 +22,8 @@ SIZE_STEP = 64
 SETTINGS = ".annotator.json"  # in a folder of maps: what they were made with
 MAX_PIXELS = 2**27  # what `resize_image` agrees to make: 11,585 pixels a side
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# Pictures too, which the owner of a folder may expect to be read.
+UNREAD_SUFFIXES = (".gif", ".avif", ".heic", ".heif", ".jxl")
 
 Picture = np.ndarray | Image.Image | str | os.PathLike
 
@@ -259,7 +261,7 @@ def find_pictures(source: Path, target: Path | None = None, maps: bool = False) 
     # Not `resolve`, which fails at a link to itself.
     goal = Path(os.path.realpath(target)) if target else None
     own = goal if goal and goal.is_relative_to(os.path.realpath(source)) else None
-    found = []
+    found, unread = [], []
     for folder, folders, files in os.walk(source, onerror=lambda err: logger.warning("left out: %s", err)):
         here = Path(folder)
         is_set = {"source", "target"} <= set(folders) and any(name.endswith(".json") for name in files)
@@ -267,9 +269,15 @@ def find_pictures(source: Path, target: Path | None = None, maps: bool = False) 
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")]
-        paths = (here / name for name in names)
-        found += [p for p in paths if p.is_file() and not (own and p.resolve().is_relative_to(own))]
+        for path in (here / name for name in files if not name.startswith(".")):
+            if path.suffix.lower() in UNREAD_SUFFIXES:
+                unread.append(path)
+            elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                if own is None or not path.resolve().is_relative_to(own):
+                    found.append(path)
+    if unread:
+        advice = "save such pictures as PNG or JPEG to have them too"
+        logger.warning("left out: %d files such as %r; %s", len(unread), str(unread[0]), advice)
     if not found:
         raise ValueError(f"no pictures in {source} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return sorted(found)

@@ -520,6 +520,14 @@ def test_a_folder_that_cannot_be_read_is_named(photos, tmp_path, monkeypatch, ca
     assert f"Permission denied: '{photos / 'sub' / 'deep'}'" in caplog.text
 
 
+def test_pictures_of_formats_that_are_not_read_are_named(photos, tmp_path, caplog):
+    for name in ("sub/IMG_0001.HEIC", "b.gif", ".hidden.gif"):
+        (photos / name).write_bytes(b"")
+    assert main(["canny", str(photos), str(tmp_path / "maps")]) == 0
+    assert "left out: 2 files such as" in caplog.text and "PNG or JPEG" in caplog.text
+    assert len(maps(tmp_path / "maps")) == 3
+
+
 def test_threads_that_write_leave_the_umask_alone(tmp_path):
     old = os.umask(0o027)
     try:
