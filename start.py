@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
         )
         return 2
     if argv[0] == "test":
-        os.environ.setdefault("OMP_NUM_THREADS", str(PROCESSORS // WORKERS))
+        os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(PROCESSORS // WORKERS)
     for command in commands[argv[0]]:
         code = subprocess.run([PYTHON, *command], cwd=ROOT).returncode
         if code:
