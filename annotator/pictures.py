@@ -164,7 +164,7 @@ def read_image(path: str | os.PathLike | BinaryIO) -> np.ndarray:
 
 
 def _from_pil(picture: Image.Image) -> np.ndarray:
-    """As it is: only files are turned as their EXIF data say, as others would not expect it of a PIL picture."""
+    """Not turned by its EXIF data, as a file is: whoever hands over a PIL picture has decided on that."""
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         lowest, highest = values.min(initial=0), values.max(initial=0)
@@ -262,10 +262,14 @@ def find_pictures(source: Path, target: Path | None = None, maps: bool = False) 
     goal = Path(os.path.realpath(target)) if target else None
     own = goal if goal and goal.is_relative_to(os.path.realpath(source)) else None
     found, unread = [], []
-    for folder, folders, files in os.walk(source, onerror=lambda err: logger.warning("left out: %s", err)):
+
+    def warn(err: OSError) -> None:
+        logger.warning("left out the folder %r, which cannot be read (%s)", err.filename, err.strerror)
+
+    for folder, folders, files in os.walk(source, onerror=warn):
         here = Path(folder)
-        is_set = {"source", "target"} <= set(folders) and any(name.endswith(".json") for name in files)
-        if not maps and here != source and (SETTINGS in files or is_set):
+        is_training_set = {"source", "target"} <= set(folders) and any(name.endswith(".json") for name in files)
+        if not maps and here != source and (SETTINGS in files or is_training_set):
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -276,8 +280,8 @@ def find_pictures(source: Path, target: Path | None = None, maps: bool = False) 
                 if own is None or not path.resolve().is_relative_to(own):
                     found.append(path)
     if unread:
-        advice = "save such pictures as PNG or JPEG to have them too"
-        logger.warning("left out: %d files such as %r; %s", len(unread), str(unread[0]), advice)
+        kinds = f"pictures of kinds that are not read ({len(unread)}, such as {str(unread[0])!r})"
+        logger.warning("left out %s; save them as PNG or JPEG", kinds)
     if not found:
         raise ValueError(f"no pictures in {source} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return sorted(found)

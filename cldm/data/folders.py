@@ -80,7 +80,7 @@ def note_count(folder: Path, note: str, count: int) -> None:
     """Note how many pairs a folder that was claimed will have; with fewer in its listing, its making was interrupted."""
     path = folder / note
     known = read_note(path)
-    if known and known.get(_COUNT) != count:
+    if known and known.get(_COUNT) != count:  # without a note, `claimed_folder` writes it whole in the end
         write_whole(path, _as_text({**known, _COUNT: count}))
 
 

@@ -162,8 +162,10 @@ class DetectTab:
             raise ValueError(complaints[-1] if complaints else "the pictures could not be made")
         made = _made(goals)
         text = f"{len(made)} of {len(goals)} pictures are in {target.name}."
-        failed = f" Some failed: {self.context.folders.hide_paths(complaints[-1])}" if complaints else ""
-        yield {self.progress: text + failed, self.examples: [HWC3(read_image(path)) for path in _newest(made)]}
+        if complaints:
+            reason = "Some failed: " if len(made) < len(goals) else "Note: "
+            text += f" {reason}{self.context.folders.hide_paths(complaints[-1])}"
+        yield {self.progress: text, self.examples: [HWC3(read_image(path)) for path in _newest(made)]}
 
 
 def _arguments(chosen: Chosen, source: Path, target: Path) -> list[str]:

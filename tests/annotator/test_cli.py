@@ -517,14 +517,14 @@ def test_a_folder_that_cannot_be_read_is_named(photos, tmp_path, monkeypatch, ca
     assert main(["canny", str(photos), str(tmp_path / "maps")]) == 0
     monkeypatch.undo()
     assert list(maps(tmp_path / "maps")) == ["a.png", "sub/b.png"]
-    assert f"Permission denied: '{photos / 'sub' / 'deep'}'" in caplog.text
+    assert f"left out the folder '{photos / 'sub' / 'deep'}', which cannot be read (Permission denied)" in caplog.text
 
 
 def test_pictures_of_formats_that_are_not_read_are_named(photos, tmp_path, caplog):
     for name in ("sub/IMG_0001.HEIC", "b.gif", ".hidden.gif"):
         (photos / name).write_bytes(b"")
     assert main(["canny", str(photos), str(tmp_path / "maps")]) == 0
-    assert "left out: 2 files such as" in caplog.text and "PNG or JPEG" in caplog.text
+    assert "pictures of kinds that are not read (2, such as '" in caplog.text and "PNG or JPEG" in caplog.text
     assert len(maps(tmp_path / "maps")) == 3
 
 

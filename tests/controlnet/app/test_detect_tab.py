@@ -38,6 +38,12 @@ def test_only_what_belongs_to_the_run_is_counted(tab, tmp_path, what):
         (tmp_path / "data" / "photos" / f"{number}.png").unlink()
     state = last(tab, what, "made")
     assert state[tab.progress] == "1 of 1 pictures are in made." and len(state[tab.examples]) == 1
+    (tmp_path / "data" / "photos" / "phone.heic").touch()
+    told = last(tab, what, "made")[tab.progress]
+    assert told.startswith(
+        "1 of 1 pictures are in made. Note: left out pictures of kinds that are not read (1, such as"
+    )
+    assert str(tmp_path) not in told
 
 
 @pytest.mark.parametrize("what", [MAPS, PAIRS])
