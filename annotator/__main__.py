@@ -74,9 +74,13 @@ def build_parser(name: str | None, program: str = PROGRAM) -> argparse.ArgumentP
 
 
 def _print_list() -> None:
-    for (name, version), info in sorted(REGISTRY.items()):
-        options = ", ".join(f"{key}={value}" for key, value in info.defaults.items())
-        print(f"{name:22} {version}  {info.title:36} {info.weights:44} {options}".rstrip())
+    try:
+        for (name, version), info in sorted(REGISTRY.items()):
+            options = ", ".join(f"{key}={value}" for key, value in info.defaults.items())
+            print(f"{name:22} {version}  {info.title:36} {info.weights:44} {options}".rstrip())
+        sys.stdout.flush()
+    except BrokenPipeError:  # `head`, say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
 
 
 def _plan(source: Path, target: Path, mask: Path | None) -> list[Job]:
@@ -210,14 +214,10 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         args = parser.parse_args(argv, argparse.Namespace(program=program))
         if args.list:
             _print_list()
-            sys.stdout.flush()
             return 0
         if args.name is None:
             parser.error("which condition? --list shows them all")
         return _run(args)
-    except BrokenPipeError:  # `head`, say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
-        return 0
     except KeyboardInterrupt:
         print(f"{program}: interrupted; start it again to go on", file=sys.stderr)
         return 130

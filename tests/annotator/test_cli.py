@@ -607,6 +607,15 @@ def test_what_else_lies_in_a_models_folder_is_not_its_weights(photos, tmp_path):
     assert main(command) == 0
 
 
+def test_work_that_nobody_watches_any_more_is_no_success(photos, tmp_path):
+    """stderr, where a broken picture is told of, goes to a program that has ended."""
+    (photos / "0.png").write_bytes(b"broken")
+    command = [sys.executable, "-m", "annotator", "tile", str(photos), str(tmp_path / "maps"), "--workers", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        process.stderr.close()
+    assert process.returncode != 0
+
+
 def test_a_list_that_nobody_reads_to_its_end(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-m", "annotator", "--list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
