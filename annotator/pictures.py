@@ -285,3 +285,9 @@ def find_pictures(source: Path, target: Path | None = None, maps: bool = False) 
     if not found:
         raise ValueError(f"no pictures in {source} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return sorted(found)
+
+
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove what killed processes have left of `whole_file` in a folder into which nobody is writing now."""
+    for path in Path(folder).glob(f".{'[0-9a-f]' * 32}.tmp"):
+        path.unlink(missing_ok=True)

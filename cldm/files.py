@@ -8,9 +8,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from annotator.pictures import whole_file, write_whole
+from annotator.pictures import remove_unfinished, whole_file, write_whole
 
-__all__ = ["locked", "sha256_of", "whole_file", "write_whole"]
+__all__ = ["locked", "remove_unfinished", "sha256_of", "whole_file", "write_whole"]
 
 
 @contextmanager

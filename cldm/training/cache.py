@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cldm.data.checking import hint_item_of, name_of
 from cldm.data.pairs import DataError, Items, SizedItems
-from cldm.files import locked, write_whole
+from cldm.files import locked, remove_unfinished, write_whole
 from cldm.model import load_weights
 from cldm.training.precision import forward_context
 from ldm.models.diffusion.ddpm import LatentDiffusion
@@ -98,8 +98,7 @@ class _Store:
                 logger.info("another process is filling %s; waiting for it", self.folder)
                 stack.enter_context(locked(self.folder))
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".*.tmp"):  # of a killed process: nobody else writes here now
-                left.unlink(missing_ok=True)
+            remove_unfinished(self.folder)
             self.refresh()
             yield
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cldm.files import locked, sha256_of, write_whole
+from cldm.files import locked, remove_unfinished, sha256_of, write_whole
 from cldm.settings import noted_settings, write_settings
 from cldm.training.checkpoints import checkpoints_in, newest_checkpoint
 from cldm.training.engine import own_rank
@@ -134,11 +134,9 @@ class RunFolder:
     def _remove_unfinished(self) -> None:
         """Remove what a kill has left of a checkpoint, an export or the result that was being written; each may take gigabytes."""
         for folder in (self.checkpoints, self.path / "exports"):
-            for pattern in (".*.tmp", ".*.partial"):
-                for path in folder.glob(pattern):
-                    path.unlink(missing_ok=True)
-        for path in self.path.glob(f".{self.result.name}.*.partial"):
-            path.unlink(missing_ok=True)
+            remove_unfinished(folder)
+            _remove_partial(folder)
+        _remove_partial(self.path, self.result.name)
 
     def _refuse_foreign(self, noted: dict[str, Any] | None, found: list[str]) -> None:
         """Raise ConfigError if a file in the place of one that the run writes, of which some were `found`, is not a run's."""
@@ -170,6 +168,8 @@ class RunFolder:
     def in_use(self) -> Iterator[None]:
         """Within it no other run can work in this folder; the processes of one run share it.
 
+        What kills have left of small files is removed when the run has come to its end.
+
         Raises:
             ConfigError: another run does.
         """
@@ -179,6 +179,9 @@ class RunFolder:
         try:
             with locked(self.path / "run", wait=False):
                 yield
+                # Not earlier: while this process begins, others of the run may be writing their notes.
+                for folder in (self.path, self.path / "pictures"):
+                    remove_unfinished(folder)
         except BlockingIOError as error:
             raise ConfigError(
                 f"another run is working in {self.path}; wait for its end, or choose another out"
@@ -206,9 +209,16 @@ class RunFolder:
         with locked(path):
             if not (path.is_file() and _read_object(note) == wanted):
                 note.unlink(missing_ok=True)
+                _remove_partial(path.parent, path.name)
                 make(path)
                 write_whole(note, json.dumps(wanted, indent=1).encode())
         return path
+
+
+def _remove_partial(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes have left of a weights file with this name."""
+    for path in folder.glob(f".{name}.*.partial"):
+        path.unlink(missing_ok=True)
 
 
 def _read_object(note: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import uuid
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -302,13 +303,21 @@ def test_a_last_step_that_is_left_out_is_saved_and_deletes_nothing(data, tmp_pat
 def test_what_a_kill_left_half_written_is_removed(data, tmp_path):
     run, settings = RunFolder(tmp_path / "run"), Settings(data=str(data), out=str(tmp_path / "run"))
     run.begin(settings)
-    left = [run.checkpoints / ".step-00000002.ckpt.12345678.tmp", run.path / ".model.safetensors.12345678.partial"]
-    kept = [run.checkpoints / "step-00000001.ckpt", run.path / ".notes"]
-    run.checkpoints.mkdir()
-    for path in (*left, *kept):
+    name = f".{uuid.uuid4().hex}.tmp"
+    large = [run.checkpoints / name, run.path / "exports" / name, run.path / ".model.safetensors.12345678.partial"]
+    small = [run.path / name, run.path / "pictures" / name]
+    initial = run.path / ".control_ini.safetensors.12345678.partial"
+    kept = [run.checkpoints / "step-00000001.ckpt", run.path / ".notes", run.path / ".mine.tmp"]
+    for path in (*large, *small, initial, *kept):
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"begun")
-    run.begin(settings)
-    assert all(path.is_file() for path in kept) and not any(path.exists() for path in left)
+    with run.in_use():
+        run.begin(settings)
+        assert not any(path.exists() for path in large)
+        assert all(path.is_file() for path in (*small, initial))  # another process of the run may be writing them
+        run.initial_weights(data / "prompt.json", "any", lambda path: path.touch())
+        assert not initial.exists()
+    assert all(path.is_file() for path in kept) and not any(path.exists() for path in small)
 
 
 def test_the_8_bit_optimizer_goes_on_from_its_checkpoint(data, tmp_path, monkeypatch):
