@@ -16,6 +16,7 @@ from cldm.settings import noted_settings, write_settings
 from cldm.training.checkpoints import checkpoints_in, newest_checkpoint
 from cldm.training.engine import own_rank
 from cldm.training.settings import Settings, changes
+from ldm.files import remove_unfinished_weights
 from ldm.files.locating import locate
 from ldm.util import ConfigError
 
@@ -133,10 +134,9 @@ class RunFolder:
 
     def _remove_unfinished(self) -> None:
         """Remove what a kill has left of a checkpoint, an export or the result that was being written; each may take gigabytes."""
-        for folder in (self.checkpoints, self.path / "exports"):
-            remove_unfinished(folder)
-            _remove_partial(folder)
-        _remove_partial(self.path, self.result.name)
+        remove_unfinished(self.checkpoints)
+        remove_unfinished_weights(self.path / "exports")
+        remove_unfinished_weights(self.path, self.result.name)
 
     def _refuse_foreign(self, noted: dict[str, Any] | None, found: list[str]) -> None:
         """Raise ConfigError if a file in the place of one that the run writes, of which some were `found`, is not a run's."""
@@ -168,7 +168,7 @@ class RunFolder:
     def in_use(self) -> Iterator[None]:
         """Within it no other run can work in this folder; the processes of one run share it.
 
-        What kills have left of small files is removed when the run has come to its end.
+        When the run has come to its end, the small files are removed that kills have left half-written.
 
         Raises:
             ConfigError: another run does.
@@ -209,16 +209,10 @@ class RunFolder:
         with locked(path):
             if not (path.is_file() and _read_object(note) == wanted):
                 note.unlink(missing_ok=True)
-                _remove_partial(path.parent, path.name)
+                remove_unfinished_weights(path.parent, path.name)
                 make(path)
                 write_whole(note, json.dumps(wanted, indent=1).encode())
         return path
-
-
-def _remove_partial(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes have left of a weights file with this name."""
-    for path in folder.glob(f".{name}.*.partial"):
-        path.unlink(missing_ok=True)
 
 
 def _read_object(note: Path) -> dict[str, Any]:

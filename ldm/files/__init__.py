@@ -14,7 +14,7 @@ file), `opening` (which container is it), `safetensors_files`, `torch_files` and
 from ldm.files.errors import CheckpointError, MissingFileError
 from ldm.files.opening import open_weights, read_checkpoint, read_state_dict
 from ldm.files.tensors import LazyTensor, WeightsFile
-from ldm.files.writing import check_output, write_folder, write_weights
+from ldm.files.writing import check_output, remove_unfinished_weights, write_folder, write_weights
 
 __all__ = [
     "CheckpointError",
@@ -25,6 +25,7 @@ __all__ = [
     "open_weights",
     "read_checkpoint",
     "read_state_dict",
+    "remove_unfinished_weights",
     "write_folder",
     "write_weights",
 ]

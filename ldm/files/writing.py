@@ -232,10 +232,24 @@ def _temporary(place: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def remove_unfinished_weights(folder: str | Path, names: str = "*") -> None:
+    """Remove what killed processes have left of outputs with such names in a folder into which nobody is writing now.
+
+    Args:
+        names: a pattern, as of `glob`.
+    """
+    for left in Path(folder).glob(f".{names}.{'[0-9a-f]' * 8}{_PARTIAL}"):
+        _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write_tensor(file: IO[bytes], key: str, tensor: LazyTensor, advance: Callable[[int], Any]) -> None:

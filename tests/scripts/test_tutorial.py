@@ -304,9 +304,12 @@ def test_what_a_kill_left_half_written_is_removed(data, tmp_path):
     run, settings = RunFolder(tmp_path / "run"), Settings(data=str(data), out=str(tmp_path / "run"))
     run.begin(settings)
     name = f".{uuid.uuid4().hex}.tmp"
-    large = [run.checkpoints / name, run.path / "exports" / name, run.path / ".model.safetensors.12345678.partial"]
+    large = [
+        *(run.checkpoints / name, run.path / "exports" / ".control-step-00000001.safetensors.0a1b2c3d.partial"),
+        run.path / ".model.safetensors.0a1b2c3d.partial",
+    ]
     small = [run.path / name, run.path / "pictures" / name]
-    initial = run.path / ".control_ini.safetensors.12345678.partial"
+    initial = run.path / ".control_ini.safetensors.0a1b2c3d.partial"
     kept = [run.checkpoints / "step-00000001.ckpt", run.path / ".notes", run.path / ".mine.tmp"]
     for path in (*large, *small, initial, *kept):
         path.parent.mkdir(exist_ok=True)

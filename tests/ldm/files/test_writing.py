@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from ldm.files import (
     check_output,
     open_weights,
     read_state_dict,
+    remove_unfinished_weights,
     write_folder,
     write_weights,
 )
@@ -269,6 +271,23 @@ def test_a_folder_that_exists_is_filled(tmp_path: Path, monkeypatch: pytest.Monk
     after = target.stat()
     assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode) and set(measured) == {target}
     assert sorted(os.listdir()) == [".out.01234567.partial", *sorted(CONTENT)]
+
+
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    code = "import os, sys, torch; from pathlib import Path; from ldm.files import writing;"
+    code += "writing.os.fsync = lambda _: os._exit(9);"
+    files = "writing.write_folder(Path(sys.argv[1]) / 'folder', {'a.bin': {'a': torch.ones(3)}}, progress=False)"
+    file = "writing.write_weights(Path(sys.argv[1]) / 'b.safetensors', {'b': torch.ones(3)}, progress=False)"
+    for call in (files, file):
+        assert subprocess.run([sys.executable, "-c", code + call, tmp_path]).returncode == 9
+    kept = [tmp_path / name for name in ("b.safetensors", ".mine.partial", ".b.safetensors.mine.partial")]
+    for path in kept:
+        path.touch()
+    assert len(os.listdir(tmp_path)) == 5
+    remove_unfinished_weights(tmp_path, "b.safetensors")
+    assert len(os.listdir(tmp_path)) == 4
+    remove_unfinished_weights(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_inputs_are_never_outputs(tmp_path: Path) -> None:
